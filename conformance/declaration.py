@@ -1,0 +1,241 @@
+"""A kernel: one system under test.
+
+A torch kernel is a function with the contract's argument names that writes its outputs in place. A PyPTO kernel is a *builder*:
+a function of ``dims`` that returns the compiled-on-call object, so that one text serves every shape. Neither is registered
+anywhere: a module's kernels are its attributes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from conformance.contract import Dims, Stage, stage_named
+from conformance.errors import UsageError
+
+TOOLCHAINS = ("torch", "pypto")
+
+#: What a kernel may declare that it serves; the meanings are the contract's.
+CAPABILITIES = (
+    "paged_kv",
+    "variable_batch",
+    "stacked_weights",
+    "fused_layers",
+    "fused_lm_head",
+    "chunked_layers",
+    "host_loop",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One implementation of one stage, made by ``conformance.kernel``.
+
+    ``profile`` names the one error-model profile that the kernel declares; ``None`` lets any legal one pass. ``accepts(dims)``
+    returns ``True``, or a sentence that says which dimensions the kernel takes.
+    """
+
+    function: Callable[..., Any]
+    stage_name: str
+    name: str
+    toolchain: str = "torch"
+    capabilities: tuple[str, ...] = ()
+    profile: str | None = None
+    accepts: Callable[[Dims], bool | str] | None = None
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.function(*arguments, **keywords)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that the kernel claims to implement."""
+        return stage_named(self.stage_name)
+
+    @property
+    def source(self) -> Path:
+        """The file that defines the kernel."""
+        return Path(inspect.getsourcefile(self.function) or "<unknown>")
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring, or an empty string."""
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    def refusal(self, dims: Dims) -> str | None:
+        """Why the kernel does not take these dimensions, or ``None`` if it does."""
+        if self.accepts is None:
+            return None
+        answer = self.accepts(dims)
+        if answer is True:
+            return None
+        return answer if isinstance(answer, str) else f"kernel {self.name} does not take {dims}"
+
+    def build(self, dims: Dims) -> Any:
+        """The object that a toolchain compiles, for these dimensions; raises ``UsageError`` if they are refused."""
+        refusal = self.refusal(dims)
+        if refusal is not None:
+            raise UsageError(refusal)
+        return self.function(dims)
+
+
+def kernel(
+    stage: str,
+    *,
+    name: str | None = None,
+    toolchain: str = "torch",
+    capabilities: Sequence[str] = (),
+    profile: str | None = None,
+    accepts: Callable[[Dims], bool | str] | None = None,
+) -> Callable[[Callable[..., Any]], Kernel]:
+    """Declare that a function implements ``stage``.
+
+    For ``toolchain="torch"`` the function takes the contract's arguments by name, and ``dims`` if it has such a keyword-only
+    parameter. For ``toolchain="pypto"`` it is a builder: it takes ``dims`` alone and returns a ``pypto.frontend.jit`` object.
+    ``name`` defaults to the function's own name. Raises ``UsageError`` for an unknown stage, toolchain or capability, and for a
+    signature that does not match.
+    """
+    if not isinstance(stage, str):
+        raise UsageError('conformance.kernel takes the stage\'s name, as in @conformance.kernel("rms_norm")')
+    contract = stage_named(stage)
+    if toolchain not in TOOLCHAINS:
+        raise UsageError(f"unknown toolchain {toolchain!r}; known are {', '.join(TOOLCHAINS)}")
+    for capability in capabilities:
+        if capability not in CAPABILITIES:
+            raise UsageError(f"unknown capability {capability!r}; known are {', '.join(CAPABILITIES)}")
+    if profile is not None and profile not in {known.name for known in contract.profiles}:
+        names = ", ".join(known.name for known in contract.profiles)
+        raise UsageError(f"stage {stage} has no profile {profile!r}; it has {names}")
+
+    def decorate(function: Callable[..., Any]) -> Kernel:
+        if toolchain == "torch":
+            require_signature(function, contract)
+        else:
+            require_builder(function)
+        return Kernel(
+            function=function,
+            stage_name=stage,
+            name=name or function.__name__,
+            toolchain=toolchain,
+            capabilities=tuple(capabilities),
+            profile=profile,
+            accepts=accepts,
+        )
+
+    return decorate
+
+
+def takes_dims(function: Callable[..., Any]) -> bool:
+    """Whether a torch kernel asks for the dimensions by a keyword-only parameter ``dims``."""
+    parameter = _parameters(function).get("dims")
+    return parameter is not None and parameter.kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def require_signature(function: Callable[..., Any], stage: Stage) -> None:
+    """Raise ``UsageError`` unless the function's positional parameters are the stage's arguments, by name and order."""
+    expected = [argument.name for argument in stage.arguments]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = _parameters(function)
+    found = [name for name, parameter in parameters.items() if parameter.kind in positional]
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters.values()) and not found:
+        return
+    if found == expected:
+        return
+    label = getattr(function, "__name__", "the callable")
+    raise UsageError(
+        f"{label} must take the arguments of {stage.name} by name and order: expected ({', '.join(expected)}), "
+        f"found ({', '.join(found)})"
+    )
+
+
+def require_builder(function: Callable[..., Any]) -> None:
+    """Raise ``UsageError`` unless the function can be called with ``dims`` alone."""
+    required = [name for name, parameter in _parameters(function).items() if parameter.default is inspect.Parameter.empty]
+    if len(required) != 1:
+        raise UsageError(
+            f"a PyPTO kernel is a builder that takes dims and returns the jit object; "
+            f"{getattr(function, '__name__', 'the builder')} takes ({', '.join(required)})"
+        )
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    if not callable(function):
+        raise UsageError(f"a kernel must be callable, found {type(function).__name__}")
+    try:
+        return dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the signature of {function!r} cannot be read: {error}") from error
+
+
+def as_kernel(stage: str, function: Callable[..., Any] | Kernel) -> Kernel:
+    """A ``Kernel`` for any callable; raises ``UsageError`` if it claims another stage or has another signature."""
+    if isinstance(function, Kernel):
+        if function.stage_name != stage:
+            raise UsageError(f"kernel {function.name} implements {function.stage_name}, not {stage}")
+        return function
+    contract = stage_named(stage)
+    require_signature(function, contract)
+    return Kernel(function=function, stage_name=stage, name=getattr(function, "__name__", type(function).__name__))
+
+
+def load_module(location: str | Path) -> ModuleType:
+    """Import a kernel module by file path or dotted name; raises ``UsageError`` that says why it cannot be imported."""
+    text = str(location)
+    if not text.endswith(".py"):
+        try:
+            return importlib.import_module(text)
+        except Exception as error:
+            raise UsageError(f"cannot import {text}: {type(error).__name__}: {error}") from error
+    path = Path(text).resolve()
+    if not path.is_file():
+        raise UsageError(f"no such kernel file: {text}")
+    for module in list(sys.modules.values()):
+        known = getattr(module, "__file__", None)
+        if known and Path(known) == path:
+            return module
+    module_name = f"conformance_user_{path.stem}_{abs(hash(path))}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        sys.modules.pop(module_name, None)
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise UsageError(f"{text} does not import: {_first_line(error)}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _first_line(error: BaseException) -> str:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    line = f", line {traceback.tb_lineno} of {Path(traceback.tb_frame.f_code.co_filename).name}" if traceback else ""
+    return f"{type(error).__name__}: {error}{line}".replace("\n", " ")
+
+
+def kernels_in(module: ModuleType) -> list[Kernel]:
+    """The kernels that are attributes of a module, in the order of their definition."""
+    found = [value for value in vars(module).values() if isinstance(value, Kernel)]
+    return list(dict.fromkeys(found))
+
+
+def find_kernel(kernels: Iterable[Kernel], name: str, where: str) -> Kernel:
+    """The kernel of that name; raises ``UsageError`` that lists what is there."""
+    known = list(kernels)
+    for candidate in known:
+        if candidate.name == name:
+            return candidate
+    names = ", ".join(candidate.name for candidate in known) or "none"
+    raise UsageError(f"no kernel {name!r} in {where}; found {names}")

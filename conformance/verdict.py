@@ -1,0 +1,100 @@
+"""What a judgement says: findings, and how much of its allowance a correct run used."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+#: Every detector's id, in the order in which findings of equal weight are told: the cause before its consequences.
+DETECTORS: dict[str, str] = {
+    "crashed": "the kernel's process died",
+    "timed_out": "the kernel did not end within its time limit",
+    "raised": "the kernel, its build or its compilation raised an error",
+    "changed_input": "an input was not the same afterwards",
+    "out_of_bounds": "something was written where the contract does not allow it",
+    "unwritten": "an output still holds what it was filled with before the run",
+    "all_zeros": "an output is all zeros where it must not be",
+    "echo": "an output only repeats an input",
+    "stale_row": "a cache row that had to be written holds its old contents",
+    "not_finite": "an output is NaN or infinite where the oracle is finite",
+    "element": "an element is further from the oracle than any correct kernel's can be",
+    "spread": "errors are larger than rounding explains, in a row, a tile or the whole",
+    "bias": "errors lean one way: truncation, or a factor that is slightly off",
+    "nondeterministic": "two runs of the same case differ",
+    "compiler_pass": "a compiler pass changed the result",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with one run.
+
+    ``share`` is the worst error as a multiple of what is allowed (above 1 is wrong; infinite where no error is allowed);
+    ``ulps`` is the worst error in units in the last place of the argument's dtype; ``count`` of ``total`` elements are affected.
+    """
+
+    detector: str
+    message: str
+    argument: str | None = None
+    index: tuple[int, ...] | None = None
+    where: dict[str, int] = dataclasses.field(default_factory=dict)
+    share: float | None = None
+    ulps: float | None = None
+    count: int | None = None
+    total: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.detector not in DETECTORS:
+            raise ValueError(f"unknown detector {self.detector!r}; known are {', '.join(DETECTORS)}")
+
+    @property
+    def magnitude(self) -> float:
+        """How bad, for sorting: the share of the allowance, or infinity for a finding that no allowance covers."""
+        return float("inf") if self.share is None else self.share
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object without empty fields."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, {}, ())}
+        return {name: _finite(value) for name, value in fields.items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Finding:
+        """The inverse of ``to_json``; fields that a newer version added are ignored."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        fields = {name: value for name, value in data.items() if name in known}
+        if "index" in fields:
+            fields["index"] = tuple(fields["index"])
+        for name in ("share", "ulps"):
+            if name in fields:
+                fields[name] = float(fields[name])
+        return cls(**fields)
+
+
+def _finite(value: Any) -> Any:
+    # JSON has no infinity; "inf" and "nan" survive a round trip through float().
+    if isinstance(value, float) and value - value != 0.0:
+        return str(value)
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The judgement of one run. ``share`` is the worst share of the allowance that any element of any output used."""
+
+    findings: tuple[Finding, ...] = ()
+    share: float | None = None
+    #: The profile of legal roundings that explains the run best.
+    profile: str | None = None
+    #: The worst share of the allowance by argument.
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.findings
+
+
+def worst_first(findings: list[Finding]) -> tuple[Finding, ...]:
+    """Findings ordered by what explains most: detectors in the order of ``DETECTORS``, then by magnitude."""
+    order = {name: position for position, name in enumerate(DETECTORS)}
+    return tuple(sorted(findings, key=lambda finding: (order[finding.detector], -finding.magnitude)))

@@ -1,0 +1,1 @@
+"""Qwen3 decode: contract, reference and PyPTO kernels."""
