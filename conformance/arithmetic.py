@@ -1,0 +1,102 @@
+"""The arithmetic a reference is evaluated in: how wide, and which bf16 roundings it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+#: Memory that one widened chunk of a weight matrix may take, in bytes.
+_CHUNK_BYTES = 128 << 20
+
+
+class Arithmetic:
+    """A reference calls ``wide`` on what it reads, ``round`` where the contract demands a bf16 rounding and ``optional`` where
+    a legal kernel may make one; ``matmul`` widens large weights chunk by chunk.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, rounds: bool) -> None:
+        self.dtype = dtype
+        self.rounds = rounds
+
+    def wide(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor in the arithmetic's dtype."""
+        return tensor.to(self.dtype)
+
+    def round(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A bf16 rounding that the contract demands (half-even)."""
+        return tensor.to(torch.bfloat16).to(self.dtype) if self.rounds else tensor
+
+    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
+        """A bf16 rounding that is legal and not demanded: not made here. ``sequence`` is whose it is, if of one alone."""
+        return tensor
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``x @ weight`` for a weight of any dtype."""
+        return _matmul(x, weight)
+
+
+def _chunks(weight: torch.Tensor, dtype: torch.dtype) -> list[slice]:
+    columns = max(1, _CHUNK_BYTES // (torch.empty((), dtype=dtype).element_size() * weight.shape[0]))
+    return [slice(start, start + columns) for start in range(0, weight.shape[1], columns)]
+
+
+def _matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    parts = [x @ weight[:, part].to(x.dtype) for part in _chunks(weight, x.dtype)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+#: The oracle: float64, no rounding.
+EXACT = Arithmetic(torch.float64, rounds=False)
+#: float64 with the contract's bf16 rounding points: what a perfect kernel returns.
+CONTRACT = Arithmetic(torch.float64, rounds=True)
+#: fp32 with the contract's rounding points: an ordinary implementation.
+SINGLE = Arithmetic(torch.float32, rounds=True)
+
+
+class _ProjectionWithoutCopies(torch.autograd.Function):
+    # Autograd would keep each widened weight for the backward pass; a real-size layer's are 1.3 GB.
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        return _matmul(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = gradients
+        weight: torch.Tensor = ctx.weight
+        total = torch.zeros(gradient.shape[0], weight.shape[0], dtype=gradient.dtype)
+        for part in _chunks(weight, gradient.dtype):
+            total += gradient[:, part] @ weight[:, part].to(gradient.dtype).T
+        return total, None
+
+
+class RoundingSites(Arithmetic):
+    """fp32 without rounding, remembering every place where a bf16 rounding may happen.
+
+    Each site adds a zero that autograd can differentiate by: the derivative of a result by a site is how much one rounding
+    there moves the result. ``sites`` holds (zero, value at the site, sequence): the first axis of a site is the batch unless
+    it belongs to one sequence alone.
+    """
+
+    def __init__(self, names: frozenset[str]) -> None:
+        super().__init__(torch.float32, rounds=False)
+        self.names = names
+        self.sites: list[tuple[torch.Tensor, torch.Tensor, int | None]] = []
+
+    def _site(self, tensor: torch.Tensor, sequence: int | None) -> torch.Tensor:
+        zero = torch.zeros_like(tensor, requires_grad=True)
+        self.sites.append((zero, tensor.detach(), sequence))
+        return tensor + zero
+
+    def round(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._site(tensor, None)
+
+    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
+        return self._site(tensor, sequence) if name in self.names else tensor
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        apply: Callable[..., torch.Tensor] = _ProjectionWithoutCopies.apply
+        return apply(x, weight)

@@ -1,0 +1,379 @@
+"""How far a correct kernel's result can be from the exact one: value, variance and worst case, operation by operation.
+
+First-order running error analysis. Each tensor carries ``(value, variance, worst)`` in float64: the value under a profile of
+roundings, the variance of the error of a kernel that sums in any order, and a bound that no correct kernel exceeds. Inputs are
+exact. ``U`` is fp32's unit roundoff.
+
+How far a sum of K terms t strays in fp32: the k-th addition adds an error of variance ``(U * partial_sum)**2 / 3``. Over random
+orders the squares of the partial sums add up to ``K * (y**2 / 3 + sum(t**2) / 6)`` for a sum y, which gives the deviation
+``U * sqrt(K) * (|y| / 3 (+) 0.24 * sqrt(sum(t**2)))``. Where all terms are alike the second part is a quarter of the sum of
+magnitudes A; we allow half, and where few terms dominate (outlier channels) ``0.3 * sqrt(K * sum(t**2))``, which is larger.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+
+from conformance.ulp import Mode, _rounded, spacing
+
+#: Unit roundoff of fp32.
+U = 2.0**-24
+#: fp32 roundings of one normalisation: square, sum, mean, eps, rsqrt (or sqrt and division), product.
+NORM_ROUNDINGS = 6
+#: Deviation of a sum of K fp32 terms in unit roundoffs: of A (terms alike), of sqrt(K sum t^2) (few dominate), of sqrt(K) |y|.
+SUM_OF_MAGNITUDES = 0.5
+SUM_OF_SQUARES = 0.3
+SUM_OF_RESULT = 0.33
+#: Memory that the chunks of one projection may take, in bytes.
+CHUNK_BYTES = 192 << 20
+
+BF16 = torch.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """One way in which a legal kernel rounds.
+
+    ``roundings`` names the optional bf16 roundings that it makes; ``cast`` is how its casts treat ties. With ``modelled`` the
+    kernel may or may not make each rounding (the contract's own included): all of them become variance, none is reproduced.
+    """
+
+    name: str
+    roundings: frozenset[str] = frozenset()
+    cast: Mode = "half_even"
+    modelled: bool = False
+
+    def makes(self, rounding: str) -> bool:
+        """Whether the profile makes this optional rounding."""
+        return rounding in self.roundings
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a correct kernel may return for one tensor, before its last cast.
+
+    ``value``, ``variance`` and ``worst`` are float64 of one shape. ``rows`` are the rows of the argument that they describe;
+    every other row must keep its bits; ``None`` means all rows. ``correlation`` gives, per row, the number of independent
+    contributions to the row's error (``n_eff``) and the variance of its signed sum (``VarT``), where roundings are shared.
+    """
+
+    value: torch.Tensor
+    variance: torch.Tensor
+    worst: torch.Tensor
+    rows: torch.Tensor | None = None
+    correlation: Correlation | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Bounds:
+        """The same rearrangement (a reshape, a selection) of all three."""
+        return Bounds(function(self.value), function(self.variance), function(self.worst))
+
+    def reshape(self, *shape: int) -> Bounds:
+        """All three in another shape."""
+        return self.map(lambda tensor: tensor.reshape(shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Correlation:
+    """Per row: how many independent errors its elements share, and the variance of the signed sum of its scaled errors."""
+
+    independent: torch.Tensor
+    sum_variance: torch.Tensor
+
+
+def exact(value: torch.Tensor) -> Bounds:
+    """An input: no error."""
+    wide = value.to(torch.float64)
+    zero = torch.zeros((), dtype=torch.float64).expand_as(wide)
+    return Bounds(wide, zero, zero)
+
+
+def rounding_variance(ulp: torch.Tensor) -> torch.Tensor:
+    """Variance of one rounding, uniform over a ULP."""
+    return ulp * ulp / 12
+
+
+def with_fp32_roundings(estimate: Bounds, count: float) -> Bounds:
+    """``count`` elementwise fp32 roundings of the value."""
+    error = (count * U) * estimate.value.abs()
+    return Bounds(estimate.value, estimate.variance + error * error / 3, estimate.worst + error)
+
+
+def modelled_rounding(estimate: Bounds, tie_prone: bool = False) -> Bounds:
+    """A bf16 rounding that a kernel may or may not make. A sum of two bf16 values (``tie_prone``) often falls on a tie."""
+    ulp = spacing(estimate.value, BF16)
+    return Bounds(estimate.value, estimate.variance + ulp * ulp / (8 if tie_prone else 12), estimate.worst + ulp / 2)
+
+
+def reproduced_rounding(estimate: Bounds, mode: Mode) -> Bounds:
+    """A bf16 rounding that the kernel makes for certain; where the value is next to a tie it may fall on the other side."""
+    ulp = spacing(estimate.value, BF16)
+    value = _rounded(estimate.value, ulp, BF16, mode)
+    # Distance to the nearest tie: at a power of two the spacing below is half as wide, and the lower tie is nearer.
+    below = spacing(estimate.value * (1 - 2.0**-40), BF16)
+    offset = (estimate.value - value).abs()
+    tie = torch.where((offset == 0) & (below < ulp), below / 2, (ulp / 2 - offset).clamp_min(0))
+    deviation = estimate.variance.sqrt()
+    near = (tie < 6 * deviation) | (tie == 0)
+    small = torch.where(near, ulp * ulp / 4, torch.zeros_like(ulp))
+    variance = torch.where(deviation < ulp / 4, small, estimate.variance + rounding_variance(ulp))
+    # An exact value on a tie is no doubt: the cast's mode decides, and a profile reproduces it.
+    certain = estimate.worst == 0
+    variance = torch.where(certain, torch.zeros_like(ulp), variance)
+    worst = torch.where(certain | (estimate.worst < tie), torch.zeros_like(ulp), estimate.worst + ulp)
+    return Bounds(value, variance, worst)
+
+
+def rounding(estimate: Bounds, profile: Profile) -> Bounds:
+    """A bf16 rounding that the contract demands."""
+    return modelled_rounding(estimate) if profile.modelled else reproduced_rounding(estimate, profile.cast)
+
+
+def optional_rounding(estimate: Bounds, profile: Profile, name: str, tie_prone: bool = False) -> Bounds:
+    """A bf16 rounding that is legal, not demanded: modelled, reproduced or absent as the profile says."""
+    if not profile.makes(name):
+        return estimate
+    if profile.modelled:
+        return modelled_rounding(estimate, tie_prone)
+    return reproduced_rounding(estimate, profile.cast)
+
+
+def add(left: Bounds, right: Bounds) -> Bounds:
+    """Sum of two uncertain tensors, rounded to fp32."""
+    total = Bounds(left.value + right.value, left.variance + right.variance, left.worst + right.worst)
+    return with_fp32_roundings(total, 1)
+
+
+def multiply(left: Bounds, right: Bounds) -> Bounds:
+    """Product of two uncertain tensors, rounded to fp32; the second-order term is kept."""
+    return with_fp32_roundings(
+        Bounds(
+            left.value * right.value,
+            left.variance * right.value**2 + right.variance * left.value**2 + left.variance * right.variance,
+            left.worst * right.value.abs() + right.worst * left.value.abs() + left.worst * right.worst,
+        ),
+        1,
+    )
+
+
+def scaled(estimate: Bounds, factor: torch.Tensor) -> Bounds:
+    """Product with an exact tensor, without the rounding of the product."""
+    return Bounds(estimate.value * factor, estimate.variance * factor * factor, estimate.worst * factor.abs())
+
+
+def projection(x: Bounds, weight: torch.Tensor) -> Bounds:
+    """``x @ weight`` with exact bf16 weights ``[K, N]``, accumulated in fp32 in any order; by chunks of columns."""
+    depth, width = weight.shape
+    columns = max(1, CHUNK_BYTES // (8 * depth * 3))
+    uncertain = bool(x.worst.any())
+    # Squared weights serve the terms' squares and the variance alike: one product for both, and so for magnitudes.
+    square_rows = torch.cat([x.value**2, x.variance], -2) if uncertain else x.value**2
+    magnitude_rows = torch.cat([x.value.abs(), x.worst], -2) if uncertain else x.value.abs()
+    parts: list[Bounds] = []
+    for start in range(0, width, columns):
+        block = weight[:, start : start + columns].to(torch.float64)
+        value = x.value @ block
+        squares_of = square_rows @ (block * block)
+        block.abs_()
+        magnitudes_of = magnitude_rows @ block
+        total, squares = magnitudes_of[..., : x.value.shape[-2], :], squares_of[..., : x.value.shape[-2], :]
+        deviation = torch.maximum(SUM_OF_MAGNITUDES * total, SUM_OF_SQUARES * math.sqrt(depth) * squares.sqrt())
+        accumulation = U * (deviation + SUM_OF_RESULT * math.sqrt(depth) * value.abs())
+        if uncertain:
+            variance, worst = squares_of[..., x.value.shape[-2] :, :], magnitudes_of[..., x.value.shape[-2] :, :]
+        else:
+            variance = worst = torch.zeros_like(value)
+        parts.append(Bounds(value, variance + accumulation**2, worst + (U * depth) * total))
+    if len(parts) == 1:
+        return parts[0]
+    return Bounds(
+        torch.cat([part.value for part in parts], -1),
+        torch.cat([part.variance for part in parts], -1),
+        torch.cat([part.worst for part in parts], -1),
+    )
+
+
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """``1 / sqrt(mean(x**2) + eps)`` over the last axis, kept as an axis of one."""
+    return ((x * x).mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def rms_norm(x: Bounds, weight: torch.Tensor, eps: float, profile: Profile) -> Bounds:
+    """``x * rsqrt(mean(x**2) + eps) * weight`` over the last axis, before its cast."""
+    count = x.value.shape[-1]
+    inverse = inverse_rms(x.value, eps)
+    value = x.value * inverse
+    if bool(x.worst.any()):
+        square = x.value * x.value
+        shared = (square * x.variance).sum(-1, keepdim=True) * inverse**4 / count**2
+        variance = inverse**2 * (x.variance * (1 - 2 * square * inverse**2 / count) + square * shared).clamp_min(0)
+        worst = inverse * (x.worst + x.value.abs() * inverse**2 * (x.value.abs() * x.worst).mean(-1, keepdim=True))
+    else:
+        variance = worst = torch.zeros_like(value)
+    # The sum of squares has no cancellation: its relative error, of which the root takes half, grows with the root of n.
+    drift = U * value.abs()
+    variance = variance + (SUM_OF_RESULT / 2 * math.sqrt(count) * drift) ** 2
+    normalised = with_fp32_roundings(Bounds(value, variance, worst + count / 2 * drift), NORM_ROUNDINGS)
+    normalised = optional_rounding(normalised, profile, "normalised")
+    return with_fp32_roundings(scaled(normalised, weight.to(torch.float64)), 1)
+
+
+def norm_and_projections(
+    x: Bounds, weight: torch.Tensor, projections: list[torch.Tensor], eps: float, profile: Profile
+) -> list[Bounds]:
+    """RMSNorm, its bf16 rounding, and projections of it; or the norm's division deferred past them, if the profile says so."""
+    if not profile.makes("deferred_norm"):
+        normalised = rounding(rms_norm(x, weight, eps, profile), profile)
+        return [projection(normalised, matrix) for matrix in projections]
+    inverse = inverse_rms(x.value, eps)
+    weighted = rounding(with_fp32_roundings(scaled(x, weight.to(torch.float64)), 1), profile)
+    # The error of 1/rms is common to the row: a few fp32 roundings, and what the uncertainty of x adds to the mean square.
+    drift = (x.value.abs() * x.worst).mean(-1, keepdim=True) * inverse**2
+    results = []
+    for matrix in projections:
+        product = with_fp32_roundings(scaled(projection(weighted, matrix), inverse), NORM_ROUNDINGS)
+        common = drift * product.value.abs()
+        results.append(Bounds(product.value, product.variance + common**2 / 9, product.worst + common))
+    return results
+
+
+def rotate_half(x: Bounds, cosine: torch.Tensor, sine: torch.Tensor) -> Bounds:
+    """``lo*cos - hi*sin`` and ``hi*cos + lo*sin`` over the last axis; each product is rounded by itself."""
+    half = x.value.shape[-1] // 2
+    low, high = x.map(lambda tensor: tensor[..., :half]), x.map(lambda tensor: tensor[..., half:])
+    cosine, sine = cosine.to(torch.float64), sine.to(torch.float64)
+
+    def product(part: Bounds, factor: torch.Tensor) -> Bounds:
+        return with_fp32_roundings(scaled(part, factor), 2)
+
+    first = add(product(low, cosine[..., :half]), product(high, -sine[..., :half]))
+    second = add(product(high, cosine[..., half:]), product(low, sine[..., half:]))
+    return Bounds(
+        torch.cat([first.value, second.value], -1),
+        torch.cat([first.variance, second.variance], -1),
+        torch.cat([first.worst, second.worst], -1),
+    )
+
+
+#: Variance of the relative error of one bf16 rounding, averaged over mantissas: ``(2**-8)**2 / 5`` per probability.
+PROBABILITY_VARIANCE = 2.0**-16 / 5
+
+
+@dataclasses.dataclass(frozen=True)
+class NewRow:
+    """The key and value row that a layer has just written: ``[B, NKV, D]``, at position ``seq_len - 1``."""
+
+    key: Bounds
+    value: Bounds
+
+
+def attention(
+    query: Bounds,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seq_lens: list[int],
+    scale: float,
+    profile: Profile,
+    new_row: NewRow | None = None,
+    want_correlation: bool = False,
+) -> Bounds:
+    """``softmax(scale * q K^T) V`` before its cast, for ``query [B, NH, D]`` and caches ``[B, NKV, S, D]``.
+
+    Rows past ``seq_lens`` are never looked at. ``new_row`` replaces the last row of every sequence by uncertain values. With
+    ``want_correlation`` the result says how roundings of the probabilities correlate the errors of a row, for its final bf16.
+    """
+    parts = [
+        _attention_of_one(query.map(lambda t, b=b: t[b]), keys[b], values[b], length, scale, profile, new_row, b, want_correlation)
+        for b, length in enumerate(seq_lens)
+    ]
+    correlation = None
+    if want_correlation and profile.makes("probabilities"):
+        sums = torch.stack([part[1] for part in parts])
+        squares = torch.stack([part[2] for part in parts])
+        correlation = Correlation((sums**2 / squares.clamp_min(1e-300)).clamp_min(1), sums)
+    stacked = [torch.stack([getattr(part[0], name) for part in parts]) for name in ("value", "variance", "worst")]
+    return Bounds(stacked[0], stacked[1], stacked[2], correlation=correlation)
+
+
+def _attention_of_one(
+    query: Bounds,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    length: int,
+    scale: float,
+    profile: Profile,
+    new_row: NewRow | None,
+    sequence: int,
+    want_correlation: bool,
+) -> tuple[Bounds, torch.Tensor, torch.Tensor]:
+    kv_heads, head_dim = keys.shape[0], keys.shape[-1]
+    grouped = query.reshape(kv_heads, -1, head_dim)  # [NKV, G, D]
+    q = grouped.value
+    k, v = keys[:, :length].to(torch.float64), values[:, :length].to(torch.float64)  # [NKV, n, D]
+    if new_row is not None:
+        k, v = k.clone(), v.clone()
+        k[:, -1], v[:, -1] = new_row.key.value[sequence], new_row.value.value[sequence]
+    k_t = k.transpose(1, 2)
+    k_abs_t = k_t.abs()
+    z = scale * (q @ k_t)  # [NKV, G, n]
+    z_abs = z.abs()
+    z_magnitude = scale * (q.abs() @ k_abs_t)
+    z_variance = (U * (z_magnitude + 2 * z_abs + 3)) ** 2
+    z_worst = U * (head_dim * z_magnitude + 2 * z_abs + 3)
+    if new_row is not None:
+        key = new_row.key.map(lambda t: t[sequence].unsqueeze(-1))  # [NKV, D, 1]
+        z_variance[..., -1:] += scale**2 * (q**2 @ key.variance)
+        z_worst[..., -1:] += scale * (q.abs() @ key.worst)
+        z_worst += scale * (grouped.worst @ k_abs_t)
+    p = torch.softmax(z, -1)
+    o = p @ v  # [NKV, G, D]
+    v_abs = v.abs()
+    spread = (v.unsqueeze(1) - o.unsqueeze(2)).abs_()  # |V - o|, [NKV, G, n, D]
+    magnitude = p @ v_abs
+    variance = ((p**2 * z_variance).unsqueeze(2) @ spread**2).squeeze(2)
+    worst = ((p * torch.expm1(z_worst.clamp_max(60))).unsqueeze(2) @ spread).squeeze(2)
+    if new_row is not None:
+        weighted = (p.unsqueeze(-1) * v.unsqueeze(1)).transpose(2, 3)  # [NKV, G, D, n]
+        sensitivity = weighted @ k.unsqueeze(1) - o.unsqueeze(-1) * (p @ k).unsqueeze(2)  # dz-weighted, [NKV, G, D, D]
+        variance += scale**2 * (sensitivity**2 @ grouped.variance.unsqueeze(-1)).squeeze(-1)
+        last = p[..., -1:]
+        variance += last**2 * new_row.value.variance[sequence].unsqueeze(1)
+        worst += last * new_row.value.worst[sequence].unsqueeze(1)
+    squares = (p**2 @ v**2).sqrt()
+    deviation = torch.maximum(magnitude, SUM_OF_SQUARES * math.sqrt(length) * squares)
+    accumulation = U * (deviation + (SUM_OF_RESULT * math.sqrt(length) + 4) * o.abs())
+    variance += accumulation**2
+    worst += U * (2 * length + 8) * magnitude
+    sum_variance = square_sum = torch.zeros((), dtype=torch.float64)
+    if profile.makes("probabilities"):
+        from_rounded = profile.makes("denominator_of_rounded") and not profile.modelled
+        leverage = spread if from_rounded else v_abs.unsqueeze(1)
+        variance += PROBABILITY_VARIANCE * ((p**2).unsqueeze(2) @ leverage**2).squeeze(2)
+        worst += 2.0**-8 * magnitude
+        if want_correlation:
+            # d(sum of signed scaled errors) / d(one rounded probability), and one term per final rounding.
+            ulp_variance = rounding_variance(spacing(o, BF16))
+            weight = torch.sign(o) / (variance + ulp_variance).sqrt()
+            signed = (v.unsqueeze(1) - o.unsqueeze(2)) if from_rounded else v.unsqueeze(1)
+            pull = (signed * weight.unsqueeze(2)).sum(-1)
+            shared = (pull * p) ** 2 * PROBABILITY_VARIANCE
+            own = weight**2 * ulp_variance
+            sum_variance = shared.sum() + own.sum()
+            square_sum = (shared**2).sum() + (own**2).sum()
+    return Bounds(o, variance, worst).reshape(query.value.shape[0], head_dim), sum_variance, square_sum
+
+
+def silu_times(gate: Bounds, up: Bounds) -> Bounds:
+    """``silu(gate) * up`` in fp32."""
+    sigmoid = torch.sigmoid(gate.value)
+    silu = gate.value * sigmoid
+    slope = sigmoid * (1 + gate.value * (1 - sigmoid))
+    activation = Bounds(
+        silu,
+        gate.variance * slope**2 + (4 * U * silu) ** 2 / 3 + (U * gate.value.abs() * silu) ** 2,
+        gate.worst * (slope.abs() + 0.5 * gate.worst) + U * (4 + gate.value.abs()) * silu.abs(),
+    )
+    return multiply(activation, up)

@@ -1,0 +1,261 @@
+"""Cases: concrete inputs that follow from a small key alone, the same on every machine.
+
+A key is text that a person can copy: ``attention:tiny:B=3,seq_lens=1+16+17:needle:7`` is stage, preset, what the case varies,
+data regime and seed. Hypothesis draws keys, not tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from conformance.contract import Dims, Stage, preset_named, stage_named
+from conformance.data import Source
+from conformance.errors import UsageError
+
+if TYPE_CHECKING:
+    from hypothesis import strategies as st
+
+#: Dimensions that a case may vary besides overriding what the preset fixes.
+DRAWN = ("B", "L", "NB")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseKey:
+    """Everything that a case's tensors follow from.
+
+    ``overrides`` are dimensions that differ from the preset; ``seq_lens`` has one length per sequence for the stages that take
+    any; ``rows`` selects and orders sequences of the case (a permuted batch, or one row alone), all of them if empty.
+    """
+
+    stage: str
+    preset: str
+    regime: str
+    seed: int
+    overrides: tuple[tuple[str, int], ...] = ()
+    seq_lens: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{name}={value}" for name, value in self.overrides]
+        for name, values in (("seq_lens", self.seq_lens), ("rows", self.rows)):
+            if values:
+                parts.append(f"{name}=" + "+".join(str(value) for value in values))
+        return ":".join([self.stage, self.preset, ",".join(parts), self.regime, str(self.seed)])
+
+    @classmethod
+    def parse(cls, text: str) -> CaseKey:
+        """The inverse of ``str``; raises ``UsageError`` that says what a key looks like."""
+        example = "a case key looks like attention:tiny:B=3,seq_lens=1+16+17:needle:7"
+        parts = text.strip().split(":")
+        if len(parts) != 5 or not re.fullmatch(r"\d+", parts[4]):
+            raise UsageError(f"cannot read case key {text!r}; {example}")
+        stage, preset, varied, regime, seed = parts
+        overrides: list[tuple[str, int]] = []
+        lists: dict[str, tuple[int, ...]] = {"seq_lens": (), "rows": ()}
+        for item in filter(None, varied.split(",")):
+            match = re.fullmatch(r"(\w+)=(\d+(?:\+\d+)*)", item)
+            if match is None:
+                raise UsageError(f"cannot read {item!r} in case key {text!r}; {example}")
+            values = tuple(int(value) for value in match[2].split("+"))
+            if match[1] in lists:
+                lists[match[1]] = values
+            elif len(values) == 1:
+                overrides.append((match[1], values[0]))
+            else:
+                raise UsageError(f"{match[1]} takes one number in case key {text!r}; {example}")
+        return cls(stage, preset, regime, int(seed), tuple(overrides), **lists)
+
+    @property
+    def dims(self) -> Dims:
+        """The dimensions of the case, before ``rows`` selects any."""
+        dims = preset_named(self.preset).replace(**dict(self.overrides))
+        # A stage of one layer has no use for the preset's depth.
+        return dims if "L" in stage_named(self.stage).drawn else dims.replace(L=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One concrete input set. ``inputs`` are contiguous CPU tensors by argument name: what is read and what is updated."""
+
+    key: CaseKey
+    stage: Stage
+    dims: Dims
+    inputs: dict[str, torch.Tensor]
+
+
+def make_case(key: CaseKey) -> Case:
+    """The case of a key; raises ``UsageError`` for a key that does not fit its stage."""
+    stage, dims = stage_named(key.stage), key.dims
+    if key.regime not in stage.regimes:
+        raise UsageError(f"stage {stage.name} has no regime {key.regime!r}; it has {', '.join(stage.regimes)}")
+    if stage.has_lengths != bool(key.seq_lens) or (stage.has_lengths and len(key.seq_lens) != dims.B):
+        expected = f"{dims.B} sequence lengths" if stage.has_lengths else "no sequence lengths"
+        raise UsageError(f"case key {key}: stage {stage.name} with B={dims.B} takes {expected}, found {len(key.seq_lens)}")
+    for length in key.seq_lens:
+        if not 1 <= length <= dims.S:
+            raise UsageError(f"case key {key}: sequence length {length} is outside 1..{dims.S}")
+    if "NB" in stage.drawn:
+        needed = 1 + sum(-(-length // dims.BS) for length in key.seq_lens)
+        if dims.NB < needed:
+            raise UsageError(f"case key {key}: {needed} pages are needed (one more than are in use), found NB={dims.NB}")
+    inputs = stage.make_inputs(dims, key.seq_lens, key.regime, Source(f"{stage.name}/{key.regime}/{key.seed}"))
+    case = Case(key, stage, dims, {argument.name: inputs[argument.name].contiguous() for argument in stage.inputs})
+    return _with_rows(case, key.rows) if key.rows else case
+
+
+def _with_rows(case: Case, rows: tuple[int, ...]) -> Case:
+    """The same case with its sequences selected and reordered: wherever ``B`` is a factor of an axis, that factor is indexed."""
+    if any(row >= case.dims.B for row in rows):
+        raise UsageError(f"case key {case.key}: rows must be below B={case.dims.B}")
+    chosen = torch.tensor(rows)
+    inputs = {}
+    for argument in case.stage.inputs:
+        tensor = case.inputs[argument.name]
+        shape = tensor.shape
+        for axis, symbols in enumerate(argument.shape.split()):
+            factors = symbols.split("*")
+            if "B" in factors:
+                sizes = [1 if factor == "1" else getattr(case.dims, factor) for factor in factors]
+                split = tensor.reshape(*tensor.shape[:axis], *sizes, *tensor.shape[axis + 1 :])
+                kept = split.index_select(axis + factors.index("B"), chosen)
+                tensor = kept.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+        inputs[argument.name] = tensor.contiguous()
+    return dataclasses.replace(case, dims=case.dims.replace(B=len(rows)), inputs=inputs)
+
+
+def take_rows(key: CaseKey, rows: tuple[int, ...]) -> CaseKey:
+    """The key of the same case with its sequences selected and reordered."""
+    base = key.rows or tuple(range(key.dims.B))
+    return dataclasses.replace(key, rows=tuple(base[row] for row in rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """The cases that a stage is judged on: a preset, with some dimensions pinned and upper limits for those drawn."""
+
+    stage: Stage
+    preset: str
+    pinned: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(cls, stage: Stage, dims: str | Mapping[str, int] = "tiny") -> Space:
+        """From a preset's name, or overrides of it (``{"B": 3, "S": 64}``, with ``"preset"`` to name another than tiny)."""
+        if isinstance(dims, str):
+            preset_named(dims)
+            return cls(stage, dims)
+        if not isinstance(dims, Mapping):
+            raise UsageError(f"dims is a preset's name or a dict such as {{'B': 3, 'S': 64}}, found {dims!r}")
+        overrides = dict(dims)
+        preset = str(overrides.pop("preset", "tiny"))
+        limit = preset_named(preset).replace(**overrides)
+        for name in ("L", "NB"):
+            if name in overrides and name not in stage.drawn and (name, limit.L) != ("L", 1):
+                raise UsageError(f"stage {stage.name} has no dimension {name} to set")
+        return cls(stage, preset, tuple(sorted(overrides.items())))
+
+    @property
+    def limit(self) -> Dims:
+        """The model, with the largest ``B``, ``L`` and ``NB`` that a case may draw."""
+        return preset_named(self.preset).replace(**dict(self.pinned))
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """The dimensions that a case draws here."""
+        pinned = dict(self.pinned)
+        return tuple(name for name in self.stage.drawn if name not in pinned)
+
+    def length_boundaries(self) -> list[int]:
+        """Sequence lengths at which kernels go wrong: 1, 2, a page and one to either side, two pages, the maximum."""
+        page, longest = self.limit.BS, self.limit.S
+        return sorted({n for n in (1, 2, page - 1, page, page + 1, 2 * page, longest - 1, longest) if 1 <= n <= longest})
+
+    def lengths_for(self, regime: str) -> tuple[int, int]:
+        """The range that a regime leaves to the sequence lengths."""
+        longest = self.limit.S
+        if regime == "length_one":
+            return 1, 1
+        if regime == "long":
+            return max(1, longest - self.limit.BS), longest
+        return 1, longest
+
+    def key(self, regime: str, seed: int, *, B: int, L: int, spare_pages: int, seq_lens: tuple[int, ...]) -> CaseKey:
+        """The key with these choices; dimensions that the stage does not draw stay as they are."""
+        chosen = dict(self.pinned)
+        drawn = self.drawn
+        if "B" in drawn:
+            chosen["B"] = B
+        if "L" in drawn:
+            chosen["L"] = L
+        if "NB" in drawn:
+            chosen["NB"] = 1 + spare_pages + sum(-(-length // self.limit.BS) for length in seq_lens)
+        order = {name: position for position, name in enumerate(("B", "L"))}
+        overrides = tuple(sorted(chosen.items(), key=lambda item: (order.get(item[0], 9), item[0])))
+        return CaseKey(self.stage.name, self.preset, regime, seed, overrides, seq_lens)
+
+
+def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
+    """An endless, deterministic sequence of keys that visits every regime in turn and boundary lengths first.
+
+    Drawing regimes at random would leave some out of a few dozen examples; going round them makes the power of a run a fact.
+    """
+    regimes = space.stage.regimes
+    limit = space.limit
+    boundaries = space.length_boundaries()
+    index = 0
+    while True:
+        source = Source(f"keys/{space.stage.name}/{space.preset}/{seed}/{index}")
+        regime = regimes[index % len(regimes)]
+        # Odd and full batches alternate; a batch of one and a full one come up again and again.
+        batches = [limit.B, 1, *source.integers("B", 1, limit.B, 2)]
+        batch = batches[source.integers("kind", 0, 3, 1)[0]] if "B" in space.drawn else limit.B
+        if regime == "mixed_rows" and "B" in space.drawn:
+            batch = max(batch, min(2, limit.B))
+        layers = source.integers("L", min(2, limit.L), limit.L, 1)[0] if index % 5 else 1
+        lengths: tuple[int, ...] = ()
+        if space.stage.has_lengths:
+            low, high = space.lengths_for(regime)
+            usable = [length for length in boundaries if low <= length <= high] or [high]
+            free = source.integers("length", low, high, batch)
+            picks = source.integers("pick", 0, 2 * len(usable) - 1, batch)
+            lengths = tuple(
+                usable[pick] if pick < len(usable) else any_length for pick, any_length in zip(picks, free, strict=True)
+            )
+        spare = source.integers("spare", 0, 3, 1)[0]
+        yield space.key(
+            regime,
+            source.integers("seed", 0, 2**31 - 1, 1)[0],
+            B=batch,
+            L=layers,
+            spare_pages=spare,
+            seq_lens=lengths,
+        )
+        index += 1
+
+
+def keys(space: Space) -> st.SearchStrategy[CaseKey]:
+    """A Hypothesis strategy for keys: batch, layers, lengths with their boundaries, regime and seed; shrinks to one short row."""
+    from hypothesis import strategies as st
+
+    limit = space.limit
+
+    @st.composite
+    def draw_key(draw: st.DrawFn) -> CaseKey:
+        regime = draw(st.sampled_from(space.stage.regimes))
+        batch = draw(st.integers(1, limit.B)) if "B" in space.drawn else limit.B
+        layers = draw(st.integers(1, limit.L)) if "L" in space.drawn else 1
+        lengths: tuple[int, ...] = ()
+        if space.stage.has_lengths:
+            low, high = space.lengths_for(regime)
+            usable = [length for length in space.length_boundaries() if low <= length <= high] or [high]
+            one = st.sampled_from(usable) | st.integers(low, high)
+            lengths = tuple(draw(st.lists(one, min_size=batch, max_size=batch)))
+        spare = draw(st.integers(0, 3)) if "NB" in space.drawn else 0
+        seed = draw(st.integers(0, 2**31 - 1))
+        return space.key(regime, seed, B=batch, L=layers, spare_pages=spare, seq_lens=lengths)
+
+    return draw_key()

@@ -1,0 +1,278 @@
+"""``check``: judge one kernel on a number of cases and say what is wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from conformance.buffers import bits
+from conformance.cases import Case, CaseKey, Space, make_case, stratified_keys, take_rows
+from conformance.contract import stage_named
+from conformance.data import Source
+from conformance.declaration import Kernel, as_kernel
+from conformance.errors import UsageError
+from conformance.executors.base import Outcome
+from conformance.judge import Oracle, judge
+from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
+
+DEFAULT_EXAMPLES = 50
+#: Every so many examples one is judged again with its sequences in another order, and one with a sequence alone.
+ROW_CHECK_PERIOD = 10
+
+Runner = Callable[[Case], Outcome]
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """One judged run: which check it was, of which case, and the verdict."""
+
+    check: str
+    case: CaseKey
+    verdict: Verdict
+    outcome: Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """A finding and the case that shows it."""
+
+    finding: Finding
+    case: CaseKey
+
+    def __getattr__(self, name: str) -> Any:
+        # A located finding reads like the finding itself: detector, argument, index, magnitude, message, ...
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.finding, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What ``check`` found. ``findings`` holds one entry per detector, argument and case, worst first."""
+
+    stage: str
+    kernel: str
+    lane: str
+    runs: tuple[Judged, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether something was judged and nothing is wrong."""
+        return bool(self.runs) and all(run.verdict.ok for run in self.runs)
+
+    @property
+    def examples(self) -> int:
+        """How many cases were judged, repeats and row checks not counted."""
+        return sum(run.check == "example" for run in self.runs)
+
+    @property
+    def share(self) -> float | None:
+        """The worst share of the allowance that any run used."""
+        shares = [run.verdict.share for run in self.runs if run.verdict.share is not None]
+        return max(shares, default=None)
+
+    @property
+    def findings(self) -> tuple[Located, ...]:
+        """Every finding with its case: what explains most first, then the worst."""
+        located = [Located(finding, run.case) for run in self.runs for finding in run.verdict.findings]
+        order = {id(finding): rank for rank, finding in enumerate(worst_first([entry.finding for entry in located]))}
+        return tuple(sorted(located, key=lambda entry: order[id(entry.finding)]))
+
+    @property
+    def detectors(self) -> tuple[str, ...]:
+        """The ids of the detectors that fired, what explains most first."""
+        fired = {entry.finding.detector for entry in self.findings}
+        return tuple(name for name in DETECTORS if name in fired)
+
+    def __str__(self) -> str:
+        return _text(self)
+
+
+def check(
+    stage: str,
+    function: Callable[..., Any] | Kernel,
+    *,
+    dims: str | Mapping[str, int] = "tiny",
+    examples: int = DEFAULT_EXAMPLES,
+    seed: int = 0,
+    lane: str = "auto",
+    case: str | None = None,
+    timeout: float | None = None,
+) -> Report:
+    """Judge a kernel on ``examples`` cases of a stage, deterministic in ``seed``.
+
+    ``function`` takes the contract's arguments (and keyword-only ``dims``, if it asks), or is a ``Kernel``. ``dims`` is a preset's
+    name or overrides of ``tiny``. A torch callable runs in this process, each case twice; a PyPTO kernel goes through the
+    interpreter in a worker process (``lane="auto"``), within ``timeout`` seconds a run. ``case`` is the key of one finding to
+    run again instead. Raises ``UsageError`` for what cannot be judged as asked.
+    """
+    contract = stage_named(stage)
+    kernel = as_kernel(stage, function)
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise UsageError(f"examples must be a positive whole number, found {examples!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UsageError(f"seed must be a whole number, not negative, found {seed!r}")
+    chosen = resolve_lane(kernel, lane)
+    space = Space.of(contract, dims)
+    if case is not None:
+        keys: Iterable[CaseKey] = [CaseKey.parse(case)]
+        _require_stage(keys, stage)
+    else:
+        keys = acceptable(kernel, itertools.islice(stratified_keys(space, seed), examples))
+    runs: list[Judged] = []
+    with runner(kernel, chosen, timeout) as run:
+        for index, key in enumerate(keys):
+            runs += judged_runs(kernel, key, run, plan=plan_for(index, chosen))
+    return Report(stage, kernel.name, chosen, tuple(runs))
+
+
+def _require_stage(keys: Iterable[CaseKey], stage: str) -> None:
+    for key in keys:
+        if key.stage != stage:
+            raise UsageError(f"case key {key} is of stage {key.stage}, not of {stage}")
+
+
+def acceptable(kernel: Kernel, keys: Iterable[CaseKey]) -> list[CaseKey]:
+    """The keys whose dimensions the kernel takes; raises ``UsageError`` with its reason if it takes none."""
+    all_keys = list(keys)
+    refusals = {key: kernel.refusal(key.dims) for key in all_keys}
+    kept = [key for key in all_keys if refusals[key] is None]
+    if not kept:
+        reason = next(iter(refusals.values()))
+        raise UsageError(f"kernel {kernel.name} takes none of these cases: {reason}")
+    return kept
+
+
+def resolve_lane(kernel: Kernel, lane: str) -> str:
+    """The lane to use; raises ``UsageError`` for one that the kernel's toolchain has not."""
+    lanes = {"torch": ("eager",), "pypto": ("interpret", "compile_only", "device")}[kernel.toolchain]
+    if lane == "auto":
+        return lanes[0]
+    if lane not in lanes:
+        raise UsageError(f"a {kernel.toolchain} kernel has no lane {lane!r}; it has {', '.join(lanes)}")
+    return lane
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """Which extra runs a case gets: a repeat, its rows in another order, one row alone."""
+
+    repeat: bool = False
+    permuted: bool = False
+    lone: bool = False
+
+
+def plan_for(index: int, lane: str) -> RunPlan:
+    """Eager runs are cheap: repeat each, rearrange the rows of every tenth. Elsewhere once per kernel and dimensions."""
+    if lane == "eager":
+        return RunPlan(True, index % ROW_CHECK_PERIOD == 0, index % ROW_CHECK_PERIOD == 5)
+    return RunPlan(index == 0, index == 0, index == 0)
+
+
+def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan) -> Iterator[Judged]:
+    """Run a case and judge it, then whatever the plan adds, as long as nothing is wrong.
+
+    Every case is judged against its oracle; a repeat must also equal the first run bit for bit.
+    """
+    case = make_case(key)
+    oracle = Oracle(case)
+    first = run(case)
+    verdict = judge(case, first, profile=kernel.profile, oracle=oracle)
+    yield Judged("example", key, verdict, first)
+    if first.status != "ok" or not first.outputs:
+        return
+    if plan.repeat:
+        again = run(case)
+        if again.status == "ok":
+            differing = _differences(first, again)
+            repeated = judge(case, again, profile=kernel.profile, oracle=oracle)
+            verdict = dataclasses.replace(repeated, findings=worst_first([*repeated.findings, *differing]))
+        else:
+            verdict = judge(case, again, oracle=oracle)
+        yield Judged("repeat", key, verdict, again)
+    rows = case.dims.B
+    if "B" not in case.stage.drawn or rows < 2:
+        return
+    source = Source(f"rows/{key}")
+    if plan.permuted:
+        order = source.permutation("order", rows)
+        yield from _rearranged(kernel, take_rows(key, tuple(order)), run, "permuted_rows")
+    if plan.lone:
+        yield from _rearranged(kernel, take_rows(key, (source.integers("lone", 0, rows - 1, 1)[0],)), run, "lone_row")
+
+
+def _rearranged(kernel: Kernel, key: CaseKey, run: Runner, check_name: str) -> Iterator[Judged]:
+    case = make_case(key)
+    if kernel.refusal(case.dims) is None:
+        outcome = run(case)
+        yield Judged(check_name, key, judge(case, outcome, profile=kernel.profile), outcome)
+
+
+def _differences(first: Outcome, again: Outcome) -> list[Finding]:
+    findings = []
+    for name, tensor in first.outputs.items():
+        other = again.outputs[name]
+        different = bits(tensor) != bits(other)
+        if bool(different.any()):
+            index = tuple(int(position) for position in different.nonzero()[0])
+            count, total = int(different.sum()), different.numel()
+            message = f"two runs of the same case differ in {count} of {total} elements of {name}, the first at {list(index)}"
+            findings.append(Finding("nondeterministic", message, name, index, count=count, total=total))
+    return findings
+
+
+class runner:  # noqa: N801  reads as a function: `with runner(kernel, lane) as run`
+    """Runs cases of one kernel in a lane: a context manager that gives a function from case to outcome."""
+
+    def __init__(self, kernel: Kernel, lane: str, timeout: float | None = None) -> None:
+        self.kernel, self.lane, self.timeout = kernel, lane, timeout
+        self._process: Any = None
+
+    def __enter__(self) -> Runner:
+        if self.lane == "eager":
+            from conformance.executors.eager import run_eager
+
+            return lambda case: run_eager(self.kernel, case)
+        from conformance.executors.process import KernelProcess, Limits
+
+        limits = Limits() if self.timeout is None else Limits(seconds=self.timeout)
+        self._process = KernelProcess(self.kernel, self.lane, limits=limits)
+        process = self._process.__enter__()
+        run: Runner = process.run
+        return run
+
+    def __exit__(self, *error: object) -> None:
+        if self._process is not None:
+            self._process.__exit__(*error)
+
+
+def _text(report: Report, width: int = 80, most: int = 6) -> str:
+    """The report for a person: one line that says how it went, then each finding with its place, size and case key."""
+    cases = f"{report.examples} case{'s' if report.examples != 1 else ''}"
+    share = "" if report.share is None else f", at most {report.share:.2f} of the allowance used"
+    if report.ok:
+        return f"{report.kernel} ({report.stage}, {report.lane}): passed {cases}{share}"
+    failed = sum(not run.verdict.ok for run in report.runs)
+    lines = [f"{report.kernel} ({report.stage}, {report.lane}): FAILED {failed} of {len(report.runs)} runs of {cases}"]
+    groups: dict[tuple[str, str | None], list[Located]] = {}
+    for entry in report.findings:
+        groups.setdefault((entry.finding.detector, entry.finding.argument), []).append(entry)
+    for position, ((detector, argument), entries) in enumerate(groups.items()):
+        if position == most:
+            lines.append(f"  and {len(groups) - most} more kinds of findings")
+            break
+        worst = entries[0]
+        seen = len({entry.case for entry in entries})
+        title = f"  {detector}" + (f" in {argument}" if argument else "") + f", {seen} case{'s' if seen != 1 else ''}"
+        lines.append(title)
+        lines += textwrap.wrap(worst.finding.message, width, initial_indent="    ", subsequent_indent="    ")
+        where = ", ".join(f"{label.replace('_', ' ')} {place}" for label, place in worst.finding.where.items())
+        if where:
+            lines.append(f"    at {where}")
+        lines += textwrap.wrap(
+            f"case {worst.case}", width, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False
+        )
+    return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""What every lane answers. A lane never raises for what a kernel does: it says so in its outcome."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+
+LANES = ("eager", "compile_only", "interpret", "device")
+
+Status = Literal["ok", "raised", "crashed", "timed_out", "unavailable"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PassDifference:
+    """A compiler pass after which one function of the program computes something else from the same inputs."""
+
+    compiler_pass: str
+    function: str
+    #: What the function's result is called in the kernel's text, if known; loop indices as the interpreter prints them.
+    result: str
+    loop: str
+    #: Worst absolute difference, how many elements differ beyond what reordering explains, and out of how many.
+    worst: float
+    count: int
+    total: int
+    message: str
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one run of one kernel on one case left behind.
+
+    ``outputs`` holds every argument that the stage may write, as it was afterwards; it is empty unless ``status`` is ``"ok"``
+    and the lane executes. ``changed_inputs`` and ``guard_damage`` name arguments; ``guard_damage`` says where.
+    """
+
+    status: Status
+    outputs: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    message: str = ""
+    #: ``file:line`` in the kernel's text, where the toolchain tells.
+    location: str | None = None
+    changed_inputs: dict[str, int] = dataclasses.field(default_factory=dict)
+    guard_damage: dict[str, str] = dataclasses.field(default_factory=dict)
+    pass_differences: tuple[PassDifference, ...] = ()
+    #: How many (pass, function, loop trip, result) comparisons were made, so that none is not mistaken for agreement.
+    passes_compared: int = 0
+    #: Seconds the lane took, without generating or judging the case, and the worker's peak resident memory in bytes.
+    seconds: float = 0.0
+    peak_memory: int | None = None

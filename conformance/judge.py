@@ -1,0 +1,582 @@
+"""The judgement of one run: is every output within what a correct kernel can return, and if not, where.
+
+The tests and constants are those of the numerics document; each constant's reason stands beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+
+from conformance import bounds as error_bounds
+from conformance.arithmetic import RoundingSites
+from conformance.bounds import Bounds, Profile
+from conformance.buffers import bits, poisoned
+from conformance.cases import Case
+from conformance.contract import Argument
+from conformance.errors import UsageError
+from conformance.executors.base import Outcome
+from conformance.ulp import distance, rounded, spacing
+from conformance.verdict import Finding, Verdict, worst_first
+
+#: Probability that a correct tensor has an element beyond its allowance, in a normal model: sets kappa.
+FALSE_ALARM = 1e-6
+#: Relative slack on the half ULP of the last rounding: kernels that round through fp32 miss ties by this much.
+HALF_ULP_SLACK = 1 + 2.0**-12
+#: What flushing subnormals to zero may cost.
+FLUSHED = 2.0**-126
+#: Spread: 5.5 standard deviations of a chi-square mean (Wilson-Hilferty), and 10% for what the model leaves out.
+SPREAD_SIGMAS = 5.5
+SPREAD_SLACK = 1.1
+#: Columns of a tile: what one NPU instruction writes.
+TILE = 16
+#: Bias: 6 standard deviations, and 2% of a rounding error per element.
+BIAS_SIGMAS = 6.0
+BIAS_SLACK = 0.02
+#: Closer to a tie than this, in ULPs, the direction of a rounding says nothing about bias.
+TIE_ULPS = 1e-5
+#: A row with fewer different magnitudes than this says nothing statistical.
+FEWEST_DISTINCT = 8
+
+BF16 = torch.bfloat16
+
+
+class Oracle:
+    """What a correct kernel may return for one case, by profile; computed when first asked for and kept."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._bounds: dict[str, dict[str, Bounds]] = {}
+        self._independent: dict[str, torch.Tensor] | None = None
+
+    def bounds(self, profile: Profile) -> dict[str, Bounds]:
+        """Bounds of every output under a profile."""
+        if profile.name not in self._bounds:
+            self._bounds[profile.name] = self.case.stage.error_model(self.case.inputs, self.case.dims, profile)
+        return self._bounds[profile.name]
+
+    def independent_errors(self, argument: str, profile: Profile) -> torch.Tensor:
+        """Per row of a composite stage's output, the number of independent roundings that its error is made of.
+
+        One rounding inside a layer moves many outputs at once, so their errors are correlated. With ``t_i`` the variance that
+        site ``i`` adds to the row's signed sum, the number is ``sum(t)**2 / sum(t**2)``. Sequences do not touch one another,
+        so one backward pass serves all rows.
+        """
+        if self._independent is None:
+            self._independent = _independent_errors(self.case, self.bounds(profile), profile)
+        return self._independent[argument]
+
+
+def _independent_errors(case: Case, bounds: dict[str, Bounds], profile: Profile) -> dict[str, torch.Tensor]:
+    arithmetic = RoundingSites(profile.roundings)
+    results = case.stage.reference(case.inputs, case.dims, arithmetic)
+    independent = {}
+    for name, estimate in bounds.items():
+        value = results[name] if estimate.rows is None else results[name][estimate.rows]
+        ulp = spacing(estimate.value, BF16)
+        weight = (torch.sign(estimate.value) / (estimate.variance + error_bounds.rounding_variance(ulp)).sqrt()).float()
+        batch = case.dims.B
+        # Rows of an argument belong to sequences in turn: [.., B, ..] flattened, B the slowest but for layers.
+        groups = value.shape[0] // batch
+        total = torch.zeros(batch, dtype=torch.float64)
+        squares = torch.zeros(batch, dtype=torch.float64)
+        gradients = torch.autograd.grad(
+            (weight * value).sum(), [zero for zero, _, _ in arithmetic.sites], retain_graph=True, allow_unused=True
+        )
+        for gradient, (_, site, sequence) in zip(gradients, arithmetic.sites, strict=True):
+            if gradient is not None:
+                terms = gradient.double() ** 2 * error_bounds.rounding_variance(spacing(site.double(), BF16))
+                if sequence is None:
+                    per_sequence = terms.reshape(batch, -1)
+                    total += per_sequence.sum(1)
+                    squares += (per_sequence**2).sum(1)
+                else:
+                    total[sequence] += terms.sum()
+                    squares[sequence] += (terms**2).sum()
+        count = (total**2 / squares.clamp_min(1e-300)).clamp_min(1)
+        if groups > 1:
+            layers = estimate.value.shape[0] // (batch * case.dims.NKV)
+            count = count.repeat_interleave(case.dims.NKV).repeat(max(layers, 1))
+        independent[name] = count
+    return independent
+
+
+def judge(case: Case, outcome: Outcome, *, profile: str | None = None, oracle: Oracle | None = None) -> Verdict:
+    """Judge one run of one case. ``profile`` names the only profile allowed; otherwise any of the stage's may explain the run.
+
+    Raises ``UsageError`` if an output has another dtype or shape than the contract says.
+    """
+    oracle = oracle or Oracle(case)
+    if outcome.status != "ok":
+        return Verdict((_failure(outcome),))
+    findings = _conduct(outcome)
+    if not outcome.outputs:
+        return Verdict(worst_first(findings))
+    for argument in case.stage.outputs:
+        _require_shape(argument, outcome.outputs[argument.name], case)
+    allowed = [known for known in case.stage.profiles if profile in (None, known.name)]
+    if not allowed:
+        raise UsageError(f"stage {case.stage.name} has no profile {profile!r}")
+    best: _Numeric | None = None
+    structural, explained = _structure(case, outcome, oracle.bounds(allowed[0]))
+    for candidate in allowed:
+        numeric = _numeric(case, outcome, oracle, candidate, explained)
+        if best is None or numeric.badness < best.badness:
+            best = numeric
+        if not numeric.findings:
+            break
+    assert best is not None
+    findings += structural + best.findings
+    ordered = worst_first(findings)
+    if case.stage.localise is not None and (structural or best.findings):
+        ordered = _with_causes(ordered, case.stage.localise(case.inputs, outcome.outputs, case.dims))
+    return Verdict(ordered, best.share, best.profile.name, best.shares)
+
+
+def _with_causes(findings: tuple[Finding, ...], causes: list[str]) -> tuple[Finding, ...]:
+    if not causes or not findings:
+        return findings
+    first = findings[0]
+    return (dataclasses.replace(first, message=f"{first.message}. Cause: {'; '.join(causes)}"), *findings[1:])
+
+
+def _failure(outcome: Outcome) -> Finding:
+    detector = outcome.status if outcome.status in ("raised", "crashed", "timed_out") else "raised"
+    place = f" ({outcome.location})" if outcome.location else ""
+    return Finding(detector, f"{outcome.message}{place}")
+
+
+def _conduct(outcome: Outcome) -> list[Finding]:
+    """Findings about what a run did besides computing values."""
+    findings = [
+        Finding("changed_input", f"{name} is an input, and {count} of its elements changed", name, count=count)
+        for name, count in outcome.changed_inputs.items()
+    ]
+    findings += [
+        Finding("out_of_bounds", f"memory next to {name} was overwritten: {where}", name)
+        for name, where in outcome.guard_damage.items()
+    ]
+    findings += [
+        Finding(
+            "compiler_pass",
+            f"{difference.compiler_pass} changed {difference.result or 'a result'} of {difference.function}: {difference.message}",
+            count=difference.count,
+            total=difference.total,
+        )
+        for difference in outcome.pass_differences
+    ]
+    return findings
+
+
+def _require_shape(argument: Argument, found: torch.Tensor, case: Case) -> None:
+    expected = argument.size(case.dims)
+    if found.dtype != argument.dtype or tuple(found.shape) != expected:
+        raise UsageError(
+            f"{argument.name} of {case.stage.name} must be {argument.dtype} {list(expected)}, "
+            f"found {found.dtype} {list(found.shape)}"
+        )
+
+
+def _matrix(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The judged rows of one output: as found, widened, and where they stand in the argument."""
+
+    argument: Argument
+    raw: torch.Tensor
+    value: torch.Tensor
+    rows: torch.Tensor | None
+
+    def index(self, flat: int) -> tuple[int, ...]:
+        row, column = divmod(flat, self.value.shape[1])
+        return (row if self.rows is None else int(self.rows[row]), column)
+
+
+def _part(case: Case, outcome: Outcome, name: str, estimate: Bounds) -> _Part:
+    found = outcome.outputs[name]
+    raw = found if estimate.rows is None else found[estimate.rows]
+    return _Part(case.stage.argument(name), raw, _matrix(raw.to(torch.float64)), estimate.rows)
+
+
+def _structure(case: Case, outcome: Outcome, bounds: dict[str, Bounds]) -> tuple[list[Finding], dict[str, torch.Tensor]]:
+    """What is wrong with an output as a whole, and which elements (a mask by argument) that already explains."""
+    findings: list[Finding] = []
+    explained: dict[str, torch.Tensor] = {}
+    for name, estimate in bounds.items():
+        part = _part(case, outcome, name, estimate)
+        value = _matrix(estimate.value)
+        mask = torch.zeros_like(value, dtype=torch.bool)
+        found_everywhere = outcome.outputs[name]
+        if part.argument.access == "io":
+            findings += _untouched(case, name, found_everywhere, estimate)
+            before = case.inputs[name] if estimate.rows is None else case.inputs[name][estimate.rows]
+            same = (bits(part.raw) == bits(before)).all(-1)
+            expected_same = (rounded(value, part.argument.dtype) == before.to(torch.float64)).all(-1)
+            stale = same & ~expected_same
+            if bool(stale.any()):
+                mask |= stale.unsqueeze(1)
+                what = "still holds what it held before the run"
+                findings.append(_extent(case, part, stale.unsqueeze(1).expand_as(value), "stale_row", what))
+        else:
+            blank = _matrix(poisoned(part.raw))
+            if bool(blank.any()):
+                mask |= blank
+                findings.append(_extent(case, part, blank, "unwritten", "was not written"))
+        if not bool(mask.all()):
+            whole = _degenerate(case, part, value)
+            if whole is not None:
+                findings.append(whole)
+                mask = torch.ones_like(mask)
+        explained[name] = mask
+    return findings, explained
+
+
+def _untouched(case: Case, name: str, found: torch.Tensor, estimate: Bounds) -> list[Finding]:
+    before = case.inputs[name]
+    # A NaN that changed its payload on the way through another dtype is still the same NaN.
+    different = (bits(found) != bits(before)) & ~(found.isnan() & before.isnan())
+    rows = different.any(-1)
+    if estimate.rows is not None:
+        rows = rows.clone()
+        rows[estimate.rows] = False
+    touched = torch.nonzero(rows).flatten()
+    if not len(touched):
+        return []
+    argument = case.stage.argument(name)
+    first = int(touched[0])
+    column = int(torch.nonzero(different[first])[0])
+    where = argument.where((first, column), case.dims)
+    return [
+        Finding(
+            "out_of_bounds",
+            f"{len(touched)} rows of {name} that must keep their contents changed, the first at {_place(where)}",
+            name,
+            (first, column),
+            where,
+            count=len(touched),
+            total=int(rows.numel()),
+        )
+    ]
+
+
+def _degenerate(case: Case, part: _Part, value: torch.Tensor) -> Finding | None:
+    """All zeros, or only a copy of an input, where the oracle is neither."""
+    name, dtype = part.argument.name, part.argument.dtype
+    if not bool(part.value.any()):
+        smallest = 2.0**-126
+        if bool((value.abs() > smallest).any()):
+            return Finding("all_zeros", f"{name} is all zeros", name, (0, 0), count=value.numel(), total=value.numel())
+        return None
+    for other in case.stage.arguments:
+        if other.access == "in" and case.inputs[other.name].numel() == value.numel() > 1:
+            source = _matrix(case.inputs[other.name].to(torch.float64))
+            if source.shape == value.shape and torch.equal(part.value, source):
+                if torch.equal(rounded(value, dtype), source):
+                    return None
+                return Finding("echo", f"{name} only repeats {other.name}", name, (0, 0), count=value.numel(), total=value.numel())
+    return None
+
+
+@dataclasses.dataclass
+class _Numeric:
+    """The numeric tests of all outputs under one profile."""
+
+    profile: Profile
+    findings: list[Finding]
+    shares: dict[str, float]
+    wrong: int = 0
+
+    @property
+    def share(self) -> float | None:
+        return max(self.shares.values(), default=None)
+
+    @property
+    def badness(self) -> tuple[int, int, float]:
+        return (len(self.findings), self.wrong, self.share or 0.0)
+
+
+def _numeric(case: Case, outcome: Outcome, oracle: Oracle, profile: Profile, explained: dict[str, torch.Tensor]) -> _Numeric:
+    result = _Numeric(profile, [], {})
+    for name, estimate in oracle.bounds(profile).items():
+        part = _part(case, outcome, name, estimate)
+        flat = Bounds(_matrix(estimate.value), _matrix(estimate.variance), _matrix(estimate.worst))
+        skip = explained[name]
+        if bool(skip.all()):
+            continue
+        share = _finite_and_element(case, part, flat, skip, result)
+        if part.argument.dtype == BF16:
+            statistics = _Statistics(case, oracle, profile, part, flat, estimate, skip)
+            share = max(share, statistics.spread(result))
+            if not case.stage.composite:
+                share = max(share, statistics.bias(result))
+        result.shares[name] = share
+    return result
+
+
+def kappa(count: int) -> float:
+    """How many standard deviations the worst of ``count`` correct elements stays within, but for ``FALSE_ALARM``."""
+    return math.sqrt(2 * math.log(2 * count / FALSE_ALARM))
+
+
+def _finite_and_element(case: Case, part: _Part, estimate: Bounds, skip: torch.Tensor, result: _Numeric) -> float:
+    argument, out, value = part.argument, part.value, estimate.value
+    oracle = rounded(value, argument.dtype) if argument.dtype != torch.float32 else value
+    # Bit-equal infinities and NaNs of both are agreement; one-sided ones are not.
+    agree = (out == oracle) | (out.isnan() & oracle.isnan())
+    broken = ~torch.isfinite(out) & ~agree & ~skip
+    if bool(broken.any()):
+        result.wrong += int(broken.sum())
+        result.findings.append(_extent(case, part, broken, "not_finite", "is not finite"))
+    half = spacing(torch.maximum(out.abs(), value.abs()), argument.dtype) * (0.5 * HALF_ULP_SLACK) + FLUSHED
+    excess = (out - value).abs() - half
+    worst = torch.nan_to_num(estimate.worst, nan=math.inf, posinf=math.inf)
+    allowance = torch.minimum(kappa(out.numel()) * estimate.variance.sqrt(), worst)
+    usable = torch.isfinite(out) & torch.isfinite(value) & ~skip
+    share = torch.where(usable & (excess > 0), excess / allowance, torch.zeros_like(excess))
+    beyond = usable & (excess > 0) & ~(share <= 1)
+    highest = float(share.max())
+    if bool(beyond.any()):
+        result.wrong += int(beyond.sum())
+        result.findings.append(_element_finding(case, part, estimate, share, beyond))
+    return highest
+
+
+def _element_finding(case: Case, part: _Part, estimate: Bounds, share: torch.Tensor, beyond: torch.Tensor) -> Finding:
+    masked = torch.where(beyond, torch.nan_to_num(share, nan=math.inf), torch.full_like(share, -1.0))
+    error = (part.value - estimate.value).abs()
+    # Among elements that allow nothing, the largest error is the worst.
+    worst = masked == masked.max()
+    flat = int(torch.where(worst, error, torch.full_like(error, -1.0)).argmax())
+    index = part.index(flat)
+    argument = part.argument
+    where = argument.where(index[-len(argument.size(case.dims)) :], case.dims)
+    found, expected = float(part.value.flatten()[flat]), float(estimate.value.flatten()[flat])
+    ulps = float(distance(part.value, estimate.value, argument.dtype).flatten()[flat])
+    amount = float(share.flatten()[flat])
+    used = "where no error is allowed" if math.isinf(amount) else f"{amount:.3g} times its allowance"
+    return Finding(
+        "element",
+        f"{_at(argument, index)} is {found:.6g}, expected {expected:.6g}: {ulps:.3g} ulp off, {used}; {_pattern(case, part, beyond)}",
+        argument.name,
+        index,
+        where,
+        share=amount,
+        ulps=ulps,
+        count=int(beyond.sum()),
+        total=beyond.numel(),
+    )
+
+
+class _Statistics:
+    """Spread and bias of one bf16 output: errors that are each small enough, and together impossible."""
+
+    def __init__(
+        self,
+        case: Case,
+        oracle: Oracle,
+        profile: Profile,
+        part: _Part,
+        flat: Bounds,
+        estimate: Bounds,
+        skip: torch.Tensor,
+    ) -> None:
+        self.case, self.oracle, self.profile, self.part = case, oracle, profile, part
+        self.estimate = estimate
+        self.ulp = spacing(flat.value, BF16)
+        self.deviation = (flat.variance + error_bounds.rounding_variance(self.ulp)).sqrt()
+        self.error = part.value - flat.value
+        self.value = flat.value
+        counted = torch.isfinite(self.error) & torch.isfinite(self.deviation) & ~skip
+        magnitudes = flat.value.abs().sort(-1).values
+        self.distinct = (magnitudes[:, 1:] != magnitudes[:, :-1]).sum(-1) + 1
+        # A constant row rounds the same way everywhere: nothing averages out in it.
+        self.counted = counted & (self.distinct >= FEWEST_DISTINCT).unsqueeze(1)
+        self.scaled = torch.where(self.counted, self.error / self.deviation, torch.zeros_like(self.error))
+
+    @functools.cached_property
+    def independent(self) -> torch.Tensor:
+        """Per row, how many independent errors it holds at the most."""
+        distinct = self.distinct.double()
+        if self.estimate.correlation is not None:
+            return torch.minimum(distinct, self.estimate.correlation.independent)
+        if self.case.stage.composite:
+            return torch.minimum(distinct, self.oracle.independent_errors(self.part.argument.name, self.profile))
+        return distinct
+
+    def spread(self, result: _Numeric) -> float:
+        """Mean square of the scaled error, for the tensor, each row, each tile of a row, each column of tiles."""
+        square = self.scaled**2
+        if not bool(self.counted.any()):
+            return 0.0
+        # The limit only rises as fewer errors are independent: count them only where all together would not do.
+        share = self._spread_share(square, self.distinct.double())
+        if float(share[0]) > 1:
+            share = self._spread_share(square, self.independent)
+        worst, place = share
+        if worst > 1:
+            row, columns, mean = place
+            argument = self.part.argument
+            index = self.part.index((row or 0) * square.shape[1] + columns.start)
+            where = argument.where(index[-len(argument.size(self.case.dims)) :], self.case.dims)
+            area = _area(self.part, row, columns, square.shape[1])
+            result.wrong += 1
+            result.findings.append(
+                Finding(
+                    "spread",
+                    f"errors of {argument.name} in {area} are {math.sqrt(mean):.3g} times what rounding explains "
+                    f"(mean square {worst:.3g} times the limit)",
+                    argument.name,
+                    index,
+                    where,
+                    share=worst,
+                    ulps=float((self.error.abs() / self.ulp)[self.counted].max()),
+                    count=int(self.counted.sum()),
+                    total=self.counted.numel(),
+                )
+            )
+        return float(worst)
+
+    def _spread_share(self, square: torch.Tensor, independent: torch.Tensor) -> tuple[float, tuple[int | None, slice, float]]:
+        rows, columns = square.shape
+        padded = -columns % TILE
+        counted = torch.nn.functional.pad(self.counted, (0, padded)).view(rows, -1, TILE)
+        tiles = torch.nn.functional.pad(square, (0, padded)).view(rows, -1, TILE).sum(-1)
+        counts = counted.sum(-1).double()
+        per_row = independent.unsqueeze(1)
+        # Independent errors in an area: at most its elements, at most what each of its rows has.
+        in_tile = torch.minimum(counts, per_row)
+        row_counts = counts.sum(1)
+        in_row = torch.minimum(row_counts, independent)
+        areas = (
+            (tiles.sum().view(1, 1), row_counts.sum().view(1, 1), in_row.sum().view(1, 1)),
+            (tiles.sum(1, keepdim=True), row_counts.view(-1, 1), in_row.view(-1, 1)),
+            (tiles, counts, in_tile),
+            (tiles.sum(0, keepdim=True), counts.sum(0, keepdim=True), in_tile.sum(0, keepdim=True)),
+        )
+        best: tuple[float, tuple[int | None, slice, float]] = (0.0, (None, slice(0, columns), 0.0))
+        for kind, (total, count, effective) in enumerate(areas):
+            mean = total / count.clamp_min(1)
+            share = mean / spread_limit(effective)
+            flat = int(share.argmax())
+            if float(share.flatten()[flat]) > best[0]:
+                row, tile = divmod(flat, share.shape[1])
+                whole_row = kind in (0, 1)
+                area = slice(0, columns) if whole_row else slice(tile * TILE, min(columns, (tile + 1) * TILE))
+                place = (row if kind in (1, 2) else None, area, float(mean.flatten()[flat]))
+                best = (float(share.flatten()[flat]), place)
+        return best
+
+    def bias(self, result: _Numeric) -> float:
+        """The signed sum of scaled errors, for each row and the tensor: truncation, or a factor that is slightly off."""
+        tie = ((self.value - rounded(self.value, BF16)).abs() - self.ulp / 2).abs() < TIE_ULPS * self.ulp
+        counted = self.counted & ~tie
+        signed = torch.where(counted, self.scaled * torch.sign(self.value), torch.zeros_like(self.scaled))
+        counts = counted.sum(1).double()
+        if self.estimate.correlation is not None:
+            variance = torch.maximum(self.estimate.correlation.sum_variance, counts)
+        else:
+            # Repeated values repeat their error: the sum of n errors of which d are different varies n / d times as much.
+            variance = counts * (counts / torch.minimum(self.distinct.double(), counts).clamp_min(1))
+        sums = torch.cat([signed.sum(1), signed.sum().view(1)])
+        limits = torch.cat([BIAS_SIGMAS * variance.sqrt(), BIAS_SIGMAS * variance.sum().sqrt().view(1)])
+        limits = limits + BIAS_SLACK * torch.cat([counts, counts.sum().view(1)])
+        share = torch.where(limits > 0, sums.abs() / limits.clamp_min(1e-300), torch.zeros_like(sums))
+        worst = int(share.argmax())
+        amount = float(share[worst])
+        if amount > 1:
+            argument = self.part.argument
+            row = worst if worst < len(counts) else None
+            index = self.part.index((row or 0) * self.value.shape[1])
+            area = _area(self.part, row, slice(0, self.value.shape[1]), self.value.shape[1])
+            lean = "too large" if float(sums[worst]) > 0 else "too small"
+            mean = float(sums[worst]) / float(torch.cat([counts, counts.sum().view(1)])[worst])
+            result.wrong += 1
+            result.findings.append(
+                Finding(
+                    "bias",
+                    f"{argument.name} is {lean} in magnitude throughout {area}: on average {abs(mean):.3g} standard deviations "
+                    f"of a rounding, {amount:.3g} times the limit (truncation, or a factor slightly off)",
+                    argument.name,
+                    index,
+                    argument.where(index[-len(argument.size(self.case.dims)) :], self.case.dims),
+                    share=amount,
+                    count=int(counted.sum()),
+                    total=counted.numel(),
+                )
+            )
+        return amount
+
+
+def spread_limit(independent: torch.Tensor) -> torch.Tensor:
+    """The largest mean square of scaled errors of a correct kernel, of which ``independent`` are independent."""
+    n = independent.clamp_min(2)
+    variance = 2 / (9 * n)
+    return SPREAD_SLACK * (1 - variance + SPREAD_SIGMAS * variance.sqrt()) ** 3
+
+
+def _extent(case: Case, part: _Part, mask: torch.Tensor, detector: str, what: str) -> Finding:
+    first = int(torch.nonzero(mask.flatten())[0])
+    index = part.index(first)
+    argument = part.argument
+    where = argument.where(index[-len(argument.size(case.dims)) :], case.dims)
+    return Finding(
+        detector,
+        f"{argument.name} {what}: {_pattern(case, part, mask)}, the first at {_at(argument, index)} ({_place(where)})",
+        argument.name,
+        index,
+        where,
+        count=int(mask.sum()),
+        total=mask.numel(),
+    )
+
+
+def _at(argument: Argument, index: Sequence[int]) -> str:
+    return f"{argument.name}[{', '.join(str(position) for position in index)}]"
+
+
+def _place(where: dict[str, int]) -> str:
+    return ", ".join(f"{label.replace('_', ' ')} {position}" for label, position in where.items())
+
+
+def _area(part: _Part, row: int | None, columns: slice, width: int) -> str:
+    across = "" if columns == slice(0, width) else f"columns {columns.start}..{columns.stop - 1}"
+    if row is None:
+        return f"{across} of every row" if across else "the whole tensor"
+    number = row if part.rows is None else int(part.rows[row])
+    return f"row {number}, {across}" if across else f"row {number}"
+
+
+def _pattern(case: Case, part: _Part, mask: torch.Tensor) -> str:
+    """How much is wrong and in what shape: all of it, whole rows, a block of columns, or scattered elements."""
+    count, total = int(mask.sum()), mask.numel()
+    if count == total:
+        return f"all {total} elements"
+    rows = torch.nonzero(mask.any(1)).flatten()
+    columns = torch.nonzero(mask.any(0)).flatten()
+    block = mask[rows][:, columns]
+    text = f"{count} of {total} elements"
+    if not bool(block.all()) or count == 1:
+        return f"{text}, in {len(rows)} of {mask.shape[0]} rows" if mask.shape[0] > 1 else text
+    names = rows if part.rows is None else part.rows[rows]
+    down = "every row" if len(rows) == mask.shape[0] else f"rows {_ranges(names.tolist())}"
+    across = "" if len(columns) == mask.shape[1] else f", columns {_ranges(columns.tolist())}"
+    return f"{text}: {down}{across}"
+
+
+def _ranges(numbers: list[int], most: int = 4) -> str:
+    """Numbers as short ranges, such as ``0..3, 8``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    shown = [str(low) if low == high else f"{low}..{high}" for low, high in runs[:most]]
+    return ", ".join(shown) + (f" and {len(runs) - most} more" if len(runs) > most else "")

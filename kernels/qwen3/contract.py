@@ -1,0 +1,236 @@
+"""The Qwen3 decode contract: every stage's arguments, reference, error model and data.
+
+Names, order, dtypes and layouts are fixed; kernels, references, generators and third-party kernels meet here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from conformance.arithmetic import Arithmetic
+from conformance.bounds import Profile
+from conformance.contract import Argument, Dims, Model, Stage, Tensors, read, update, write
+from conformance.ulp import Mode
+from kernels.qwen3 import error_model, inputs, localise, reference
+from kernels.qwen3.config import PRESETS
+
+bf16, f32, i32 = torch.bfloat16, torch.float32, torch.int32
+
+CONTIGUOUS = "L*B*NKV*S D"
+PAGED = "L*NB*NKV*BS D"
+
+
+def _outputs(function: Callable[..., tuple[torch.Tensor, ...]], arguments: Sequence[Argument]) -> Callable[..., dict[str, torch.Tensor]]:
+    """A reference called by name: inputs in, outputs by name, in the order of the contract."""
+    read_names = [argument.name for argument in arguments if argument.access != "out"]
+    written = [argument.name for argument in arguments if argument.access != "in"]
+
+    def call(tensors: Tensors, dims: Dims, arithmetic: Arithmetic) -> dict[str, torch.Tensor]:
+        results = function(*(tensors[name] for name in read_names), dims=dims, a=arithmetic)
+        return dict(zip(written, results, strict=True))
+
+    return call
+
+
+def _profiles(*roundings: str, casts: Sequence[Mode] = ("half_even", "half_away")) -> tuple[Profile, ...]:
+    """Every combination of a stage's optional roundings with every legal cast, the contract's own points first."""
+    found = []
+    for count in range(len(roundings) + 1):
+        for chosen in itertools.combinations(roundings, count):
+            for cast in casts:
+                name = "+".join(chosen) or "contract"
+                found.append(Profile(name if cast == "half_even" else f"{name},{cast}", frozenset(chosen), cast))
+    return tuple(found)
+
+
+#: Inside a layer every optional rounding may or may not happen, and the norms' division may come after the projections.
+_EVERYWHERE = frozenset({"normalised", "before_rope", "projection", "probabilities", "branch", "residual", "gate_up"})
+_LAYER_PROFILES = (
+    Profile("modelled", _EVERYWHERE, modelled=True),
+    Profile("modelled,deferred_norm", _EVERYWHERE | {"deferred_norm"}, modelled=True),
+)
+
+_VALUE_REGIMES = ("normal", "small", "outlier", "constant", "heavy_tail", "mixed_rows", "big")
+_LAYER_REGIMES = ("normal", "small", "outlier", "heavy_tail", "mixed_rows", "length_one", "long", "needle", "big")
+
+LAYER_WEIGHTS = (
+    read("input_rms_weight", "L H", f32),
+    read("wq", "L*H NH*D", bf16),
+    read("wk", "L*H NKV*D", bf16),
+    read("wv", "L*H NKV*D", bf16),
+    read("q_norm_weight", "L D", f32),
+    read("k_norm_weight", "L D", f32),
+    read("wo", "L*H H", bf16),
+    read("w_gate", "L*H I", bf16),
+    read("w_up", "L*H I", bf16),
+    read("w_down", "L*I H", bf16),
+    read("post_rms_weight", "L H", f32),
+)
+LAYER_ARGUMENTS = (
+    read("hidden_states", "B H", bf16),
+    *LAYER_WEIGHTS,
+    read("seq_lens", "B", i32),
+    read("rope_cos", "S D", f32),
+    read("rope_sin", "S D", f32),
+    update("k_cache", CONTIGUOUS, bf16),
+    update("v_cache", CONTIGUOUS, bf16),
+    write("out", "B H", bf16),
+)
+
+
+def _stage(name: str, summary: str, arguments: tuple[Argument, ...], **keywords: object) -> Stage:
+    return Stage(
+        name=name,
+        summary=summary,
+        arguments=arguments,
+        reference=_outputs(getattr(reference, name), arguments),
+        error_model=getattr(error_model, name),
+        make_inputs=getattr(inputs, name),
+        **keywords,  # type: ignore[arg-type]
+    )
+
+
+RMS_NORM = _stage(
+    "rms_norm",
+    "bf16(rn(x, weight))",
+    (read("x", "B H", bf16), read("weight", "1 H", f32), write("out", "B H", bf16)),
+    regimes=_VALUE_REGIMES,
+    profiles=_profiles("normalised"),
+)
+QKV_PROJ = _stage(
+    "qkv_proj",
+    "three products: x @ wq, x @ wk, x @ wv",
+    (
+        read("x", "B H", bf16),
+        read("wq", "H NH*D", bf16),
+        read("wk", "H NKV*D", bf16),
+        read("wv", "H NKV*D", bf16),
+        write("q", "B NH*D", f32),
+        write("k", "B NKV*D", f32),
+        write("v", "B NKV*D", f32),
+    ),
+    regimes=(*_VALUE_REGIMES, "cancel"),
+    profiles=_profiles(casts=("half_even",)),
+)
+QK_NORM = _stage(
+    "qk_norm",
+    "rn of each head by itself",
+    (
+        read("q", "B NH*D", f32),
+        read("k", "B NKV*D", f32),
+        read("q_norm_weight", "1 D", f32),
+        read("k_norm_weight", "1 D", f32),
+        write("q_out", "B NH*D", f32),
+        write("k_out", "B NKV*D", f32),
+    ),
+    regimes=_VALUE_REGIMES,
+    profiles=_profiles("normalised", "before_rope"),
+)
+ROPE = _stage(
+    "rope",
+    "rotate-half at position seq_lens[b] - 1, then bf16",
+    (
+        read("q", "B NH*D", f32),
+        read("k", "B NKV*D", f32),
+        read("seq_lens", "B", i32),
+        read("rope_cos", "S D", f32),
+        read("rope_sin", "S D", f32),
+        write("q_out", "B NH*D", bf16),
+        write("k_out", "B NKV*D", bf16),
+    ),
+    regimes=(*_VALUE_REGIMES, "length_one", "long"),
+    profiles=_profiles("before_rope"),
+    has_lengths=True,
+)
+KV_WRITE = _stage(
+    "kv_write",
+    "the cache rows of slot slot_mapping[b] become k and bf16(v)",
+    (
+        read("k", "B NKV*D", bf16),
+        read("v", "B NKV*D", f32),
+        read("slot_mapping", "B", i32),
+        update("k_cache", PAGED, bf16),
+        update("v_cache", PAGED, bf16),
+    ),
+    regimes=(*_VALUE_REGIMES, "length_one", "long"),
+    profiles=_profiles(),
+    drawn=("B", "NB"),
+    has_lengths=True,
+)
+ATTENTION = _stage(
+    "attention",
+    "softmax attention over the first seq_lens[b] rows of a contiguous cache",
+    (
+        read("q", "B NH*D", bf16),
+        read("seq_lens", "B", i32),
+        read("k_cache", CONTIGUOUS, bf16),
+        read("v_cache", CONTIGUOUS, bf16),
+        write("out", "B NH*D", bf16),
+    ),
+    regimes=(*_VALUE_REGIMES, "cancel", "length_one", "long", "needle"),
+    profiles=tuple(
+        profile
+        for profile in _profiles("probabilities", "denominator_of_rounded")
+        if profile.makes("probabilities") or not profile.makes("denominator_of_rounded")
+    ),
+    has_lengths=True,
+)
+O_PROJ = _stage(
+    "o_proj",
+    "attn @ wo + residual",
+    (read("attn", "B H", bf16), read("wo", "H H", bf16), read("residual", "B H", bf16), write("out", "B H", f32)),
+    regimes=(*_VALUE_REGIMES, "cancel"),
+    profiles=_profiles("branch"),
+)
+MLP = _stage(
+    "mlp",
+    "bf16(silu(x @ w_gate) * (x @ w_up)) @ w_down",
+    (
+        read("x", "B H", bf16),
+        read("w_gate", "H I", bf16),
+        read("w_up", "H I", bf16),
+        read("w_down", "I H", bf16),
+        write("out", "B H", f32),
+    ),
+    regimes=(*_VALUE_REGIMES, "cancel"),
+    profiles=_profiles("gate_up", "branch"),
+)
+DECODE_LAYER = _stage(
+    "decode_layer",
+    "one layer on a contiguous cache",
+    LAYER_ARGUMENTS,
+    regimes=_LAYER_REGIMES,
+    profiles=_LAYER_PROFILES,
+    has_lengths=True,
+    composite=True,
+    localise=localise.layers,
+)
+DECODE_FWD_LAYERS = _stage(
+    "decode_fwd_layers",
+    "hidden states after L stacked layers, in one program",
+    LAYER_ARGUMENTS,
+    regimes=_LAYER_REGIMES,
+    profiles=_LAYER_PROFILES,
+    drawn=("B", "L"),
+    has_lengths=True,
+    composite=True,
+    localise=localise.layers,
+)
+
+STAGES = (
+    RMS_NORM,
+    QKV_PROJ,
+    QK_NORM,
+    ROPE,
+    KV_WRITE,
+    ATTENTION,
+    O_PROJ,
+    MLP,
+    DECODE_LAYER,
+    DECODE_FWD_LAYERS,
+)
+
+MODEL = Model("qwen3", STAGES, PRESETS)

@@ -1,0 +1,271 @@
+"""The data a Qwen3 stage is judged on, by regime. No single regime shows every fault; each docstring says what its own shows.
+
+Norm weights are around 1 with spread 0.3, every layer different; projections are scaled so that each sublayer contributes about
+as much as the residual stream brings (a fault in a branch of a few percent would drown in honest rounding). Rows of a cache
+that must not be read hold finite garbage where a legal kernel may multiply them by a zero probability, NaN where none may.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from conformance.arithmetic import EXACT
+from conformance.contract import Dims
+from conformance.data import Source, rotation_table
+from kernels.qwen3 import reference
+
+Tensor = torch.Tensor
+Inputs = dict[str, Tensor]
+
+REGIMES: dict[str, str] = {
+    "normal": "bell-shaped values of unit size",
+    "small": "activations near 1e-3, in a layer wq and wk too: only here does eps matter",
+    "outlier": "2% of the channels 100 times larger: a lost channel or a narrow format shows",
+    "cancel": "sums that nearly cancel: a lost or doubled partial sum shows, and accumulation in bf16",
+    "constant": "every value of a row equal: errors cannot average out",
+    "heavy_tail": "rare values 30 times the rest",
+    "mixed_rows": "every row of another magnitude: a value taken from another row shows",
+    "length_one": "every sequence at its first token",
+    "long": "every sequence near the maximum length",
+    "needle": "one key dominates: the first, the last, at a page's edge, or just past the end, where it must not be seen",
+    "big": "values near 1e5 or scores over 88: overflow, and softmax without subtracting the maximum",
+}
+
+BF16 = torch.bfloat16
+#: Contents of cache rows past a sequence's length.
+GARBAGE_KEY, GARBAGE_VALUE = 1e2, 1e4
+
+
+def _shaped(x: Tensor, regime: str, source: Source, name: str) -> Tensor:
+    """Activations ``[B, n]`` (float64) in the manner of a regime."""
+    if regime == "small":
+        return x * 1e-3
+    if regime == "outlier":
+        chosen = source.permutation(name + ".outliers", x.shape[-1])[: max(1, x.shape[-1] // 50)]
+        x = x.clone()
+        x[:, chosen] *= 100
+        return x
+    if regime == "constant":
+        return x[:, :1].expand_as(x).clone()
+    if regime == "heavy_tail":
+        return x / (source.uniform(name + ".tail", x.shape) * 0.999 + 0.001).sqrt()
+    if regime == "mixed_rows":
+        order = source.permutation(name + ".rows", x.shape[0])
+        magnitude = torch.tensor([10.0 ** -(rank % 5) for rank in order], dtype=torch.float64)
+        return x * magnitude.unsqueeze(1)
+    if regime == "big":
+        return x * 1e5
+    return x
+
+
+def _activations(source: Source, name: str, shape: tuple[int, ...], regime: str) -> Tensor:
+    return _shaped(source.normal(name, shape), regime, source, name)
+
+
+def _norm_weight(source: Source, name: str, shape: tuple[int, ...]) -> Tensor:
+    return (1 + 0.3 * source.normal(name, shape)).float()
+
+
+def _weight(source: Source, name: str, depth: int, width: int, gain: float = 1.0, layers: int = 1) -> Tensor:
+    return source.grid(name, (layers * depth, width), gain * depth**-0.5)
+
+
+def rms_norm(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    weight = _norm_weight(source, "weight", (1, dims.H))
+    x = _activations(source, "x", (dims.B, dims.H), regime)
+    return {"x": x.to(BF16), "weight": weight}
+
+
+def _cancelling_pairs(x: Tensor, *weights: Tensor) -> Tensor:
+    # Neighbouring channels see the same weights and carry nearly opposite values: each product's partner all but cancels it.
+    x = x.clone()
+    pairs = x.shape[-1] // 2 * 2
+    x[:, 1:pairs:2] = -x[:, 0:pairs:2] * (1 + 2.0**-6)
+    for weight in weights:
+        weight[1:pairs:2] = weight[0:pairs:2]
+    return x
+
+
+def qkv_proj(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    x = _activations(source, "x", (dims.B, dims.H), regime)
+    widths = {"wq": dims.NH * dims.D, "wk": dims.NKV * dims.D, "wv": dims.NKV * dims.D}
+    weights = {name: _weight(source, name, dims.H, width) for name, width in widths.items()}
+    if regime == "cancel":
+        x = _cancelling_pairs(x, *weights.values())
+    return {"x": x.to(BF16), **weights}
+
+
+def qk_norm(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    return {
+        "q": _activations(source, "q", (dims.B, dims.NH * dims.D), regime).float(),
+        "k": _activations(source, "k", (dims.B, dims.NKV * dims.D), regime).float(),
+        "q_norm_weight": _norm_weight(source, "q_norm_weight", (1, dims.D)),
+        "k_norm_weight": _norm_weight(source, "k_norm_weight", (1, dims.D)),
+    }
+
+
+def _rope_tables(dims: Dims) -> Inputs:
+    cosine, sine = rotation_table(dims.S, dims.D, dims.theta)
+    return {"rope_cos": cosine.float(), "rope_sin": sine.float()}
+
+
+def rope(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    return {
+        "q": _activations(source, "q", (dims.B, dims.NH * dims.D), regime).float(),
+        "k": _activations(source, "k", (dims.B, dims.NKV * dims.D), regime).float(),
+        "seq_lens": torch.tensor(seq_lens, dtype=torch.int32),
+        **_rope_tables(dims),
+    }
+
+
+def kv_write(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    pages_of = [-(-length // dims.BS) for length in seq_lens]
+    # The last page belongs to nobody: indexing with -1 would read it.
+    free = source.permutation("pages", dims.NB - 1)
+    slots, owned = [], []
+    for length, pages in zip(seq_lens, pages_of, strict=True):
+        mine, free = free[:pages], free[pages:]
+        owned.extend(mine)
+        slots.append(mine[-1] * dims.BS + (length - 1) % dims.BS)
+    caches = {}
+    for name in ("k_cache", "v_cache"):
+        shape = (dims.L, dims.NB, dims.NKV * dims.BS, dims.D)
+        cache = torch.full(shape, float("nan"), dtype=BF16)
+        cache[:, owned] = source.grid(name, (dims.L, len(owned), dims.NKV * dims.BS, dims.D), 1.0)
+        caches[name] = cache.view(-1, dims.D)
+    return {
+        "k": _activations(source, "k", (dims.B, dims.NKV * dims.D), regime).to(BF16),
+        "v": _activations(source, "v", (dims.B, dims.NKV * dims.D), regime).float(),
+        "slot_mapping": torch.tensor(slots, dtype=torch.int32),
+        **caches,
+    }
+
+
+def _history(
+    source: Source, name: str, dims: Dims, valid: list[int], scale: float, garbage: float, regime: str = "normal"
+) -> Tensor:
+    """A contiguous cache ``[L*B*NKV*S, D]``: ``valid[b]`` rows of history for each sequence, garbage after them."""
+    shape = (dims.L, dims.B, dims.NKV, dims.S, dims.D)
+    cache = source.grid(name, shape, scale)
+    if regime in ("small", "outlier", "heavy_tail", "constant"):
+        flat = cache.reshape(-1, dims.D).double()
+        cache = _shaped(flat, regime, source, name).to(BF16).view(shape)
+    elif regime == "big":
+        cache = (cache.double() * 1e5).to(BF16)
+    stale = torch.arange(dims.S).unsqueeze(0) >= torch.tensor(valid).unsqueeze(1)  # [B, S]
+    filler = (source.grid(name + ".garbage", shape, 1.0).double() * garbage).to(BF16)
+    return torch.where(stale.view(1, dims.B, 1, dims.S, 1), filler, cache).view(-1, dims.D)
+
+
+def attention(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    valid = list(seq_lens)
+    on_values = regime if regime in ("small", "outlier", "heavy_tail", "constant", "big") else "normal"
+    k_cache = _history(source, "k_cache", dims, valid, 1.0, GARBAGE_KEY)
+    v_cache = _history(source, "v_cache", dims, valid, 1.0, GARBAGE_VALUE, on_values)
+    q = source.normal("q", (dims.B, dims.H))
+    if regime == "big":
+        q = q * 40
+    elif regime in ("small", "heavy_tail", "mixed_rows"):
+        q = _shaped(q, regime, source, "q")
+    if regime == "cancel" and dims.S > 1:
+        # Neighbouring positions share a key and carry opposite values; only an odd last one is left over.
+        keys, values = (reference.contiguous(cache, dims) for cache in (k_cache, v_cache))
+        for b, length in enumerate(valid):
+            pairs = length // 2 * 2
+            keys[:, b, :, 1:pairs:2] = keys[:, b, :, 0:pairs:2]
+            values[:, b, :, 1:pairs:2] = -values[:, b, :, 0:pairs:2]
+    if regime == "needle":
+        keys = reference.contiguous(k_cache, dims)[0].double()
+        heads = q.view(dims.B, dims.NKV, dims.G, dims.D)
+        spots = _needle_positions(dims, seq_lens, source)
+        for b, per_head in enumerate(spots):
+            for head, position in enumerate(per_head):
+                kv_head, member = divmod(head, dims.G)
+                key = keys[b, kv_head, position]
+                # 1.2 times the key scores far above any other key; a garbage key is brought down to the size of a real one.
+                heads[b, kv_head, member] = key * (1.2 if position < valid[b] else 1.2 / GARBAGE_KEY)
+    return {
+        "q": q.to(BF16),
+        "seq_lens": torch.tensor(seq_lens, dtype=torch.int32),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+    }
+
+
+def _needle_positions(dims: Dims, seq_lens: tuple[int, ...], source: Source) -> list[list[int]]:
+    """For every sequence and query head, which position's key dominates; position ``seq_len`` is just past the end."""
+    shift = source.integers("needle", 0, 1 << 20, dims.B)
+    chosen = []
+    for length, offset in zip(seq_lens, shift, strict=True):
+        edge = (length - 1) // dims.BS * dims.BS  # the first row of the last page
+        spots = [length - 1, 0, edge, max(edge - 1, 0), min(length, dims.S - 1), max(length - 2, 0)]
+        chosen.append([spots[(head + offset) % len(spots)] for head in range(dims.NH)])
+    return chosen
+
+
+def o_proj(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    wo = _weight(source, "wo", dims.H, dims.H)
+    attn = _activations(source, "attn", (dims.B, dims.H), regime).to(BF16)
+    residual = _activations(source, "residual", (dims.B, dims.H), regime).to(BF16)
+    if regime == "cancel":
+        attn = source.grid("attn", (dims.B, dims.H), 1.0)
+        residual = -EXACT.matmul(attn.double(), wo).to(BF16)
+    return {"attn": attn, "wo": wo, "residual": residual}
+
+
+def mlp(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    x = _activations(source, "x", (dims.B, dims.H), regime)
+    w_gate, w_up = (_weight(source, name, dims.H, dims.I) for name in ("w_gate", "w_up"))
+    w_down = _weight(source, "w_down", dims.I, dims.H)
+    if regime == "cancel":
+        x = _cancelling_pairs(x, w_gate, w_up)
+    return {"x": x.to(BF16), "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
+
+
+def decode_fwd_layers(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    L, H, D = dims.L, dims.H, dims.D
+    # Attention averages values and so shrinks them; wo makes up for it.
+    small = 1e-3 if regime == "small" else 1.0
+    inputs: Inputs = {
+        "hidden_states": _activations(source, "hidden_states", (dims.B, H), regime).to(BF16),
+        "input_rms_weight": _norm_weight(source, "input_rms_weight", (L, H)),
+        "wq": _weight(source, "wq", H, dims.NH * D, small, L),
+        "wk": _weight(source, "wk", H, dims.NKV * D, small, L),
+        "wv": _weight(source, "wv", H, dims.NKV * D, 1.0, L),
+        "q_norm_weight": _norm_weight(source, "q_norm_weight", (L, D)),
+        "k_norm_weight": _norm_weight(source, "k_norm_weight", (L, D)),
+        "wo": _weight(source, "wo", H, H, 2.0, L),
+        "w_gate": _weight(source, "w_gate", H, dims.I, 1.0, L),
+        "w_up": _weight(source, "w_up", H, dims.I, 1.0, L),
+        "w_down": _weight(source, "w_down", dims.I, H, 2.0, L),
+        "post_rms_weight": _norm_weight(source, "post_rms_weight", (L, H)),
+        "seq_lens": torch.tensor(seq_lens, dtype=torch.int32),
+        **_rope_tables(dims),
+    }
+    # The current position's row is stale until the layer writes it.
+    past = [length - 1 for length in seq_lens]
+    inputs["k_cache"] = _history(source, "k_cache", dims, past, 2.0, GARBAGE_KEY)
+    inputs["v_cache"] = _history(source, "v_cache", dims, past, 1.0, GARBAGE_VALUE)
+    if regime == "needle":
+        _plant_needles(inputs, dims, seq_lens, source)
+    return inputs
+
+
+def _plant_needles(inputs: Inputs, dims: Dims, seq_lens: tuple[int, ...], source: Source) -> None:
+    """Make keys of the first layer's history that its queries single out, one position a KV head."""
+    first = {name: reference.layer_of(inputs[name], 0, dims.L) for name in inputs if inputs[name].shape[0] % dims.L == 0}
+    (x,) = reference.rms_norm(inputs["hidden_states"], first["input_rms_weight"], dims=dims, a=EXACT)
+    q, k, _ = reference.qkv_proj(x, first["wq"], first["wk"], first["wv"], dims=dims, a=EXACT)
+    q, k = reference.qk_norm(q, k, first["q_norm_weight"], first["k_norm_weight"], dims=dims, a=EXACT)
+    tables = inputs["rope_cos"], inputs["rope_sin"]
+    q, _ = reference.rope(q, k, inputs["seq_lens"], *tables, dims=dims, a=EXACT)
+    heads = q.view(dims.B, dims.NKV, dims.G, dims.D)
+    keys = reference.contiguous(inputs["k_cache"], dims)
+    for b, spots in enumerate(_needle_positions(dims, seq_lens, source)):
+        for kv_head in range(dims.NKV):
+            position = spots[kv_head * dims.G]
+            if position != seq_lens[b] - 1:  # that row is the layer's own to write
+                keys[0, b, kv_head, position] = (1.5 * heads[b, kv_head, 0]).to(BF16)
+
+
+decode_layer = decode_fwd_layers
