@@ -26,8 +26,8 @@ _HOMES = {
 if TYPE_CHECKING:
     from conformance.checking import Report, check
     from conformance.contract import Dims, stages
-    from conformance.errors import UsageError
     from conformance.declaration import Kernel, kernel
+    from conformance.errors import UsageError
     from conformance.verdict import Finding
 
 

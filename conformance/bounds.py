@@ -230,13 +230,16 @@ def norm_and_projections(
         return [projection(normalised, matrix) for matrix in projections]
     inverse = inverse_rms(x.value, eps)
     weighted = rounding(with_fp32_roundings(scaled(x, weight.to(torch.float64)), 1), profile)
-    # The error of 1/rms is common to the row: a few fp32 roundings, and what the uncertainty of x adds to the mean square.
+    # The error of 1/rms is common to the row: a few fp32 roundings, and what the uncertainty of x adds to the mean square. Its
+    # variance follows from that of x: the worst case grows beyond all measure along a chain, and would excuse anything there.
+    square = x.value * x.value
+    drift_variance = (square * x.variance).sum(-1, keepdim=True) * inverse**4 / x.value.shape[-1] ** 2
     drift = (x.value.abs() * x.worst).mean(-1, keepdim=True) * inverse**2
     results = []
     for matrix in projections:
         product = with_fp32_roundings(scaled(projection(weighted, matrix), inverse), NORM_ROUNDINGS)
-        common = drift * product.value.abs()
-        results.append(Bounds(product.value, product.variance + common**2 / 9, product.worst + common))
+        variance = product.variance + drift_variance * product.value**2
+        results.append(Bounds(product.value, variance, product.worst + drift * product.value.abs()))
     return results
 
 
@@ -285,10 +288,10 @@ def attention(
     Rows past ``seq_lens`` are never looked at. ``new_row`` replaces the last row of every sequence by uncertain values. With
     ``want_correlation`` the result says how roundings of the probabilities correlate the errors of a row, for its final bf16.
     """
-    parts = [
-        _attention_of_one(query.map(lambda t, b=b: t[b]), keys[b], values[b], length, scale, profile, new_row, b, want_correlation)
-        for b, length in enumerate(seq_lens)
-    ]
+    parts = []
+    for b, length in enumerate(seq_lens):
+        one = Bounds(query.value[b], query.variance[b], query.worst[b])
+        parts.append(_attention_of_one(one, keys[b], values[b], length, scale, profile, new_row, b, want_correlation))
     correlation = None
     if want_correlation and profile.makes("probabilities"):
         sums = torch.stack([part[1] for part in parts])
@@ -348,22 +351,58 @@ def _attention_of_one(
     variance += accumulation**2
     worst += U * (2 * length + 8) * magnitude
     sum_variance = square_sum = torch.zeros((), dtype=torch.float64)
-    if profile.makes("probabilities"):
+    if profile.makes("probabilities") and length > 1:  # the probability of a lone key is 1, which no rounding changes
         from_rounded = profile.makes("denominator_of_rounded") and not profile.modelled
-        leverage = spread if from_rounded else v_abs.unsqueeze(1)
-        variance += PROBABILITY_VARIANCE * ((p**2).unsqueeze(2) @ leverage**2).squeeze(2)
+        signed = (v.unsqueeze(1) - o.unsqueeze(2)) if from_rounded else v.unsqueeze(1)
+        bins = _equal_probabilities(p)
+        moved = (p.unsqueeze(-1) * signed).flatten(0, 2)
+        variance += PROBABILITY_VARIANCE * bins.sum_of_heads(bins.squared(moved)).view_as(o)
         worst += 2.0**-8 * magnitude
         if want_correlation:
             # d(sum of signed scaled errors) / d(one rounded probability), and one term per final rounding.
             ulp_variance = rounding_variance(spacing(o, BF16))
             weight = torch.sign(o) / (variance + ulp_variance).sqrt()
-            signed = (v.unsqueeze(1) - o.unsqueeze(2)) if from_rounded else v.unsqueeze(1)
-            pull = (signed * weight.unsqueeze(2)).sum(-1)
-            shared = (pull * p) ** 2 * PROBABILITY_VARIANCE
+            pull = (moved * weight.unsqueeze(2).expand_as(spread).flatten(0, 2)).sum(-1, keepdim=True)
+            shared = bins.squared(pull) * PROBABILITY_VARIANCE
             own = weight**2 * ulp_variance
             sum_variance = shared.sum() + own.sum()
             square_sum = (shared**2).sum() + (own**2).sum()
     return Bounds(o, variance, worst).reshape(query.value.shape[0], head_dim), sum_variance, square_sum
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bins:
+    """Probabilities of ``count`` heads by bin: which bin each is in, and which head each bin is of."""
+
+    members: torch.Tensor
+    heads: torch.Tensor
+    count: int
+
+    def squared(self, terms: torch.Tensor) -> torch.Tensor:
+        """By bin, what errors of the size of ``terms [heads * n, D]`` add up to, squared: alike or independent, as is larger.
+
+        Alike, they cancel where the terms do; the small differences between members of a bin then remain.
+        """
+        zeros = terms.new_zeros(len(self.heads), terms.shape[-1])
+        alike = zeros.index_add(0, self.members, terms) ** 2
+        return torch.maximum(alike, zeros.index_add_(0, self.members, terms * terms))
+
+    def sum_of_heads(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over the bins of each head."""
+        return sums.new_zeros(self.count, sums.shape[-1]).index_add_(0, self.heads, sums)
+
+
+def _equal_probabilities(p: torch.Tensor) -> _Bins:
+    """Which of ``p [NKV, G, n]`` are so nearly equal that their bf16 roundings are one and the same error, not independent ones.
+
+    Where queries are small the probabilities are all about ``1 / n``, are all rounded the same way, and the whole row is off by
+    that much. Two values round alike while they are a fraction of a ULP apart: bins of ``2**-9``, around ``1 / n``.
+    """
+    length = p.shape[-1]
+    steps = torch.round(torch.log(p * length).clamp_min(-1e3) * 2.0**9).to(torch.int64)
+    heads = torch.arange(p.shape[0] * p.shape[1]).view(p.shape[0], p.shape[1], 1)
+    keys, members = torch.unique((steps + (heads << 32)).flatten(), return_inverse=True)
+    return _Bins(members, (keys + (1 << 31)) >> 32, heads.numel())
 
 
 def silu_times(gate: Bounds, up: Bounds) -> Bounds:

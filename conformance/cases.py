@@ -101,7 +101,7 @@ def make_case(key: CaseKey) -> Case:
             raise UsageError(f"case key {key}: sequence length {length} is outside 1..{dims.S}")
     if "NB" in stage.drawn:
         needed = 1 + sum(-(-length // dims.BS) for length in key.seq_lens)
-        if dims.NB < needed:
+        if needed > dims.NB:
             raise UsageError(f"case key {key}: {needed} pages are needed (one more than are in use), found NB={dims.NB}")
     inputs = stage.make_inputs(dims, key.seq_lens, key.regime, Source(f"{stage.name}/{key.regime}/{key.seed}"))
     case = Case(key, stage, dims, {argument.name: inputs[argument.name].contiguous() for argument in stage.inputs})

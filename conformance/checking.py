@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from conformance.buffers import bits
 from conformance.cases import Case, CaseKey, Space, make_case, stratified_keys, take_rows
@@ -15,6 +16,7 @@ from conformance.data import Source
 from conformance.declaration import Kernel, as_kernel
 from conformance.errors import UsageError
 from conformance.executors.base import Outcome
+from conformance.executors.messages import Passes
 from conformance.judge import Oracle, judge
 from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
 
@@ -22,7 +24,11 @@ DEFAULT_EXAMPLES = 50
 #: Every so many examples one is judged again with its sequences in another order, and one with a sequence alone.
 ROW_CHECK_PERIOD = 10
 
-Runner = Callable[[Case], Outcome]
+
+class Runner(Protocol):
+    """Runs a kernel on a case; ``passes`` says which compiler passes are compared: the last, all or none."""
+
+    def __call__(self, case: Case, passes: Passes = "last") -> Outcome: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,35 +110,41 @@ def check(
 ) -> Report:
     """Judge a kernel on ``examples`` cases of a stage, deterministic in ``seed``.
 
-    ``function`` takes the contract's arguments (and keyword-only ``dims``, if it asks), or is a ``Kernel``. ``dims`` is a preset's
-    name or overrides of ``tiny``. A torch callable runs in this process, each case twice; a PyPTO kernel goes through the
+    ``function`` takes the contract's arguments (and keyword-only ``dims``, if it asks), or is a ``Kernel``. ``dims`` is the name
+    of a preset or overrides of ``tiny``. A torch callable runs in this process, each case twice; a PyPTO kernel goes through the
     interpreter in a worker process (``lane="auto"``), within ``timeout`` seconds a run. ``case`` is the key of one finding to
     run again instead. Raises ``UsageError`` for what cannot be judged as asked.
     """
     contract = stage_named(stage)
     kernel = as_kernel(stage, function)
-    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-        raise UsageError(f"examples must be a positive whole number, found {examples!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise UsageError(f"seed must be a whole number, not negative, found {seed!r}")
+    require_count(examples, seed)
     chosen = resolve_lane(kernel, lane)
     space = Space.of(contract, dims)
     if case is not None:
-        keys: Iterable[CaseKey] = [CaseKey.parse(case)]
-        _require_stage(keys, stage)
+        keys = [require_stage(CaseKey.parse(case), stage)]
     else:
         keys = acceptable(kernel, itertools.islice(stratified_keys(space, seed), examples))
     runs: list[Judged] = []
-    with runner(kernel, chosen, timeout) as run:
+    in_process = contextlib.nullcontext(_eager_runner(kernel))
+    with in_process if chosen == "eager" else worker_runner(kernel, chosen, timeout) as run:
         for index, key in enumerate(keys):
             runs += judged_runs(kernel, key, run, plan=plan_for(index, chosen))
     return Report(stage, kernel.name, chosen, tuple(runs))
 
 
-def _require_stage(keys: Iterable[CaseKey], stage: str) -> None:
-    for key in keys:
-        if key.stage != stage:
-            raise UsageError(f"case key {key} is of stage {key.stage}, not of {stage}")
+def require_count(examples: int, seed: int) -> None:
+    """Raise ``UsageError`` unless there is at least one example and the seed is a whole number from 0."""
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise UsageError(f"examples must be a positive whole number, found {examples!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UsageError(f"seed must be a whole number, not negative, found {seed!r}")
+
+
+def require_stage(key: CaseKey, stage: str) -> CaseKey:
+    """The key, if it is one of this stage; raises ``UsageError`` otherwise."""
+    if key.stage != stage:
+        raise UsageError(f"case key {key} is of stage {key.stage}, not of {stage}")
+    return key
 
 
 def acceptable(kernel: Kernel, keys: Iterable[CaseKey]) -> list[CaseKey]:
@@ -158,18 +170,19 @@ def resolve_lane(kernel: Kernel, lane: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """Which extra runs a case gets: a repeat, its rows in another order, one row alone."""
+    """Which extra runs a case gets: a repeat, its rows in another order, one row alone; and which passes are compared."""
 
     repeat: bool = False
     permuted: bool = False
     lone: bool = False
+    passes: Passes = "last"
 
 
 def plan_for(index: int, lane: str) -> RunPlan:
     """Eager runs are cheap: repeat each, rearrange the rows of every tenth. Elsewhere once per kernel and dimensions."""
     if lane == "eager":
         return RunPlan(True, index % ROW_CHECK_PERIOD == 0, index % ROW_CHECK_PERIOD == 5)
-    return RunPlan(index == 0, index == 0, index == 0)
+    return RunPlan(True, True, True, "all") if index == 0 else RunPlan()
 
 
 def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan) -> Iterator[Judged]:
@@ -179,7 +192,7 @@ def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan) -> Ite
     """
     case = make_case(key)
     oracle = Oracle(case)
-    first = run(case)
+    first = run(case, plan.passes)
     verdict = judge(case, first, profile=kernel.profile, oracle=oracle)
     yield Judged("example", key, verdict, first)
     if first.status != "ok" or not first.outputs:
@@ -224,29 +237,23 @@ def _differences(first: Outcome, again: Outcome) -> list[Finding]:
     return findings
 
 
-class runner:  # noqa: N801  reads as a function: `with runner(kernel, lane) as run`
-    """Runs cases of one kernel in a lane: a context manager that gives a function from case to outcome."""
+def _eager_runner(kernel: Kernel) -> Runner:
+    from conformance.executors.eager import run_eager
 
-    def __init__(self, kernel: Kernel, lane: str, timeout: float | None = None) -> None:
-        self.kernel, self.lane, self.timeout = kernel, lane, timeout
-        self._process: Any = None
+    def run(case: Case, passes: Passes = "none") -> Outcome:
+        return run_eager(kernel, case)
 
-    def __enter__(self) -> Runner:
-        if self.lane == "eager":
-            from conformance.executors.eager import run_eager
+    return run
 
-            return lambda case: run_eager(self.kernel, case)
-        from conformance.executors.process import KernelProcess, Limits
 
-        limits = Limits() if self.timeout is None else Limits(seconds=self.timeout)
-        self._process = KernelProcess(self.kernel, self.lane, limits=limits)
-        process = self._process.__enter__()
-        run: Runner = process.run
-        return run
+@contextlib.contextmanager
+def worker_runner(kernel: Kernel, lane: str, timeout: float | None = None) -> Iterator[Runner]:
+    """Runs cases in a worker process of the kernel's own, each within ``timeout`` seconds."""
+    from conformance.executors.process import KernelProcess, Limits
 
-    def __exit__(self, *error: object) -> None:
-        if self._process is not None:
-            self._process.__exit__(*error)
+    limits = Limits() if timeout is None else Limits(seconds=timeout)
+    with KernelProcess(kernel, lane, limits=limits) as process:
+        yield process.run
 
 
 def _text(report: Report, width: int = 80, most: int = 6) -> str:

@@ -113,7 +113,7 @@ class Dims:
         return dataclasses.replace(self, **changes)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _factors(symbolic_shape: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(axis.split("*")) for axis in symbolic_shape.split())
 
@@ -226,6 +226,11 @@ class Model:
     name: str
     stages: tuple[Stage, ...]
     presets: Mapping[str, Dims]
+    #: Dotted names of the modules that hold the bundled kernels.
+    kernel_modules: tuple[str, ...] = ()
+    #: The presets that the suites run, and the one that only a machine with much memory can execute.
+    suite_presets: tuple[str, ...] = ()
+    full_size_preset: str = ""
 
 
 @functools.lru_cache(maxsize=1)

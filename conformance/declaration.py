@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from conformance.contract import Dims, Stage, stage_named
+from conformance.contract import Dims, Stage, models, stage_named
 from conformance.errors import UsageError
 
 TOOLCHAINS = ("torch", "pypto")
@@ -201,7 +201,8 @@ def load_module(location: str | Path) -> ModuleType:
             return module
     module_name = f"conformance_user_{path.stem}_{abs(hash(path))}"
     spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     sys.path.insert(0, str(path.parent))
@@ -226,9 +227,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def kernels_in(module: ModuleType) -> list[Kernel]:
-    """The kernels that are attributes of a module, in the order of their definition."""
+    """The kernels that a module defines (not those it imports), in the order of their definition."""
     found = [value for value in vars(module).values() if isinstance(value, Kernel)]
-    return list(dict.fromkeys(found))
+    return [found_kernel for found_kernel in dict.fromkeys(found) if found_kernel.function.__module__ == module.__name__]
+
+
+def bundled_kernels() -> list[Kernel]:
+    """The kernels that come with the installed models, in the order of their contracts."""
+    return [kernel for model in models() for name in model.kernel_modules for kernel in kernels_in(load_module(name))]
 
 
 def find_kernel(kernels: Iterable[Kernel], name: str, where: str) -> Kernel:

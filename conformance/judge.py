@@ -112,7 +112,7 @@ def judge(case: Case, outcome: Outcome, *, profile: str | None = None, oracle: O
     """
     oracle = oracle or Oracle(case)
     if outcome.status != "ok":
-        return Verdict((_failure(outcome),))
+        return Verdict((failure(outcome),))
     findings = _conduct(outcome)
     if not outcome.outputs:
         return Verdict(worst_first(findings))
@@ -130,7 +130,7 @@ def judge(case: Case, outcome: Outcome, *, profile: str | None = None, oracle: O
         if not numeric.findings:
             break
     assert best is not None
-    findings += structural + best.findings
+    findings += structural + _in_one_word(case, outcome, best.findings, oracle.bounds(best.profile))
     ordered = worst_first(findings)
     if case.stage.localise is not None and (structural or best.findings):
         ordered = _with_causes(ordered, case.stage.localise(case.inputs, outcome.outputs, case.dims))
@@ -144,7 +144,8 @@ def _with_causes(findings: tuple[Finding, ...], causes: list[str]) -> tuple[Find
     return (dataclasses.replace(first, message=f"{first.message}. Cause: {'; '.join(causes)}"), *findings[1:])
 
 
-def _failure(outcome: Outcome) -> Finding:
+def failure(outcome: Outcome) -> Finding:
+    """The finding of a run that did not come to its end."""
     detector = outcome.status if outcome.status in ("raised", "crashed", "timed_out") else "raised"
     place = f" ({outcome.location})" if outcome.location else ""
     return Finding(detector, f"{outcome.message}{place}")
@@ -160,16 +161,23 @@ def _conduct(outcome: Outcome) -> list[Finding]:
         Finding("out_of_bounds", f"memory next to {name} was overwritten: {where}", name)
         for name, where in outcome.guard_damage.items()
     ]
-    findings += [
-        Finding(
-            "compiler_pass",
-            f"{difference.compiler_pass} changed {difference.result or 'a result'} of {difference.function}: {difference.message}",
-            count=difference.count,
-            total=difference.total,
-        )
-        for difference in outcome.pass_differences
-    ]
+    if outcome.pass_differences:
+        findings.append(_first_guilty_pass(outcome))
     return findings
+
+
+def _first_guilty_pass(outcome: Outcome) -> Finding:
+    """One finding for all passes that differ: what the first of them changed, since the later ones inherit it."""
+    differences = sorted(outcome.pass_differences, key=lambda difference: difference.compiler_pass)
+    first = differences[0]
+    later = sorted({difference.compiler_pass for difference in differences} - {first.compiler_pass})
+    rest = f"; so do {len(later)} later passes" if later else ""
+    return Finding(
+        "compiler_pass",
+        f"{first.message} ({len(differences)} of {outcome.passes_compared} comparisons differ{rest})",
+        count=first.count,
+        total=first.total,
+    )
 
 
 def _require_shape(argument: Argument, found: torch.Tensor, case: Case) -> None:
@@ -229,13 +237,21 @@ def _structure(case: Case, outcome: Outcome, bounds: dict[str, Bounds]) -> tuple
             if bool(blank.any()):
                 mask |= blank
                 findings.append(_extent(case, part, blank, "unwritten", "was not written"))
-        if not bool(mask.all()):
-            whole = _degenerate(case, part, value)
-            if whole is not None:
-                findings.append(whole)
-                mask = torch.ones_like(mask)
         explained[name] = mask
     return findings, explained
+
+
+def _in_one_word(case: Case, outcome: Outcome, findings: list[Finding], bounds: dict[str, Bounds]) -> list[Finding]:
+    """The findings, with those of an output that is all zeros or only repeats an input replaced by one that says so.
+
+    Only where the numbers are wrong: a branch that is rounded to bf16 may cancel its residual exactly.
+    """
+    for name in dict.fromkeys(finding.argument for finding in findings):
+        if name is not None:
+            whole = _degenerate(case, _part(case, outcome, name, bounds[name]), _matrix(bounds[name].value))
+            if whole is not None:
+                findings = [finding for finding in findings if finding.argument != name] + [whole]
+    return findings
 
 
 def _untouched(case: Case, name: str, found: torch.Tensor, estimate: Bounds) -> list[Finding]:
@@ -280,7 +296,9 @@ def _degenerate(case: Case, part: _Part, value: torch.Tensor) -> Finding | None:
             if source.shape == value.shape and torch.equal(part.value, source):
                 if torch.equal(rounded(value, dtype), source):
                     return None
-                return Finding("echo", f"{name} only repeats {other.name}", name, (0, 0), count=value.numel(), total=value.numel())
+                return Finding(
+                    "echo", f"{name} only repeats {other.name}", name, (0, 0), count=value.numel(), total=value.numel()
+                )
     return None
 
 
@@ -363,7 +381,8 @@ def _element_finding(case: Case, part: _Part, estimate: Bounds, share: torch.Ten
     used = "where no error is allowed" if math.isinf(amount) else f"{amount:.3g} times its allowance"
     return Finding(
         "element",
-        f"{_at(argument, index)} is {found:.6g}, expected {expected:.6g}: {ulps:.3g} ulp off, {used}; {_pattern(case, part, beyond)}",
+        f"{_at(argument, index)} is {found:.6g}, expected {expected:.6g}: {ulps:.3g} ulp off, {used}; "
+        f"{_pattern(case, part, beyond)}",
         argument.name,
         index,
         where,

@@ -23,7 +23,9 @@ CONTIGUOUS = "L*B*NKV*S D"
 PAGED = "L*NB*NKV*BS D"
 
 
-def _outputs(function: Callable[..., tuple[torch.Tensor, ...]], arguments: Sequence[Argument]) -> Callable[..., dict[str, torch.Tensor]]:
+def _outputs(
+    function: Callable[..., tuple[torch.Tensor, ...]], arguments: Sequence[Argument]
+) -> Callable[..., dict[str, torch.Tensor]]:
     """A reference called by name: inputs in, outputs by name, in the order of the contract."""
     read_names = [argument.name for argument in arguments if argument.access != "out"]
     written = [argument.name for argument in arguments if argument.access != "in"]
@@ -233,4 +235,11 @@ STAGES = (
     DECODE_FWD_LAYERS,
 )
 
-MODEL = Model("qwen3", STAGES, PRESETS)
+MODEL = Model(
+    "qwen3",
+    STAGES,
+    PRESETS,
+    kernel_modules=tuple(f"kernels.qwen3.{stage.name}" for stage in STAGES),
+    suite_presets=("tiny", "awkward"),
+    full_size_preset="qwen3_14b",
+)

@@ -57,9 +57,7 @@ def rope(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
 def kv_write(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
     """The written rows of both caches: a copy of ``k``, one cast of ``v``."""
     rows = paged_rows(inputs["slot_mapping"], dims)
-    return {
-        f"{name}_cache": _at_rows(bounds.exact(inputs[name].reshape(-1, dims.D)), rows) for name in ("k", "v")
-    }
+    return {f"{name}_cache": _at_rows(bounds.exact(inputs[name].reshape(-1, dims.D)), rows) for name in ("k", "v")}
 
 
 def _at_rows(estimate: Bounds, rows: torch.Tensor) -> Bounds:
@@ -70,9 +68,7 @@ def attention(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds
     """``out``: attention over exact caches."""
     query = bounds.exact(inputs["q"].reshape(dims.B, dims.NH, dims.D))
     keys, values = (contiguous(inputs[name], dims)[0] for name in ("k_cache", "v_cache"))
-    estimate = bounds.attention(
-        query, keys, values, inputs["seq_lens"].tolist(), dims.scale, profile, want_correlation=True
-    )
+    estimate = bounds.attention(query, keys, values, inputs["seq_lens"].tolist(), dims.scale, profile, want_correlation=True)
     flat = estimate.reshape(dims.B, dims.H)
     return {"out": Bounds(flat.value, flat.variance, flat.worst, correlation=estimate.correlation)}
 
@@ -126,9 +122,7 @@ def _layer(
     q, k, v = (bounds.optional_rounding(tensor, profile, "projection") for tensor in (q, k, v))
     q = _rotated(_heads_normalised(q, weights["q_norm_weight"], dims, profile), inputs, dims)
     k = _rotated(_heads_normalised(k, weights["k_norm_weight"], dims, profile), inputs, dims)
-    q, k_row, v_row = (
-        tensor.reshape(dims.B, heads, dims.D) for tensor, heads in ((q, dims.NH), (k, dims.NKV), (v, dims.NKV))
-    )
+    q, k_row, v_row = (tensor.reshape(dims.B, heads, dims.D) for tensor, heads in ((q, dims.NH), (k, dims.NKV), (v, dims.NKV)))
     attn = bounds.attention(
         bounds.rounding(q, profile),
         contiguous(caches[0], dims)[0],

@@ -81,8 +81,12 @@ def _guesses(states: list[torch.Tensor], layer: int, dims: Dims) -> Iterator[_Gu
         old = torch.zeros_like(right) if earlier is None else states[earlier]
         source = "zeros" if earlier is None else _name(earlier)
         seen = f"layer {layer - 1}'s output" if layer else "hidden_states"
-        yield _Guess(f"saw only the first half of {seen}, the rest was {source}", torch.cat([right[:, :half], old[:, half:]], 1), layer)
-        yield _Guess(f"saw only the second half of {seen}, the rest was {source}", torch.cat([old[:, :half], right[:, half:]], 1), layer)
+        yield _Guess(
+            f"saw only the first half of {seen}, the rest was {source}", torch.cat([right[:, :half], old[:, half:]], 1), layer
+        )
+        yield _Guess(
+            f"saw only the second half of {seen}, the rest was {source}", torch.cat([old[:, :half], right[:, half:]], 1), layer
+        )
     yield _Guess("read zeros", torch.zeros_like(right), layer)
 
 
@@ -105,10 +109,11 @@ def _explains(guess: _Guess, found: tuple[torch.Tensor, ...], inputs: Tensors, o
 
 
 def _simulate(guess: _Guess, layer: int, inputs: Tensors, one: Dims, dims: Dims) -> torch.Tensor:
-    caches = [layer_of(inputs[name], layer, dims.L) for name in ("k_cache", "v_cache")]
+    shared = {name: inputs[name] for name in ("seq_lens", "rope_cos", "rope_sin")}
+    caches = {name: layer_of(inputs[name], layer, dims.L) for name in ("k_cache", "v_cache")}
     weights = _weights(inputs, guess.weights_of, dims)
-    tables = inputs["seq_lens"], inputs["rope_cos"], inputs["rope_sin"]
-    return reference.decode_layer(guess.hidden, *weights.values(), *tables, *caches, dims=one, a=CONTRACT)[-1]
+    _, _, out = reference.decode_layer(guess.hidden, **weights, **shared, **caches, dims=one, a=CONTRACT)
+    return out
 
 
 def _about_out(out: torch.Tensor, states: list[torch.Tensor], dims: Dims) -> str:

@@ -161,12 +161,31 @@ def decode_fwd_layers(
     """``L`` layers, stacked along the first axis of weights and caches."""
     hidden = a.wide(hidden_states)
     k_parts, v_parts = [], []
-    weights = (input_rms_weight, wq, wk, wv, q_norm_weight, k_norm_weight, wo, w_gate, w_up, w_down, post_rms_weight)
     for layer in range(dims.L):
-        of_layer = [layer_of(weight, layer, dims.L) for weight in weights]
-        caches = [layer_of(cache, layer, dims.L) for cache in (k_cache, v_cache)]
+
+        def of(stacked: Tensor, layer: int = layer) -> Tensor:
+            return layer_of(stacked, layer, dims.L)
+
         k_part, v_part, hidden = decode_layer(
-            hidden, *of_layer, seq_lens, rope_cos, rope_sin, *caches, dims=dims.replace(L=1), a=a
+            hidden,
+            of(input_rms_weight),
+            of(wq),
+            of(wk),
+            of(wv),
+            of(q_norm_weight),
+            of(k_norm_weight),
+            of(wo),
+            of(w_gate),
+            of(w_up),
+            of(w_down),
+            of(post_rms_weight),
+            seq_lens,
+            rope_cos,
+            rope_sin,
+            of(k_cache),
+            of(v_cache),
+            dims=dims.replace(L=1),
+            a=a,
         )
         k_parts.append(k_part)
         v_parts.append(v_part)

@@ -1,0 +1,34 @@
+# Two commands do everything, set-up included: `make check` judges the bundled kernels, `make test` tests the harness.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PROCESSES ?= 2
+# pypto has wheels for Python 3.10 to 3.12 only.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && echo $$p && break; done)
+
+.PHONY: setup check test lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed: none found; set PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/conformance doctor
+	@touch $@
+
+# The main job: every bundled kernel compiled, interpreted and judged; records and reports stay in runs/.
+check: setup
+	$(BIN)/python -m pytest conformance/suites -m "compile_only or interpret" -n $(PROCESSES) -q
+
+test: setup
+	$(BIN)/python -m pytest conformance/tests -n $(PROCESSES) -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs

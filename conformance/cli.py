@@ -1,0 +1,275 @@
+"""The ``conformance`` command.
+
+Exit codes: 0 everything that had to run ran and passed; 1 findings; 2 usage; 3 something that had to run could not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from conformance.errors import UsageError
+
+if TYPE_CHECKING:
+    from conformance.checking import Judged, Report
+    from conformance.declaration import Kernel
+    from conformance.session import RunLog, Subject
+
+PASSED, FINDINGS, USAGE, COULD_NOT_RUN = 0, 1, 2, 3
+
+
+class _Command(click.Group):
+    """Turns ``UsageError`` into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            click.echo(f"conformance: {error}", err=True)
+            ctx.exit(USAGE)
+
+
+@click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pypto-kernel-conformance")
+def main() -> None:
+    """Judge Qwen3 decode kernels: is it right, and if not, where and why."""
+
+
+@main.command()
+def doctor() -> None:
+    """Say what can run on this machine, and what to do about what cannot."""
+    from conformance.toolchains.doctor import doctor as examine
+
+    for line in examine():
+        mark = "ok " if line.ok else "-- "
+        click.echo(f"{mark} {line.name:<12} {line.found}")
+        if not line.ok and line.advice:
+            click.echo(f"    {'':<12} {line.advice}")
+
+
+@main.command("list")
+@click.option("--kernels", "locations", multiple=True, metavar="FILE.py", help="also list the kernels of this file")
+def list_command(locations: tuple[str, ...]) -> None:
+    """List stages with their arguments, and kernels with their lanes and capabilities."""
+    from conformance.contract import stages
+    from conformance.declaration import bundled_kernels, kernels_in, load_module
+
+    kernels = bundled_kernels()
+    for location in locations:
+        kernels += kernels_in(load_module(location))
+    for stage in stages().values():
+        click.echo(f"{stage.name}: {stage.summary}")
+        for line in _wrapped(", ".join(argument.describe() for argument in stage.arguments)):
+            click.echo(f"    {line}")
+        for kernel in kernels:
+            if kernel.stage_name == stage.name:
+                lanes = "eager" if kernel.toolchain == "torch" else "compile_only interpret device"
+                able = f"; {' '.join(kernel.capabilities)}" if kernel.capabilities else ""
+                click.echo(f"  - {kernel.name} ({kernel.toolchain}: {lanes}{able})")
+
+
+def _wrapped(text: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, 74, break_on_hyphens=False)
+
+
+@main.command()
+@click.argument("stage")
+@click.argument("target", metavar="[FILE.py:FUNC]", required=False)
+@click.option("--dims", default="tiny", metavar="PRESET|B=3,S=64", help="a preset, or overrides of tiny (preset=NAME among them)")
+@click.option("--examples", default=50, show_default=True, help="how many cases")
+@click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
+@click.option("--case", "case_key", default=None, metavar="KEY", help="run this one case again")
+@click.option("--lane", default="auto", show_default=True, help="eager, compile_only, interpret or device")
+@click.option("--timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run")
+@click.option("--out", type=click.Path(path_type=Path), default=None, metavar="DIR", help="keep records and reports here")
+@click.option(
+    "--expected-failures", type=click.Path(path_type=Path), default=None, metavar="FILE", help="lines KERNEL[@LANE] REASON"
+)
+def check(
+    stage: str,
+    target: str | None,
+    dims: str,
+    examples: int,
+    seed: int,
+    case_key: str | None,
+    lane: str,
+    timeout: float | None,
+    out: Path | None,
+    expected_failures: Path | None,
+) -> None:
+    """Judge one kernel: FUNC of FILE.py, or the bundled one of STAGE. It runs in a process of its own."""
+    from conformance.checking import resolve_lane
+    from conformance.session import ExpectedFailures, RunLog, Subject, new_run_folder
+
+    kernel = _kernel(stage, target)
+    space_dims = _dims(dims)
+    chosen = resolve_lane(kernel, lane)
+    preset = space_dims if isinstance(space_dims, str) else str(space_dims.get("preset", "tiny"))
+    subject = Subject(kernel, preset, chosen)
+    expected = ExpectedFailures.read(expected_failures) if expected_failures else ExpectedFailures()
+    expected.require_known([kernel])
+    folder = out if out is not None else new_run_folder(Path.cwd() / "runs")
+    log: list[RunLog] = []
+
+    def begin() -> RunLog:
+        if not log:
+            log.append(RunLog(folder))
+            log[0].start([subject], {"examples": examples, "seed": seed, "dims": dims, "case": case_key or ""})
+        return log[0]
+
+    code = _judge(subject, begin, space_dims, examples, seed, case_key, timeout, expected.reason(subject))
+    log[0].end(code)
+    import reports
+
+    reports.build(folder)
+    click.echo(f"kept in {_short(folder)}: report.html, summary.md, junit.xml")
+    sys.exit(code)
+
+
+def _judge(
+    subject: Subject,
+    begin: Callable[[], RunLog],
+    dims: str | dict[str, Any],
+    examples: int,
+    seed: int,
+    case_key: str | None,
+    timeout: float | None,
+    expected_reason: str | None,
+) -> int:
+    from conformance.checking import Report
+    from conformance.session import is_interactive
+
+    total = 1 if case_key else examples
+    runs: list[Judged] = []
+    for run in _runs(subject, dims, examples, seed, case_key, timeout):
+        log = begin()
+        if run.outcome.status == "unavailable":
+            log.could_not_run(subject, run.outcome.message)
+            click.echo(f"conformance: {subject.lane} cannot run here: {run.outcome.message}", err=True)
+            return COULD_NOT_RUN
+        log.judged(subject, run)
+        runs.append(run)
+        if is_interactive():
+            _progress(subject, runs, total)
+    if is_interactive():
+        click.echo("\r\033[K", nl=False, err=True)
+    report = Report(subject.kernel.stage_name, subject.kernel.name, subject.lane, tuple(runs))
+    click.echo(str(report))
+    _say_how_to_replay(report, subject)
+    if expected_reason is not None:
+        begin().expected(subject, expected_reason, fixed=report.ok)
+        state = "FIXED, take it off the list" if report.ok else "failed as expected"
+        click.echo(f"{state}: {expected_reason}")
+        return PASSED
+    return PASSED if report.ok else FINDINGS
+
+
+def _runs(
+    subject: Subject, dims: str | dict[str, Any], examples: int, seed: int, case_key: str | None, timeout: float | None
+) -> Iterator[Judged]:
+    from conformance.cases import CaseKey, Space, stratified_keys
+    from conformance.checking import (
+        acceptable,
+        judged_runs,
+        plan_for,
+        require_count,
+        require_stage,
+        worker_runner,
+    )
+
+    kernel = subject.kernel
+    require_count(examples, seed)
+    if case_key:
+        keys = [require_stage(CaseKey.parse(case_key), kernel.stage_name)]
+    else:
+        keys = acceptable(kernel, itertools.islice(stratified_keys(Space.of(kernel.stage, dims), seed), examples))
+    with worker_runner(kernel, subject.lane, timeout) as run:
+        for index, key in enumerate(keys):
+            yield from judged_runs(kernel, key, run, plan_for(index, subject.lane))
+
+
+def _progress(subject: Subject, runs: list[Judged], total: int) -> None:
+    done = sum(run.check == "example" for run in runs)
+    failed = sum(not run.verdict.ok for run in runs)
+    bar = "#" * (20 * done // max(total, 1))
+    text = f"{subject.kernel.name} {subject.lane} [{bar:<20}] {done}/{total} cases, {failed} failed"
+    click.echo(f"\r\033[K{text[:79]}", nl=False, err=True)
+
+
+def _say_how_to_replay(report: Report, subject: Subject) -> None:
+    from reports.text import replay_command
+
+    if not report.findings:
+        return
+    from conformance.session import relative_source
+
+    worst = report.findings[0]
+    command = replay_command(report.stage, relative_source(subject.kernel), report.kernel, str(worst.case))
+    if command:
+        click.echo(f"again: {command}")
+
+
+def _short(folder: Path) -> str:
+    try:
+        return str(folder.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(folder)
+
+
+def _kernel(stage: str, target: str | None) -> Kernel:
+    """The kernel that ``FILE.py:FUNC`` names, or the bundled one of a stage."""
+    from conformance.contract import stage_named
+    from conformance.declaration import as_kernel, bundled_kernels, find_kernel, kernels_in, load_module
+
+    stage_named(stage)
+    if target is None:
+        return find_kernel([kernel for kernel in bundled_kernels() if kernel.stage_name == stage], stage, "the bundled kernels")
+    location, separator, name = target.rpartition(":")
+    if not separator:
+        raise UsageError(f"expected FILE.py:FUNC, found {target!r}")
+    module = load_module(location)
+    declared = kernels_in(module)
+    named = [kernel for kernel in declared if kernel.name == name]
+    function = named[0] if named else getattr(module, name, None)
+    if function is None:
+        known = ", ".join(kernel.name for kernel in declared) or "none"
+        raise UsageError(f"{location} has no kernel or function {name!r}; its kernels: {known}")
+    return as_kernel(stage, function)
+
+
+def _dims(text: str) -> str | dict[str, Any]:
+    """A preset's name, or ``B=3,S=64`` as overrides."""
+    if "=" not in text:
+        return text
+    overrides: dict[str, Any] = {}
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\w+)\s*", item)
+        if match is None or (match[1] != "preset" and not match[2].isdigit()):
+            raise UsageError(f"--dims takes a preset or overrides such as B=3,S=64, found {item.strip()!r}")
+        overrides[match[1]] = match[2] if match[1] == "preset" else int(match[2])
+    return overrides
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN_DIR")
+def report(folder: Path) -> None:
+    """Build the reports of a run again from its records, and print the summary."""
+    import reports
+
+    built = reports.build(folder)
+    click.echo(built["terminal"])
+    for name, path in built.items():
+        if isinstance(path, Path):
+            click.echo(f"{name}: {_short(path)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""The pytest plugin: options, markers, the kernels that the suites are run on, and the records and reports of a run.
+
+Loaded by every pytest run in an environment that has the harness, so nothing heavy is imported before a suite is collected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conformance.declaration import Kernel
+    from conformance.profiles import SuiteProfile
+    from conformance.session import ExpectedFailures, RunLog, Subject
+
+MARKERS = {
+    "compile_only": "compiles kernels with PyPTO's own compiler; nothing is executed, no NPU needed",
+    "interpret": "runs kernels through PyPTO's CPU interpreter and judges the results; no NPU needed",
+    "device": "runs kernels on an NPU; skipped where none is usable, unless --require-device",
+    "browser": "needs a Chromium or Chrome binary; skipped without one",
+    "full_size": "runs at real Qwen3-14B geometry and needs 12 GB of memory; skipped with less",
+}
+
+_STATE = pytest.StashKey["PluginState"]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the suites."""
+    group = parser.getgroup("conformance", "kernel conformance")
+    group.addoption(
+        "--kernels",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="also judge the kernels that this file or module defines (may be repeated)",
+    )
+    group.addoption("--only-user-kernels", action="store_true", help="leave the bundled kernels out")
+    group.addoption(
+        "--conformance-profile",
+        choices=("dev", "ci", "nightly"),
+        default="ci",
+        help="how many cases and how they are drawn (default: ci, deterministic)",
+    )
+    group.addoption("--presets", default="", metavar="NAME,NAME", help="presets to run (default: those of the model's suites)")
+    group.addoption("--conformance-run", default="", metavar="DIR", help="folder for records and reports (default: runs/<time>)")
+    group.addoption("--kernel-timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run of a kernel")
+    group.addoption("--kernel-memory", type=float, default=None, metavar="GB", help="memory limit of a kernel's process")
+    group.addoption("--require-device", action="store_true", help="fail, instead of skipping, where no NPU is usable")
+    group.addoption(
+        "--device-executor",
+        choices=("npu", "interpret"),
+        default="npu",
+        help="interpret: exercise the device lane with the interpreter standing in for the card",
+    )
+    group.addoption("--expected-failures", default="", metavar="FILE", help="lines KERNEL[@LANE] REASON: known to fail")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers, and decide where the run is kept, once for all xdist workers."""
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+    config.stash[_STATE] = PluginState(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell an xdist worker which folder the run is kept in."""
+    node.workerinput["conformance_run"] = str(node.config.stash[_STATE].folder)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test per kernel and preset of the lane that a suite's test is marked with."""
+    if "subject" not in metafunc.fixturenames:
+        return
+    state = metafunc.config.stash[_STATE]
+    marks = {marker.name for marker in metafunc.definition.iter_markers()}
+    full_size = "full_size" in marks
+    lane = next((name for name in ("compile_only", "device") if name in marks), "interpret")
+    subjects = state.subjects(lane, full_size)
+    metafunc.parametrize("subject", subjects, ids=[subject.id for subject in subjects])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Write the plan, once the selection by ``-m`` and ``-k`` is known."""
+    state = session.config.stash[_STATE]
+    planned = [subject for subject in map(_subject_of, session.items) if subject is not None]
+    if planned and not session.config.option.collectonly and not _is_controller(session.config):
+        state.open_log(planned)
+
+
+def _subject_of(item: pytest.Item) -> Subject | None:
+    found: Subject | None = getattr(getattr(item, "callspec", None), "params", {}).get("subject")
+    return found
+
+
+def _is_controller(config: pytest.Config) -> bool:
+    return bool(getattr(config.option, "dist", "no") != "no") and not hasattr(config, "workerinput")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Close this process's records."""
+    state = session.config.stash[_STATE]
+    if state.log is not None:
+        state.log.end(int(exitstatus))
+        state.log = None
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    """Build the reports from the records and print the summary; say so where a lane ran nothing."""
+    state = config.stash[_STATE]
+    if hasattr(config, "workerinput") or not state.wrote_records():
+        return
+    import reports
+
+    built = reports.build(state.folder)
+    terminalreporter.section("kernel conformance")
+    terminalreporter.write_line(str(built["terminal"]))
+    terminalreporter.write_line(f"kept in {state.folder}: report.html, summary.md, junit.xml")
+
+
+@dataclasses.dataclass
+class PluginState:
+    """What the plugin knows during one pytest run."""
+
+    config: pytest.Config
+    log: RunLog | None = None
+    _kernels: list[Kernel] | None = None
+    _folder: Path | None = None
+    _expected: ExpectedFailures | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept; named when first asked for."""
+        if self._folder is None:
+            from_controller = getattr(self.config, "workerinput", {}).get("conformance_run")
+            chosen = from_controller or self.config.option.conformance_run
+            if chosen:
+                self._folder = Path(chosen).resolve()
+            else:
+                from conformance.session import new_run_folder
+
+                self._folder = new_run_folder(self.config.invocation_params.dir / "runs")
+        return self._folder
+
+    def wrote_records(self) -> bool:
+        """Whether any process of this run wrote records."""
+        return self._folder is not None and any(self._folder.glob("records-*.jsonl"))
+
+    @property
+    def profile(self) -> SuiteProfile:
+        """How many cases."""
+        from conformance.profiles import profile_named
+
+        return profile_named(self.config.option.conformance_profile)
+
+    def kernels(self) -> list[Kernel]:
+        """Bundled kernels and the user's; raises ``pytest.UsageError`` for a file that cannot be used."""
+        if self._kernels is None:
+            from conformance.declaration import bundled_kernels, kernels_in, load_module
+            from conformance.errors import UsageError
+
+            options = self.config.option
+            try:
+                found = [] if options.only_user_kernels else bundled_kernels()
+                for location in options.kernels:
+                    own = kernels_in(load_module(self._resolve(location)))
+                    if not own:
+                        raise UsageError(f"{location} defines no kernel: decorate one with @conformance.kernel(STAGE)")
+                    found += own
+                if not found:
+                    raise UsageError("no kernel to judge: --only-user-kernels needs --kernels FILE.py")
+                self._require_distinct(found)
+            except UsageError as error:
+                raise pytest.UsageError(str(error)) from error
+            self._kernels = found
+        return self._kernels
+
+    def _resolve(self, location: str) -> str:
+        # pytest may have been started elsewhere than where an xdist worker stands.
+        if location.endswith(".py"):
+            return str(self.config.invocation_params.dir / location)
+        return location
+
+    @staticmethod
+    def _require_distinct(kernels: list[Kernel]) -> None:
+        from conformance.errors import UsageError
+
+        seen: dict[str, Path] = {}
+        for kernel in kernels:
+            if kernel.name in seen:
+                raise UsageError(
+                    f"two kernels are named {kernel.name!r}, in {seen[kernel.name].name} and {kernel.source.name}: "
+                    f"give one another name=..."
+                )
+            seen[kernel.name] = kernel.source
+
+    @property
+    def expected(self) -> ExpectedFailures:
+        """The user's list of expected failures."""
+        if self._expected is None:
+            from conformance.errors import UsageError
+            from conformance.session import ExpectedFailures
+
+            path = self.config.option.expected_failures
+            try:
+                self._expected = ExpectedFailures.read(self.config.invocation_params.dir / path) if path else ExpectedFailures()
+                self._expected.require_known(self.kernels())
+            except UsageError as error:
+                raise pytest.UsageError(str(error)) from error
+        return self._expected
+
+    def subjects(self, lane: str, full_size: bool) -> list[Subject]:
+        """Every kernel that the lane takes, at every preset that the suites run and the kernel accepts."""
+        from conformance.contract import models, preset_named
+        from conformance.errors import UsageError
+        from conformance.session import Subject
+
+        assert self.expected is not None
+        chosen = [name for name in self.config.option.presets.split(",") if name]
+        if full_size:
+            presets = [model.full_size_preset for model in models() if model.full_size_preset]
+        else:
+            presets = chosen or [name for model in models() for name in model.suite_presets]
+        try:
+            for name in presets:
+                preset_named(name)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+        # A torch callable has one lane, where it is: it runs with those that are interpreted.
+        takes = {"compile_only": ("pypto",), "interpret": ("pypto", "torch"), "device": ("pypto",)}[lane]
+        return [
+            Subject(kernel, preset, "eager" if kernel.toolchain == "torch" else lane)
+            for kernel in self.kernels()
+            if kernel.toolchain in takes
+            for preset in presets
+        ]
+
+    def open_log(self, planned: list[Subject]) -> None:
+        """Begin this process's records."""
+        from conformance.session import RunLog
+
+        options = self.config.option
+        process = getattr(self.config, "workerinput", {}).get("workerid", "main")
+        self.log = RunLog(self.folder, process)
+        self.log.start(
+            planned,
+            {
+                "profile": options.conformance_profile,
+                "markers": options.markexpr,
+                "require_device": options.require_device,
+                "device_executor": options.device_executor,
+            },
+        )
+
+
+@pytest.fixture
+def judging(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """Judges the test's subject: ``compiled()`` or ``cases()``; see ``conformance.suites.judging``."""
+    from conformance.suites.judging import SubjectJudging
+
+    state = request.config.stash[_STATE]
+    subject = request.getfixturevalue("subject")
+    assert state.log is not None, "records are opened when collection ends"
+    return SubjectJudging(subject, state.log, state.profile, state.expected.reason(subject), request.config.option, tmp_path)

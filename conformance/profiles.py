@@ -1,0 +1,59 @@
+"""How many cases, and how they are drawn: the Hypothesis profiles of the suites.
+
+They are values, not Hypothesis's registered profiles: loading one would change the settings of a user's own tests as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from conformance.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class SuiteProfile:
+    """``stratified`` keys go round the regimes, one or more of each; ``drawn`` more are Hypothesis's own."""
+
+    name: str
+    rounds: int
+    drawn: int
+    deterministic: bool
+    shrink: bool
+
+    def settings(self) -> Any:
+        """The Hypothesis settings; no deadline, since a compile takes as long as it takes."""
+        import hypothesis
+
+        phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+        if not self.deterministic:
+            phases.insert(1, hypothesis.Phase.reuse)
+        if self.shrink:
+            phases.append(hypothesis.Phase.shrink)
+        return hypothesis.settings(
+            max_examples=max(self.drawn, 1),
+            derandomize=self.deterministic,
+            database=None if self.deterministic else hypothesis.settings().database,
+            deadline=None,
+            phases=tuple(phases),
+            suppress_health_check=tuple(hypothesis.HealthCheck),
+            print_blob=not self.deterministic,
+            report_multiple_bugs=True,
+        )
+
+
+PROFILES: dict[str, SuiteProfile] = {
+    # A few cases of each regime, again and again the same while a kernel is being written.
+    "dev": SuiteProfile("dev", rounds=1, drawn=2, deterministic=True, shrink=False),
+    # The same cases on every machine and in every process: no database, no shrinking.
+    "ci": SuiteProfile("ci", rounds=1, drawn=6, deterministic=True, shrink=False),
+    # New cases every night, kept in Hypothesis's database when they fail, and shrunk.
+    "nightly": SuiteProfile("nightly", rounds=3, drawn=60, deterministic=False, shrink=True),
+}
+
+
+def profile_named(name: str) -> SuiteProfile:
+    """The profile of that name; raises ``UsageError`` that lists the known ones."""
+    if name not in PROFILES:
+        raise UsageError(f"unknown profile {name!r}; known are {', '.join(PROFILES)}")
+    return PROFILES[name]

@@ -1,0 +1,174 @@
+"""One subject's run inside a suite's test: cases drawn, judged and recorded, and the test's own outcome."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance.cases import CaseKey, Space, keys, stratified_keys
+from conformance.checking import Judged, Report, RunPlan, judged_runs, plan_for
+from conformance.errors import UsageError
+from conformance.executors.base import Outcome
+from conformance.judge import failure
+from conformance.profiles import SuiteProfile
+from conformance.session import RunLog, Subject
+from conformance.verdict import Verdict
+
+#: Where the stratified keys of the suites start.
+SEED = 0
+
+
+class ConformanceError(Exception):
+    """A case with findings; Hypothesis sees it, pytest gets the report instead."""
+
+
+class SubjectJudging:
+    """Judges one kernel at one preset on one lane, and ends the test accordingly."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        log: RunLog,
+        profile: SuiteProfile,
+        expected_reason: str | None,
+        options: Any,
+        folder: Path,
+    ) -> None:
+        self.subject, self.log, self.profile, self.options, self.folder = subject, log, profile, options, folder
+        self.expected_reason = expected_reason
+        self.runs: list[Judged] = []
+
+    @property
+    def kernel_process(self) -> Any:
+        """A worker process for the subject's kernel, on its lane."""
+        from conformance.executors.process import KernelProcess, Limits
+
+        limits = Limits()
+        changes: dict[str, Any] = {}
+        if self.options.kernel_timeout is not None:
+            changes["seconds"] = self.options.kernel_timeout
+        if self.options.kernel_memory is not None:
+            changes["memory_bytes"] = int(self.options.kernel_memory * 2**30)
+        if changes:
+            limits = dataclasses.replace(limits, **changes)
+        return KernelProcess(
+            self.subject.kernel,
+            self.subject.lane,
+            limits=limits,
+            folder=self.folder,
+            device_executor=self.options.device_executor,
+        )
+
+    def compiled(self, dims_overrides: dict[str, int] | None = None) -> None:
+        """Compile the kernel at the preset's dimensions."""
+        space = self._space(dims_overrides)
+        key = next(iter(stratified_keys(space, SEED)))
+        dims = space.limit if "L" in space.stage.drawn else space.limit.replace(L=1)
+        self._require_accepted(dims)
+        with self._usage_errors(), self.kernel_process as process:
+            outcome = process.compile(dims)
+            self._record("compile", key, outcome)
+        self._conclude()
+
+    def cases(self) -> None:
+        """Judge the kernel on cases: one or more of every regime, then what Hypothesis draws."""
+        import hypothesis
+
+        space = self._space(None)
+        self._require_accepted(space.limit)
+        explicit = list(itertools.islice(stratified_keys(space, SEED), self.profile.rounds * len(space.stage.regimes)))
+        with self._usage_errors(), self.kernel_process as process:
+
+            def one(key: CaseKey) -> None:
+                if self.subject.kernel.refusal(key.dims) is not None:
+                    return
+                plan = plan_for(len(self.runs), self.subject.lane)
+                for run in judged_runs(self.subject.kernel, key, process.run, plan):
+                    self._keep(run)
+                    if not run.verdict.ok:
+                        raise ConformanceError(str(run.case))
+
+            drawn = hypothesis.given(key=keys(space))(one)
+            for key in reversed(explicit):
+                drawn = hypothesis.example(key=key)(drawn)
+            try:
+                self.profile.settings()(drawn)()
+            except BaseException as error:
+                if not _is_only_conformance(error):
+                    raise
+        self._conclude()
+
+    def full_size(self, dims_overrides: dict[str, int]) -> None:
+        """Judge the kernel on one case at real geometry; compiler passes are not compared, which would take minutes."""
+        space = self._space(dims_overrides)
+        self._require_accepted(space.limit)
+        key = next(iter(stratified_keys(space, SEED)))
+        with self._usage_errors(), self.kernel_process as process:
+            for run in judged_runs(self.subject.kernel, key, process.run, RunPlan(passes="none")):
+                self._keep(run)
+        self._conclude()
+
+    def _space(self, overrides: dict[str, int] | None) -> Space:
+        dims: dict[str, Any] = {"preset": self.subject.preset, **(overrides or {})}
+        return Space.of(self.subject.kernel.stage, dims)
+
+    def _require_accepted(self, dims: Any) -> None:
+        refusal = self.subject.kernel.refusal(dims)
+        if refusal is not None:
+            reason = f"does not take preset {self.subject.preset}: {refusal}"
+            self.log.skipped(self.subject, reason)
+            pytest.skip(reason)
+
+    def _record(self, check: str, key: CaseKey, outcome: Outcome) -> None:
+        verdict = Verdict() if outcome.status == "ok" else Verdict((failure(outcome),))
+        self._keep(Judged(check, key, verdict, outcome))
+
+    def _keep(self, run: Judged) -> None:
+        if run.outcome.status == "unavailable":
+            raise _UnavailableError(run.outcome.message)
+        self.runs.append(run)
+        self.log.judged(self.subject, run)
+
+    def _usage_errors(self) -> _Translated:
+        return _Translated(self)
+
+    def _conclude(self) -> None:
+        kernel = self.subject.kernel
+        report = Report(kernel.stage_name, kernel.name, self.subject.lane, tuple(self.runs))
+        if self.expected_reason is not None:
+            self.log.expected(self.subject, self.expected_reason, fixed=report.ok)
+            if not report.ok:
+                pytest.xfail(f"expected: {self.expected_reason}")
+        elif not report.ok:
+            pytest.fail(str(report) if report.runs else "no case was judged: the kernel refuses every one", pytrace=False)
+
+
+class _UnavailableError(Exception):
+    """Something that the lane needs is missing on this machine."""
+
+
+def _is_only_conformance(error: BaseException) -> bool:
+    parts = getattr(error, "exceptions", None)
+    if parts is not None:
+        return all(_is_only_conformance(part) for part in parts)
+    return isinstance(error, ConformanceError)
+
+
+class _Translated:
+    """Ends the test with one line where the lane could not run or the kernel does not fit its contract, and records it."""
+
+    def __init__(self, judging: SubjectJudging) -> None:
+        self.judging = judging
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, (UsageError, _UnavailableError)):
+            reason = str(error)
+            self.judging.log.could_not_run(self.judging.subject, reason)
+            pytest.fail(reason, pytrace=False)

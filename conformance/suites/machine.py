@@ -1,0 +1,47 @@
+"""What a machine may lack: checked by a suite's test, recorded and skipped with the reason."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conformance.suites.judging import SubjectJudging
+
+
+def available_memory() -> int:
+    """Bytes that programs can still use, by ``/proc/meminfo``; 0 where that cannot be read."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as table:
+            for line in table:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def require_memory(judging: SubjectJudging, needed: int) -> None:
+    """Skip, with a record, where less memory is available."""
+    found = available_memory()
+    if found < needed:
+        reason = f"needs {needed / 2**30:.0f} GB of available memory, found {found / 2**30:.1f} GB"
+        judging.log.skipped(judging.subject, reason)
+        pytest.skip(reason)
+
+
+def require_npu(judging: SubjectJudging) -> None:
+    """Skip, with a record, where no NPU is usable; fail instead with ``--require-device``."""
+    if judging.options.device_executor == "interpret":
+        return
+    from conformance.toolchains.npu import find_npu
+
+    status = find_npu()
+    if status.usable:
+        return
+    if judging.options.require_device:
+        judging.log.could_not_run(judging.subject, status.reason)
+        pytest.fail(f"--require-device: {status.reason}", pytrace=False)
+    judging.log.skipped(judging.subject, status.reason)
+    pytest.skip(status.reason)

@@ -1,0 +1,40 @@
+"""Every kernel against its contract, lane by lane. The kernels and presets are chosen by options; see ``pytest --help``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from conformance.suites.machine import require_memory, require_npu
+
+#: At real geometry: the whole batch, 256 cache rows, one layer where a kernel executes, two where it only compiles.
+FULL_SIZE = {"B": 16, "S": 256}
+#: What a real-size layer takes: 6.3 GB in the interpreter, and its weights once more here.
+FULL_SIZE_BYTES = 12 << 30
+
+
+@pytest.mark.compile_only
+def test_compiles(subject: Any, judging: Any) -> None:
+    judging.compiled()
+
+
+@pytest.mark.interpret
+def test_agrees_with_its_contract(subject: Any, judging: Any) -> None:
+    judging.cases()
+
+
+@pytest.mark.device
+def test_agrees_on_the_device(subject: Any, judging: Any) -> None:
+    require_npu(judging)
+    judging.cases()
+
+
+@pytest.mark.full_size
+def test_agrees_at_full_size(subject: Any, judging: Any) -> None:
+    require_memory(judging, FULL_SIZE_BYTES)
+    if "L" in subject.kernel.stage.drawn:
+        # The interpreter copies whatever a loop's body reads at every trip: stacked real weights would take hours.
+        judging.compiled({**FULL_SIZE, "L": 2})
+    else:
+        judging.full_size(FULL_SIZE)

@@ -1,0 +1,3 @@
+"""Everything is in the plugin; the harness's own tests also drive pytest itself."""
+
+pytest_plugins = ["pytester"]
