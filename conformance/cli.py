@@ -212,7 +212,7 @@ def _say_how_to_replay(report: Report, subject: Subject) -> None:
     from conformance.session import relative_source
 
     worst = report.findings[0]
-    command = replay_command(report.stage, relative_source(subject.kernel), report.kernel, str(worst.case))
+    command = replay_command(report.stage, relative_source(subject.kernel), report.kernel, str(worst.case), subject.lane)
     if command:
         click.echo(f"again: {command}")
 

@@ -64,7 +64,12 @@ class RunLog:
         ]
         versions = {"conformance": conformance.__version__, "python": platform.python_version()}
         versions.update({package: _version(package) for package in _PACKAGES})
-        machine = {"system": platform.system(), "architecture": platform.machine(), "cores": os.cpu_count() or 0}
+        machine = {
+            "hostname": platform.node(),
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "cores": os.cpu_count() or 0,
+        }
         details = {"plan": planned, "versions": versions, "machine": machine, "options": dict(options)}
         self._writer.write(Record("start", details=details))
 

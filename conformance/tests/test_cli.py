@@ -1,0 +1,167 @@
+"""The ``conformance`` command, run as a person does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from conformance.cli import main
+from conformance.records import read_run
+
+TORCH_KERNELS = """
+import ctypes, time
+import torch
+import conformance
+
+
+def plain(x, weight, out):
+    wide = x.float()
+    out.copy_(wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-6) * weight)
+
+
+@conformance.kernel("rms_norm")
+def gain(x, weight, out):
+    plain(x, weight, out)
+    out.mul_(1.005)
+
+
+@conformance.kernel("rms_norm")
+def segfault(x, weight, out):
+    ctypes.string_at(0)
+
+
+@conformance.kernel("rms_norm")
+def endless(x, weight, out):
+    while True:
+        time.sleep(0.01)
+
+
+@conformance.kernel("rms_norm", accepts=lambda dims: dims.B == 99 or "it takes B = 99 only")
+def picky(x, weight, out):
+    plain(x, weight, out)
+"""
+
+
+def run_command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "conformance.cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(TORCH_KERNELS)
+    return tmp_path
+
+
+def test_a_plain_function_passes_and_the_run_is_kept(folder: Path) -> None:
+    done = run_command(folder, "check", "rms_norm", "mine.py:plain", "--examples", "12", "--out", "kept")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "plain (rms_norm, eager): passed 12 cases" in done.stdout
+    log = read_run(folder / "kept")
+    assert sum(record.check == "example" for record in log.records) == 12
+    assert (folder / "kept" / "report.html").exists()
+
+
+def test_a_finding_can_be_run_again_by_its_key(folder: Path) -> None:
+    done = run_command(folder, "check", "rms_norm", "mine.py:gain", "--examples", "9", "--out", "kept")
+    assert done.returncode == 1
+    assert max(len(line) for line in done.stdout.splitlines() if not line.startswith("again: ")) <= 80
+    again = next(line for line in done.stdout.splitlines() if line.startswith("again: conformance "))
+    replay = run_command(folder, *again.split()[2:], "--out", "again")
+    assert replay.returncode == 1
+    assert "FAILED" in replay.stdout
+    cases = {record.case for record in read_run(folder / "again").of("case") if record.check == "example"}
+    assert cases == {again.split()[-1]}
+
+
+@pytest.mark.parametrize(
+    ("function", "timeout", "detector", "words"),
+    [("segfault", "60", "crashed", "SIGSEGV"), ("endless", "2", "timed_out", "2")],
+)
+def test_a_kernel_that_takes_its_process_down_is_a_finding(
+    folder: Path, function: str, timeout: str, detector: str, words: str
+) -> None:
+    done = run_command(folder, "check", "rms_norm", f"mine.py:{function}", "--examples", "2", "--timeout", timeout)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert detector in done.stdout
+    assert words in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "rms_nrm"], "unknown stage 'rms_nrm'"),
+        (["check", "rms_norm", "mine.py"], "expected FILE.py:FUNC"),
+        (["check", "rms_norm", "nowhere.py:f"], "no such kernel file"),
+        (["check", "rms_norm", "mine.py:f"], "no kernel or function 'f'"),
+        (["check", "rope", "mine.py:gain"], "gain implements rms_norm, not rope"),
+        (["check", "rope", "mine.py:plain"], "expected (q, k, seq_lens"),
+        (["check", "rms_norm", "mine.py:plain", "--dims", "huge"], "unknown preset 'huge'"),
+        (["check", "rms_norm", "mine.py:plain", "--dims", "B=x"], "overrides such as B=3,S=64"),
+        (["check", "rms_norm", "mine.py:plain", "--dims", "Q=3"], "unknown dimension 'Q'"),
+        (["check", "rms_norm", "mine.py:plain", "--dims", "NKV=3"], "NH must be a multiple of NKV"),
+        (["check", "rms_norm", "mine.py:plain", "--examples", "0"], "examples must be a positive"),
+        (["check", "rms_norm", "mine.py:plain", "--case", "nonsense"], "a case key looks like"),
+        (["check", "rms_norm", "mine.py:plain", "--case", "rope:tiny:B=1,seq_lens=3:normal:1"], "is of stage rope"),
+        (["check", "rms_norm", "mine.py:plain", "--lane", "device"], "has no lane 'device'"),
+        (["check", "rms_norm", "mine.py:picky"], "it takes B = 99 only"),
+        (["check", "rms_norm", "mine.py:plain", "--expected-failures", "nowhere.txt"], "cannot read the list"),
+        (["report", "nowhere"], "no run in nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
+
+
+def test_expected_failures_pass_and_a_fixed_one_says_so(folder: Path) -> None:
+    (folder / "known.txt").write_text("# what we know\n\ngain  a known gain\n")
+    options = ["--examples", "7", "--expected-failures", "known.txt"]
+    done = run_command(folder, "check", "rms_norm", "mine.py:gain", *options)
+    assert done.returncode == 0
+    assert "failed as expected: a known gain" in done.stdout
+    (folder / "known.txt").write_text("plain  was wrong once\n")
+    done = run_command(folder, "check", "rms_norm", "mine.py:plain", *options)
+    assert done.returncode == 0
+    assert "FIXED, take it off the list: was wrong once" in done.stdout
+
+
+def test_report_is_rebuilt_from_records_alone(folder: Path) -> None:
+    run_command(folder, "check", "rms_norm", "mine.py:gain", "--examples", "7", "--out", "kept")
+    before = (folder / "kept" / "report.html").read_text()
+    for name in ("report.html", "summary.md", "junit.xml"):
+        (folder / "kept" / name).unlink()
+    done = run_command(folder, "report", "kept")
+    assert done.returncode == 0
+    assert "gain" in done.stdout
+    assert (folder / "kept" / "report.html").read_text() == before
+
+
+def test_doctor_names_what_the_lanes_need(folder: Path) -> None:
+    done = run_command(folder, "doctor")
+    assert done.returncode == 0
+    for name in ("python", "torch", "pypto", "g++", "make", "cmake", "calculator", "npu"):
+        assert any(line[3:].lstrip().startswith(name) for line in done.stdout.splitlines()), done.stdout
+
+
+def test_list_shows_every_stage_with_its_kernel(folder: Path) -> None:
+    done = run_command(folder, "list", "--kernels", "mine.py")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    from conformance.contract import stages
+
+    for stage in stages():
+        position = next(index for index, line in enumerate(lines) if line.startswith(f"{stage}: "))
+        following = [line for line in lines[position + 1 : position + 12] if line.startswith("  - ")]
+        assert following[0].startswith(f"  - {stage} (pypto: compile_only interpret device")
+    assert any(line.startswith("  - gain (torch: eager") for line in lines)

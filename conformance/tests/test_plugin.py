@@ -1,0 +1,189 @@
+"""The pytest plugin, driven as its users do: pytest in a process of its own, on kernels in files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from conformance.records import read_run
+
+HERE = Path(__file__).parent
+TORCH_KERNELS = """
+import torch
+import conformance
+
+
+def _rms_norm(x, weight, eps):
+    wide = x.float()
+    return wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps) * weight
+
+
+@conformance.kernel("rms_norm")
+def right(x, weight, out):
+    out.copy_(_rms_norm(x, weight, 1e-6))
+
+
+@conformance.kernel("rms_norm")
+def wrong_eps(x, weight, out):
+    out.copy_(_rms_norm(x, weight, 1e-5))
+"""
+
+
+def run_pytest(folder: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """pytest on the suites, from ``folder``, keeping the run in ``folder/run``."""
+    command = [sys.executable, "-m", "pytest", "--pyargs", "conformance.suites", "-q", "-p", "no:cacheprovider"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        [*command, "--conformance-run", str(folder / "run"), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture
+def kernels(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(TORCH_KERNELS)
+    return path
+
+
+def test_a_users_kernels_are_judged_beside_a_wrong_one(tmp_path: Path, kernels: Path) -> None:
+    done = run_pytest(tmp_path, "-m", "interpret", "--only-user-kernels", "--kernels", "mine.py", "--presets", "tiny")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed, 1 passed" in done.stdout
+    records = read_run(tmp_path / "run").records
+    statuses = Counter((record.kernel, record.status) for record in records if record.event == "case")
+    assert statuses["right", "passed"] >= 7
+    assert ("right", "failed") not in statuses
+    assert statuses["wrong_eps", "failed"] >= 1
+    assert [record.details["exit_code"] for record in records if record.event == "end"] == [1]
+    assert "conformance check rms_norm mine.py:wrong_eps --case" in done.stdout
+    for name in ("report.html", "summary.md", "junit.xml"):
+        assert (tmp_path / "run" / name).stat().st_size > 100
+
+
+def test_parallel_processes_give_the_same_verdicts_as_one(tmp_path: Path, kernels: Path) -> None:
+    verdicts = []
+    for processes in ((), ("-n", "2")):
+        folder = tmp_path / f"with{len(processes)}"
+        folder.mkdir()
+        run_pytest(folder, "-m", "interpret", "--only-user-kernels", "--kernels", str(kernels), *processes)
+        records = read_run(folder / "run").records
+        verdicts.append(
+            sorted((r.kernel, r.preset, r.case, r.check, r.status, r.share or 0.0) for r in records if r.event == "case")
+        )
+    assert len(verdicts[0]) > 20
+    assert verdicts[0] == verdicts[1]
+
+
+def test_device_tests_are_collected_and_skipped_with_what_was_missing(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, "-m", "device", "-rs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" not in done.stdout.splitlines()[-1]
+    assert "20 skipped" in done.stdout
+    assert "not found: CANN" in done.stdout.replace("\n", " ")
+    skips = [record for record in read_run(tmp_path / "run").records if record.event == "skip"]
+    assert len(skips) == 20
+    assert all("torch_npu" in record.reason for record in skips)
+
+
+def test_a_missing_device_fails_where_one_is_required(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, "-m", "device", "--require-device", "-k", "rms_norm")
+    assert done.returncode == 1
+    assert "--require-device: no usable NPU" in done.stdout
+    assert [record.event for record in read_run(tmp_path / "run").records].count("error") == 2
+
+
+def test_the_device_lane_runs_with_the_interpreter_standing_in(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, "-m", "device", "--device-executor", "interpret", "-k", "rms_norm-tiny or kv_write-tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+    lanes = {record.lane for record in read_run(tmp_path / "run").records if record.event == "case"}
+    assert lanes == {"device"}
+
+
+def test_a_lane_that_ran_nothing_says_so(tmp_path: Path) -> None:
+    done = run_pytest(tmp_path, "-m", "device", "-k", "rms_norm-tiny")
+    text = done.stdout.lower()
+    assert "skipped" in text
+    assert "passed: 0 cases" not in text
+    assert "nothing" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("import no_such_module_anywhere", "mine.py does not import: ModuleNotFoundError"),
+        ("x = 1", "mine.py defines no kernel"),
+        ("import conformance\n@conformance.kernel('rms_nrm')\ndef f(x): ...", "unknown stage 'rms_nrm'"),
+        ("import conformance\n@conformance.kernel('rms_norm')\ndef f(x, out): ...", "expected (x, weight, out), found (x, out)"),
+        ("import conformance\n@conformance.kernel('rms_norm', toolchain='cuda')\ndef f(x): ...", "unknown toolchain 'cuda'"),
+        ("def broken(:", "mine.py does not import: SyntaxError"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line_and_a_usage_error(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "mine.py").write_text(content)
+    done = run_pytest(tmp_path, "-m", "interpret", "--kernels", "mine.py")
+    assert done.returncode == 4, done.stdout + done.stderr  # pytest's own code for a usage error
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if message in line]
+    assert lines, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_two_kernels_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TORCH_KERNELS.replace("def right", "def rms_norm"))
+    done = run_pytest(tmp_path, "-m", "interpret", "--kernels", "mine.py")
+    assert done.returncode == 4
+    assert "two kernels are named 'rms_norm'" in done.stdout + done.stderr
+
+
+def test_expected_failures_do_not_fail_and_a_fixed_one_is_reported(tmp_path: Path, kernels: Path) -> None:
+    known = tmp_path / "known.txt"
+    known.write_text("# what we know\nwrong_eps  eps is 1e-5, to be fixed\nright@eager  was wrong once\n")
+    done = run_pytest(
+        tmp_path,
+        "-m",
+        "interpret",
+        "--only-user-kernels",
+        "--kernels",
+        "mine.py",
+        "--presets",
+        "tiny",
+        "--expected-failures",
+        "known.txt",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed, 1 xfailed" in done.stdout
+    records = [record for record in read_run(tmp_path / "run").records if record.event == "expected"]
+    assert {(record.kernel, record.status) for record in records} == {("wrong_eps", "failed as expected"), ("right", "fixed")}
+    assert "was wrong once" in done.stdout
+
+
+def test_an_expected_failure_of_no_kernel_is_a_usage_error(tmp_path: Path, kernels: Path) -> None:
+    (tmp_path / "known.txt").write_text("wrong_epz  a typing error\n")
+    done = run_pytest(tmp_path, "--only-user-kernels", "--kernels", "mine.py", "--expected-failures", "known.txt")
+    assert done.returncode == 4
+    assert "no kernel 'wrong_epz'" in done.stdout + done.stderr
+
+
+def test_the_plugin_costs_other_test_runs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "test_other.py").write_text(
+        "import sys\ndef test_it():\n    assert 'torch' not in sys.modules and 'conformance.contract' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_other.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "1 passed" in done.stdout
+    assert not (tmp_path / "runs").exists()
+    assert "kernel conformance" not in done.stdout

@@ -1,0 +1,50 @@
+"""Reports of a run, built from its records alone: for the terminal, a CI step summary, a CI test view, and one HTML page.
+
+>>> reports.build(Path("runs/nightly"), formats=("markdown", "html"))
+{'markdown': PosixPath('runs/nightly/summary.md'), 'html': PosixPath('runs/nightly/report.html')}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from conformance.errors import UsageError
+
+__all__ = ["FORMATS", "build"]
+
+#: Every format, and the file in the run's folder that holds it; the terminal's is returned, not written.
+FORMATS: dict[str, str | None] = {
+    "terminal": None,
+    "markdown": "summary.md",
+    "junit": "junit.xml",
+    "html": "report.html",
+}
+
+
+def build(folder: Path, formats: Sequence[str] = ("terminal", "markdown", "junit", "html")) -> dict[str, Path | str]:
+    """Build reports of the run in ``folder``: the text itself for ``terminal``, the path of the written file for the others.
+
+    Building again replaces them; the records are only read. Raises ``UsageError`` for an unknown format and for a folder
+    without records.
+    """
+    from conformance.records import read_run
+    from reports import junit, markdown, page, terminal
+    from reports.summary import summarise
+
+    for name in formats:
+        if name not in FORMATS:
+            raise UsageError(f"unknown report format {name!r}; known are {', '.join(FORMATS)}")
+    summary = summarise(read_run(folder))
+    renderers = {"terminal": terminal.render, "markdown": markdown.render, "junit": junit.render, "html": page.render}
+    built: dict[str, Path | str] = {}
+    for name in formats:
+        content = renderers[name](summary)
+        file = FORMATS[name]
+        if file is None:
+            built[name] = content
+        else:
+            path = folder / file
+            path.write_text(content, encoding="utf-8", newline="\n")
+            built[name] = path
+    return built

@@ -1,0 +1,140 @@
+"""The report as GitHub-flavoured Markdown, for the step summary of a CI job (which holds 1 MiB at most)."""
+
+from __future__ import annotations
+
+import re
+
+from reports import text
+from reports.summary import Fault, Reason, RunSummary, Status
+
+MOST_ROWS = 300
+MOST_FAULTS = 30
+MOST_REASONS = 50
+
+#: A sign beside the word, never instead of it.
+SIGNS: dict[str, str] = {
+    "failed": "❌",
+    "could not run": "⛔",
+    "cut short": "✂️",
+    "nothing ran": "⚠️",
+    "incomplete": "⚠️",
+    "failed as expected": "🟡",
+    "passed": "✅",
+    "skipped": "⏭️",
+}
+
+_PUNCTUATION = re.compile(r"([\\`*_\[\]|~$])|^([#>+-]|\d+[.)])")
+
+
+def render(summary: RunSummary) -> str:
+    """The report in Markdown: the outcome, a table of kernels and lanes, faults worst first, and what did not run and why."""
+    lines = [f"## {SIGNS[summary.outcome]} Conformance: {summary.outcome}", "", escape(summary.headline), ""]
+    if summary.started is not None:
+        lines += [
+            escape(
+                f"{text.number(summary.totals.cases, 'case')} in {text.seconds(summary.duration or 0)} "
+                f"on {text.number(summary.machine_count, 'machine')}, started {text.moment(summary.started)}"
+            ),
+            "",
+        ]
+    for gap in summary.gaps:
+        lines += [f"> {SIGNS['incomplete']} {escape(gap)}", ""]
+    for entry in summary.expected:
+        if entry.fixed:
+            name = f"**{escape(entry.kernel, 120)}** on {escape(entry.lane or 'every lane', 40)}"
+            lines += [f"> ✨ Fixed: {name} no longer fails; take it off the list of expected failures", ""]
+    lines += _table(summary)
+    if summary.faults:
+        lines += [f"### {text.number(len(summary.faults), 'fault')}, worst first", ""]
+        for number, fault in enumerate(summary.faults[:MOST_FAULTS], start=1):
+            lines += _fault(number, fault)
+        if len(summary.faults) > MOST_FAULTS:
+            lines += [f"… and {len(summary.faults) - MOST_FAULTS:,} more faults: see the HTML report", ""]
+    lines += _reasons("Could not run", "could not run", summary.errors)
+    lines += _reasons("Planned, and not run to the end (not a pass)", "nothing ran", summary.unrun)
+    lines += _reasons("Skipped", "skipped", summary.skips)
+    still = [entry for entry in summary.expected if not entry.fixed]
+    if still:
+        lines += [f"### {SIGNS['failed as expected']} Failed as expected", ""]
+        for entry in still[:MOST_REASONS]:
+            lines.append(
+                f"- **{escape(entry.kernel, 120)}** {escape(entry.lane, 40)}: {text.number(entry.cases, 'case')}; "
+                f"{escape(entry.reason, 300)}"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def escape(content: object, limit: int | None = None) -> str:
+    """One line of text that Markdown and HTML leave as it is, also in a table cell; mentions do not notify anyone."""
+    plain = text.one_line(content, limit).replace("&", "&amp;").replace("<", "&lt;")
+    # Some signs mean something anywhere, and some only where a line begins.
+    return _PUNCTUATION.sub(_backslash, plain).replace("@", "@\u2060").replace("://", ":\u2060//")
+
+
+def _backslash(match: re.Match[str]) -> str:
+    found = match.group()
+    return found[:-1] + "\\" + found[-1]
+
+
+def _fenced(content: str) -> list[str]:
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", content)), default=0))
+    return [f"{fence}sh", content, fence]
+
+
+def _table(summary: RunSummary) -> list[str]:
+    if not summary.rows:
+        return []
+    lines = ["| stage | kernel | lane | cases | findings | worst share | time | status |", "|---|---|---|--:|--:|--:|--:|---|"]
+    for row in summary.rows[:MOST_ROWS]:
+        fields = (
+            escape(row.stage or "-", 120),
+            escape(row.kernel or "-", 120),
+            escape(row.lane or "-", 40),
+            f"{row.cases:,}",
+            f"{row.findings:,}",
+            text.share(row.shares.worst),
+            text.seconds(row.seconds),
+            f"{SIGNS[row.status]} {row.status}{row.remark}",
+        )
+        lines.append(f"| {' | '.join(fields)} |")
+    lines.append("")
+    if len(summary.rows) > MOST_ROWS:
+        lines += [f"… and {len(summary.rows) - MOST_ROWS:,} more rows, counted above", ""]
+    return lines
+
+
+def _fault(number: int, fault: Fault) -> list[str]:
+    presets = f", {', '.join(fault.presets)}" if fault.presets else ""
+    title = (
+        f"**{number}. {escape(fault.detector)}** in {escape(fault.kernel, 120)} on {escape((fault.lane or '-') + presets, 200)}"
+    )
+    lines = [f"{title}: {fault.failed_cases:,} of {text.number(fault.cases, 'case')}", ""]
+    lines += [f"- {escape(fault.meaning)}"]
+    lines += [f"- {escape(measure)}" for measure in fault.measures]
+    if fault.example and fault.example.message:
+        lines.append(f"- {escape(fault.example.message, 600)}")
+    if fault.also:
+        lines.append("- in the same cases: " + ", ".join(f"{escape(name)} in {count:,}" for name, count in fault.also))
+    if fault.machines:
+        lines.append("- seen on " + escape(", ".join(fault.machines), 300))
+    lines.append("")
+    if fault.replay:
+        lines += _fenced(fault.replay)
+    else:
+        lines.append(f"No command replays it from here; case key: {escape(fault.example_case or 'none', 200)}")
+    return [*lines, ""]
+
+
+def _reasons(title: str, status: Status, reasons: tuple[Reason, ...]) -> list[str]:
+    if not reasons:
+        return []
+    lines = [f"### {SIGNS[status]} {title}", ""]
+    for reason in reasons[:MOST_REASONS]:
+        what = ", ".join([*reason.kernels[:8], *([f"{len(reason.kernels) - 8:,} more"] if len(reason.kernels) > 8 else [])])
+        lead = " ".join(part for part in (reason.lane, what) if part) or "the run"
+        presets = f" [{', '.join(reason.presets[:6])}]" if reason.presets else ""
+        lines.append(f"- **{escape(lead + presets, 600)}**: {escape(reason.reason, 400)}")
+    if len(reasons) > MOST_REASONS:
+        lines.append(f"- … and {len(reasons) - MOST_REASONS:,} more reasons")
+    return [*lines, ""]

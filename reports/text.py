@@ -1,0 +1,136 @@
+"""Words and numbers as reports show them. Names and messages come from kernels under test, so nothing in them is trusted."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+# What XML 1.0 forbids, what a terminal would obey (escape sequences), and what reverses the text around it (bidi overrides).
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
+
+#: Longest command that is shown; a longer one is no longer something a person copies.
+LONGEST_COMMAND = 2000
+
+# The command runs a kernel where its toolchain executes it, unless told otherwise: eager or interpret.
+_LANES_TO_NAME = ("compile_only", "device")
+
+
+def clean(text: object, limit: int | None = None) -> str:
+    """Text without characters that XML forbids or a terminal obeys, at most ``limit`` characters long."""
+    cleaned = _UNSAFE.sub("\ufffd", str(text).replace("\r\n", "\n"))
+    if limit is not None and len(cleaned) > limit:
+        return f"{cleaned[:limit].rstrip()} ... ({len(cleaned) - limit:,} more characters)"
+    return cleaned
+
+
+def one_line(text: object, limit: int | None = None) -> str:
+    """``clean`` text with every run of blanks and line ends turned into one blank."""
+    return clean(" ".join(str(text).split()), limit)
+
+
+def share(value: float | None) -> str:
+    """A share of the allowance: ``43%`` up to what is allowed, ``3.2x`` beyond it, ``-`` where nothing was measured."""
+    if value is None:
+        return "-"
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "inf"
+    if value <= 1:
+        # Rounded down: 99.96% must not read as all of the allowance.
+        return f"{math.floor(value * 100)}%" if value <= 0.99 or value == 1 else f"{math.floor(value * 1000) / 10:.1f}%"
+    if value < 1.05:
+        # Never "1.0x", which would read as just allowed.
+        return f"{max(value, 1.001):.3f}x"
+    if value < 1000:
+        return f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}x"
+
+
+def share_in_words(value: float | None) -> str:
+    """A share of the allowance in a sentence, such as ``3.2x the allowance``."""
+    if value is None:
+        return "no allowance applies"
+    if math.isnan(value):
+        return "the error is not a number"
+    if math.isinf(value):
+        return "no error is allowed here"
+    return f"{share(value)} {'of ' if value <= 1 else ''}the allowance"
+
+
+def ulps(value: float | None) -> str:
+    """Units in the last place, or an empty string where none were measured."""
+    if value is None:
+        return ""
+    if math.isnan(value) or math.isinf(value):
+        return f"{value} ULPs"
+    number = f"{value:,.1f}".removesuffix(".0") if value < 1e6 else f"{value:.1e}"
+    return f"{number} ULP" if number == "1" else f"{number} ULPs"
+
+
+def number(count: int, singular: str, plural: str | None = None) -> str:
+    """A count with its noun: ``1 case``, ``1,200 cases``."""
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
+
+
+def seconds(value: float) -> str:
+    """A duration: ``0.42 s``, ``12 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    if not math.isfinite(value):
+        return "unknown"
+    if value <= 0:
+        return "0 s"
+    if value < 9.95:
+        return f"{value:.2f} s" if value < 0.995 else f"{value:.1f} s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def memory(value: int | None) -> str:
+    """Bytes in MB or GB (powers of ten), or an empty string where none were measured."""
+    if value is None:
+        return ""
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def moment(epoch_seconds: float | None) -> str:
+    """A point in time in UTC, or ``unknown time``."""
+    if not epoch_seconds or not 0 < epoch_seconds < 2**36:
+        return "unknown time"
+    return datetime.datetime.fromtimestamp(epoch_seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def position(argument: str | None, index: Sequence[int] | None, where: Mapping[str, int]) -> str:
+    """Where in an argument: ``out[3, 130] (row 3, head 2, lane 2)``; empty if the finding has no place."""
+    place = argument or ""
+    if index:
+        place += f"[{', '.join(str(coordinate) for coordinate in index)}]"
+    if where:
+        names = ", ".join(f"{name.replace('_', ' ')} {coordinate}" for name, coordinate in where.items())
+        place += f" ({names})" if place else names
+    return place
+
+
+def replay_command(stage: str, source: str, kernel: str, case: str, lane: str = "") -> str | None:
+    """The command that runs one case again, quoted for a POSIX shell; ``None`` if the record does not say enough.
+
+    ``None`` also for a text that cannot be shown as it is: a command that has to be altered to be shown replays something else.
+    """
+    if not (stage and source and kernel):
+        return None
+    words = ["conformance", "check", stage, f"{source}:{kernel}"]
+    if lane in _LANES_TO_NAME:
+        words += ["--lane", lane]
+    if case:
+        words += ["--case", case]
+    command = " ".join(shlex.quote(word) for word in words)
+    if len(command) > LONGEST_COMMAND or command != one_line(command):
+        return None
+    return command
