@@ -29,7 +29,7 @@ SUM_OF_MAGNITUDES = 0.5
 SUM_OF_SQUARES = 0.3
 SUM_OF_RESULT = 0.33
 #: Memory that the chunks of one projection may take, in bytes.
-CHUNK_BYTES = 192 << 20
+CHUNK_BYTES = 64 << 20
 
 BF16 = torch.bfloat16
 
@@ -165,35 +165,40 @@ def scaled(estimate: Bounds, factor: torch.Tensor) -> Bounds:
 
 
 def projection(x: Bounds, weight: torch.Tensor) -> Bounds:
-    """``x @ weight`` with exact bf16 weights ``[K, N]``, accumulated in fp32 in any order; by chunks of columns."""
+    """``x @ weight`` for ``x [B, K]`` and exact bf16 weights ``[K, N]``, accumulated in fp32 in any order.
+
+    The value is float64. Variances and magnitudes need no such precision: they are summed in fp32, each row scaled to its own
+    largest entry so that none underflows. Weights are widened a chunk of rows at a time.
+    """
     depth, width = weight.shape
-    columns = max(1, CHUNK_BYTES // (8 * depth * 3))
+    batch = x.value.shape[0]
     uncertain = bool(x.worst.any())
-    # Squared weights serve the terms' squares and the variance alike: one product for both, and so for magnitudes.
-    square_rows = torch.cat([x.value**2, x.variance], -2) if uncertain else x.value**2
-    magnitude_rows = torch.cat([x.value.abs(), x.worst], -2) if uncertain else x.value.abs()
-    parts: list[Bounds] = []
-    for start in range(0, width, columns):
-        block = weight[:, start : start + columns].to(torch.float64)
-        value = x.value @ block
-        squares_of = square_rows @ (block * block)
-        block.abs_()
-        magnitudes_of = magnitude_rows @ block
-        total, squares = magnitudes_of[..., : x.value.shape[-2], :], squares_of[..., : x.value.shape[-2], :]
-        deviation = torch.maximum(SUM_OF_MAGNITUDES * total, SUM_OF_SQUARES * math.sqrt(depth) * squares.sqrt())
-        accumulation = U * (deviation + SUM_OF_RESULT * math.sqrt(depth) * value.abs())
-        if uncertain:
-            variance, worst = squares_of[..., x.value.shape[-2] :, :], magnitudes_of[..., x.value.shape[-2] :, :]
-        else:
-            variance = worst = torch.zeros_like(value)
-        parts.append(Bounds(value, variance + accumulation**2, worst + (U * depth) * total))
-    if len(parts) == 1:
-        return parts[0]
-    return Bounds(
-        torch.cat([part.value for part in parts], -1),
-        torch.cat([part.variance for part in parts], -1),
-        torch.cat([part.worst for part in parts], -1),
-    )
+    # Squared weights serve the squares of the terms and the variance alike, absolute ones the magnitudes and the worst case.
+    size = x.value.abs()
+    rows = torch.cat([size, x.variance.sqrt(), x.worst]) if uncertain else size
+    scale = rows.amax(1, keepdim=True).clamp_min(1e-300)
+    scaled_rows = (rows / scale).float()
+    square_rows = scaled_rows[: 2 * batch].square()
+    magnitude_rows = torch.cat([scaled_rows[:batch], scaled_rows[2 * batch :]])
+    value = torch.zeros(batch, width, dtype=torch.float64)
+    squares = torch.zeros(len(square_rows), width)
+    magnitudes = torch.zeros(len(magnitude_rows), width)
+    step = max(1, CHUNK_BYTES // (16 * width))
+    for start in range(0, depth, step):
+        part = slice(start, start + step)
+        block = weight[part].float()
+        value += x.value[:, part] @ block.double()
+        magnitudes += magnitude_rows[:, part] @ block.abs()
+        squares += square_rows[:, part] @ block.square_()
+    squares_of = squares.double() * scale[: 2 * batch].square()
+    total = magnitudes[:batch] * scale[:batch]
+    deviation = torch.maximum(SUM_OF_MAGNITUDES * total, SUM_OF_SQUARES * math.sqrt(depth) * squares_of[:batch].sqrt())
+    variance = (U * (deviation + SUM_OF_RESULT * math.sqrt(depth) * value.abs())) ** 2
+    worst = (U * depth) * total
+    if uncertain:
+        variance += squares_of[batch:]
+        worst += magnitudes[batch:] * scale[2 * batch :]
+    return Bounds(value, variance, worst)
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -39,6 +40,8 @@ BIAS_SIGMAS = 6.0
 BIAS_SLACK = 0.02
 #: Closer to a tie than this, in ULPs, the direction of a rounding says nothing about bias.
 TIE_ULPS = 1e-5
+#: Random directions from which the correlation of a row's errors is estimated: 28 pairs, so to about a quarter.
+PROBES = 8
 #: A row with fewer different magnitudes than this says nothing statistical.
 FEWEST_DISTINCT = 8
 
@@ -60,11 +63,13 @@ class Oracle:
         return self._bounds[profile.name]
 
     def independent_errors(self, argument: str, profile: Profile) -> torch.Tensor:
-        """Per row of a composite stage's output, the number of independent roundings that its error is made of.
+        """Per row of a composite stage's output, how many independent errors its scaled errors amount to.
 
-        One rounding inside a layer moves many outputs at once, so their errors are correlated. With ``t_i`` the variance that
-        site ``i`` adds to the row's signed sum, the number is ``sum(t)**2 / sum(t**2)``. Sequences do not touch one another,
-        so one backward pass serves all rows.
+        One rounding inside a layer moves many outputs at once, and many roundings may move them the same way (all those of a
+        query change one score). With C the covariance of a row's scaled errors, their mean square scatters as that of
+        ``trace(C)**2 / trace(C**2)`` independent ones. For vectors a, b of random signs the mean of ``(a C b)**2`` is
+        ``trace(C**2)``, and ``a C b`` is the product of two gradients by the roundings. Sequences do not touch one another, so
+        one backward pass serves all of them.
         """
         if self._independent is None:
             self._independent = _independent_errors(self.case, self.bounds(profile), profile)
@@ -74,34 +79,42 @@ class Oracle:
 def _independent_errors(case: Case, bounds: dict[str, Bounds], profile: Profile) -> dict[str, torch.Tensor]:
     arithmetic = RoundingSites(profile.roundings)
     results = case.stage.reference(case.inputs, case.dims, arithmetic)
+    zeros = [zero for zero, _, _ in arithmetic.sites]
+    deviations = [error_bounds.rounding_variance(spacing(site.double(), BF16)).sqrt() for _, site, _ in arithmetic.sites]
+    signs = torch.Generator().manual_seed(0)
+    batch = case.dims.B
     independent = {}
     for name, estimate in bounds.items():
         value = results[name] if estimate.rows is None else results[name][estimate.rows]
         ulp = spacing(estimate.value, BF16)
-        weight = (torch.sign(estimate.value) / (estimate.variance + error_bounds.rounding_variance(ulp)).sqrt()).float()
-        batch = case.dims.B
-        # Rows of an argument belong to sequences in turn: [.., B, ..] flattened, B the slowest but for layers.
-        groups = value.shape[0] // batch
-        total = torch.zeros(batch, dtype=torch.float64)
-        squares = torch.zeros(batch, dtype=torch.float64)
-        gradients = torch.autograd.grad(
-            (weight * value).sum(), [zero for zero, _, _ in arithmetic.sites], retain_graph=True, allow_unused=True
-        )
-        for gradient, (_, site, sequence) in zip(gradients, arithmetic.sites, strict=True):
-            if gradient is not None:
-                terms = gradient.double() ** 2 * error_bounds.rounding_variance(spacing(site.double(), BF16))
-                if sequence is None:
-                    per_sequence = terms.reshape(batch, -1)
-                    total += per_sequence.sum(1)
-                    squares += (per_sequence**2).sum(1)
-                else:
-                    total[sequence] += terms.sum()
-                    squares[sequence] += (terms**2).sum()
-        count = (total**2 / squares.clamp_min(1e-300)).clamp_min(1)
-        if groups > 1:
-            layers = estimate.value.shape[0] // (batch * case.dims.NKV)
-            count = count.repeat_interleave(case.dims.NKV).repeat(max(layers, 1))
-        independent[name] = count
+        weight = (1 / (estimate.variance + error_bounds.rounding_variance(ulp)).sqrt()).float()
+        # Rows stand by layer, sequence and head, as in a cache; one row of each sequence is looked at at a time.
+        heads = 1 if estimate.rows is None else case.dims.NKV
+        scaled = (value * weight).reshape(-1, batch, heads, value.shape[-1])
+        counts = torch.empty(scaled.shape[:3], dtype=torch.float64)
+        for layer, head in itertools.product(range(scaled.shape[0]), range(heads)):
+            rows = scaled[layer, :, head]
+            probes = []
+            for _ in range(PROBES):
+                direction = torch.randint(0, 2, rows.shape, generator=signs) * 2.0 - 1.0
+                gradients = torch.autograd.grad((direction * rows).sum(), zeros, retain_graph=True, allow_unused=True)
+                parts: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+                for gradient, deviation, (_, _, sequence) in zip(gradients, deviations, arithmetic.sites, strict=True):
+                    if gradient is not None:
+                        effect = gradient.double() * deviation
+                        if sequence is not None:
+                            parts[sequence].append(effect.flatten())
+                        else:
+                            for b, part in enumerate(effect.reshape(batch, -1)):
+                                parts[b].append(part)
+                probes.append([torch.cat(part) for part in parts])
+            for b in range(batch):
+                effects = torch.stack([probe[b] for probe in probes])
+                products = effects @ effects.T
+                trace = products.diagonal().mean()
+                pairs = products[~torch.eye(PROBES, dtype=torch.bool)]
+                counts[layer, b, head] = trace**2 / (pairs**2).mean().clamp_min(1e-300)
+        independent[name] = counts.flatten().clamp_min(1)
     return independent
 
 
@@ -292,7 +305,7 @@ def _degenerate(case: Case, part: _Part, value: torch.Tensor) -> Finding | None:
         return None
     for other in case.stage.arguments:
         if other.access == "in" and case.inputs[other.name].numel() == value.numel() > 1:
-            source = _matrix(case.inputs[other.name].to(torch.float64))
+            source = rounded(_matrix(case.inputs[other.name].to(torch.float64)), dtype)
             if source.shape == value.shape and torch.equal(part.value, source):
                 if torch.equal(rounded(value, dtype), source):
                     return None
@@ -413,8 +426,13 @@ class _Statistics:
         self.error = part.value - flat.value
         self.value = flat.value
         counted = torch.isfinite(self.error) & torch.isfinite(self.deviation) & ~skip
-        magnitudes = flat.value.abs().sort(-1).values
-        self.distinct = (magnitudes[:, 1:] != magnitudes[:, :-1]).sum(-1) + 1
+        # Values that agree in magnitude to 12 bits are rounded alike: their errors are one and the same.
+        magnitudes = flat.value.abs().view(torch.int64) >> 40
+        self.distinct = _count_distinct(magnitudes)
+        padded = torch.nn.functional.pad(magnitudes, (0, -magnitudes.shape[1] % TILE), value=-1)
+        self.distinct_in_tile = _count_distinct(padded.view(len(magnitudes), -1, TILE))
+        # So are those of rows that repeat one another: per column, which part of the values down the rows are different.
+        self.different_rows = _count_distinct(magnitudes.T).double() / len(magnitudes)
         # A constant row rounds the same way everywhere: nothing averages out in it.
         self.counted = counted & (self.distinct >= FEWEST_DISTINCT).unsqueeze(1)
         self.scaled = torch.where(self.counted, self.error / self.deviation, torch.zeros_like(self.error))
@@ -436,7 +454,9 @@ class _Statistics:
             return 0.0
         # The limit only rises as fewer errors are independent: count them only where all together would not do.
         share = self._spread_share(square, self.distinct.double())
-        if float(share[0]) > 1:
+        # That is dear for a composite stage, and idle where the argument is wrong already.
+        known = any(finding.argument == self.part.argument.name for finding in result.findings)
+        if float(share[0]) > 1 and not known:
             share = self._spread_share(square, self.independent)
         worst, place = share
         if worst > 1:
@@ -468,16 +488,20 @@ class _Statistics:
         counted = torch.nn.functional.pad(self.counted, (0, padded)).view(rows, -1, TILE)
         tiles = torch.nn.functional.pad(square, (0, padded)).view(rows, -1, TILE).sum(-1)
         counts = counted.sum(-1).double()
-        per_row = independent.unsqueeze(1)
-        # Independent errors in an area: at most its elements, at most what each of its rows has.
-        in_tile = torch.minimum(counts, per_row)
+        # Alike values within a tile count once. What the errors of a row share besides, a part of the row shares too: 1 / n
+        # rises by as much there.
         row_counts = counts.sum(1)
-        in_row = torch.minimum(row_counts, independent)
+        row_distinct = torch.minimum(row_counts, self.distinct.double())
+        common = (1 / independent - 1 / row_distinct).clamp_min(0)
+        in_row = 1 / (1 / row_distinct + common)
+        in_tile = 1 / (1 / torch.minimum(counts, self.distinct_in_tile.double()) + common.unsqueeze(1))
+        different = self.different_rows
+        different_in_tile = torch.stack([part.mean() for part in torch.split(different, TILE)])
         areas = (
-            (tiles.sum().view(1, 1), row_counts.sum().view(1, 1), in_row.sum().view(1, 1)),
+            (tiles.sum().view(1, 1), row_counts.sum().view(1, 1), (in_row.sum() * different.mean()).view(1, 1)),
             (tiles.sum(1, keepdim=True), row_counts.view(-1, 1), in_row.view(-1, 1)),
             (tiles, counts, in_tile),
-            (tiles.sum(0, keepdim=True), counts.sum(0, keepdim=True), in_tile.sum(0, keepdim=True)),
+            (tiles.sum(0, keepdim=True), counts.sum(0, keepdim=True), in_tile.sum(0, keepdim=True) * different_in_tile),
         )
         best: tuple[float, tuple[int | None, slice, float]] = (0.0, (None, slice(0, columns), 0.0))
         for kind, (total, count, effective) in enumerate(areas):
@@ -498,13 +522,14 @@ class _Statistics:
         counted = self.counted & ~tie
         signed = torch.where(counted, self.scaled * torch.sign(self.value), torch.zeros_like(self.scaled))
         counts = counted.sum(1).double()
+        # Repeated values repeat their error: the sum of n errors of which d are different varies n / d times as much.
+        variance = counts * (counts / torch.minimum(self.distinct.double(), counts).clamp_min(1))
         if self.estimate.correlation is not None:
-            variance = torch.maximum(self.estimate.correlation.sum_variance, counts)
-        else:
-            # Repeated values repeat their error: the sum of n errors of which d are different varies n / d times as much.
-            variance = counts * (counts / torch.minimum(self.distinct.double(), counts).clamp_min(1))
+            variance = torch.maximum(self.estimate.correlation.sum_variance, variance)
         sums = torch.cat([signed.sum(1), signed.sum().view(1)])
-        limits = torch.cat([BIAS_SIGMAS * variance.sqrt(), BIAS_SIGMAS * variance.sum().sqrt().view(1)])
+        limits = torch.cat(
+            [BIAS_SIGMAS * variance.sqrt(), BIAS_SIGMAS * (variance.sum() / self.different_rows.mean()).sqrt().view(1)]
+        )
         limits = limits + BIAS_SLACK * torch.cat([counts, counts.sum().view(1)])
         share = torch.where(limits > 0, sums.abs() / limits.clamp_min(1e-300), torch.zeros_like(sums))
         worst = int(share.argmax())
@@ -531,6 +556,12 @@ class _Statistics:
                 )
             )
         return amount
+
+
+def _count_distinct(rows: torch.Tensor) -> torch.Tensor:
+    """How many different values there are along the last axis."""
+    ordered = rows.sort(-1).values
+    return (ordered[..., 1:] != ordered[..., :-1]).sum(-1) + 1
 
 
 def spread_limit(independent: torch.Tensor) -> torch.Tensor:

@@ -153,7 +153,7 @@ def _history(
     elif regime == "big":
         cache = (cache.double() * 1e5).to(BF16)
     stale = torch.arange(dims.S).unsqueeze(0) >= torch.tensor(valid).unsqueeze(1)  # [B, S]
-    filler = (source.grid(name + ".garbage", shape, 1.0).double() * garbage).to(BF16)
+    filler = (source.grid(name + ".garbage", shape, 1.0).float() * garbage).to(BF16)
     return torch.where(stale.view(1, dims.B, 1, dims.S, 1), filler, cache).view(-1, dims.D)
 
 

@@ -63,7 +63,8 @@ def layers(inputs: Tensors, outputs: Tensors, dims: Dims) -> list[str]:
         states.append(_simulate(match, layer, inputs, one, dims))
     out = outputs["out"].double()
     if not _close(out, states[-1]):
-        causes.append(_about_out(out, states, dims))
+        about = _about_out(out, states, dims, seen_before=bool(causes))
+        causes += [about] if about else []
     return causes
 
 
@@ -71,27 +72,28 @@ def _guesses(states: list[torch.Tensor], layer: int, dims: Dims) -> Iterator[_Gu
     right = states[-1]
     yield _Guess("", right, layer)
     for earlier in range(len(states) - 2, -1, -1):
-        missed = f"and did not see layer {layer - 1}'s output"
-        yield _Guess(f"read {_name(earlier)} {missed}", states[earlier], layer)
+        yield _Guess(f"read {_name(earlier)} and did not see layer {layer - 1}'s output", states[earlier], layer)
     for other in range(dims.L):
         if other != layer:
             yield _Guess(f"used the weights of layer {other}", right, other)
-    half = right.shape[1] // 2
-    for earlier in [*range(len(states) - 2, -1, -1), None]:
-        old = torch.zeros_like(right) if earlier is None else states[earlier]
-        source = "zeros" if earlier is None else _name(earlier)
-        seen = f"layer {layer - 1}'s output" if layer else "hidden_states"
-        yield _Guess(
-            f"saw only the first half of {seen}, the rest was {source}", torch.cat([right[:, :half], old[:, half:]], 1), layer
-        )
-        yield _Guess(
-            f"saw only the second half of {seen}, the rest was {source}", torch.cat([old[:, :half], right[:, half:]], 1), layer
-        )
+    for text, mixed in _halves(states, dims):
+        yield _Guess(f"saw only {text}", mixed, layer)
     yield _Guess("read zeros", torch.zeros_like(right), layer)
 
 
+def _halves(states: list[torch.Tensor], dims: Dims) -> Iterator[tuple[str, torch.Tensor]]:
+    """The newest state with half of its columns replaced by an earlier state's, or by zeros."""
+    newest, half = states[-1], dims.H // 2
+    older = [(_name(earlier), states[earlier]) for earlier in range(len(states) - 2, -1, -1)]
+    for name, old in [*older, ("zeros", torch.zeros_like(newest))]:
+        first = torch.cat([newest[:, :half], old[:, half:]], 1)
+        second = torch.cat([old[:, :half], newest[:, half:]], 1)
+        yield f"the first half of {_name(len(states) - 1)}, the rest was {name}", first
+        yield f"the second half of {_name(len(states) - 1)}, the rest was {name}", second
+
+
 def _name(state: int) -> str:
-    return "the first input, hidden_states," if state == 0 else f"layer {state - 1}'s output"
+    return "the first input" if state == 0 else f"layer {state - 1}'s output"
 
 
 def _weights(inputs: Tensors, layer: int, dims: Dims) -> dict[str, torch.Tensor]:
@@ -116,10 +118,15 @@ def _simulate(guess: _Guess, layer: int, inputs: Tensors, one: Dims, dims: Dims)
     return out
 
 
-def _about_out(out: torch.Tensor, states: list[torch.Tensor], dims: Dims) -> str:
+def _about_out(out: torch.Tensor, states: list[torch.Tensor], dims: Dims, seen_before: bool) -> str:
     for earlier in range(len(states) - 2, -1, -1):
         if _close(out, states[earlier]):
-            return f"out is {_name(earlier).rstrip(',')}, not layer {dims.L - 1}'s output"
+            return f"out is {_name(earlier)}, not layer {dims.L - 1}'s output"
+    for text, mixed in _halves(states, dims):
+        if _close(out, mixed):
+            return f"out holds only {text}"
+    if seen_before:
+        return ""
     if dims.L == 1:
         return "the cache rows are right, the fault lies behind them: attention, output projection or MLP"
     return f"every layer's cache rows are right, the fault lies behind those of layer {dims.L - 1}"

@@ -1,0 +1,58 @@
+"""The lanes of a PyPTO kernel, inside its worker: compile_only, interpret and device."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Callable
+
+import torch
+
+from conformance.declaration import Kernel
+from conformance.errors import UsageError
+from conformance.executors.base import Outcome
+from conformance.executors.compile_only import compile_only
+from conformance.executors.device import InterpreterCard, NpuCard, run_on_card
+from conformance.executors.interpret import interpret
+from conformance.executors.messages import Run, Start
+from conformance.executors.pypto_runtime import Builds, FirstCause, Runtime, explain
+from conformance.toolchains.detection import ToolchainUnavailableError
+
+Lane = Callable[[Run, dict[str, torch.Tensor]], Outcome]
+
+
+def open_lane(kernel: Kernel, start: Start) -> Lane:
+    """The lane that a worker was started for; raises ``UsageError`` for one that there is not."""
+    runtime = Runtime(start.folder, start.scratch, start.calculator)
+    builds = Builds(runtime, kernel)
+
+    def run(request: Run, tensors: dict[str, torch.Tensor]) -> Outcome:
+        logging.getLogger().setLevel(logging.ERROR)
+        began = datetime.datetime.now()
+        jit = None
+        with FirstCause().listening() as first:
+            try:
+                jit = builds[request.dims]
+                if request.key is None:
+                    return compile_only(runtime, jit, kernel.stage, request.dims)
+                if start.lane == "interpret":
+                    return interpret(runtime, jit, kernel.stage, request.dims, tensors, request.passes)
+                card = NpuCard(runtime) if start.device_executor == "npu" else InterpreterCard(runtime)
+                return run_on_card(card, jit, kernel.stage, request.dims, tensors)
+            except (UsageError, ToolchainUnavailableError, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                # SystemExit too: a kernel that calls sys.exit has not done its work.
+                explanation = explain(
+                    error, jit if jit is not None else _Builder(kernel), first.error, runtime.logged_errors(began)
+                )
+                return Outcome("raised", message=explanation.message, location=explanation.location)
+
+    return run
+
+
+class _Builder:
+    """Stands for the jit object where the builder itself failed, so that the failure is located in its text."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._original_func = kernel.function

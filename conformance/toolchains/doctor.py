@@ -1,0 +1,74 @@
+"""What can run on this machine, line by line, and what to do about what cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import shutil
+import sys
+
+from conformance.toolchains.calculator import calculator_path, find_cmake
+from conformance.toolchains.detection import detect
+from conformance.toolchains.npu import find_npu
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorLine:
+    """One thing that a lane needs: whether it is there, what was found, and what to do if it is not."""
+
+    name: str
+    ok: bool
+    found: str
+    advice: str = ""
+
+
+def doctor() -> tuple[DoctorLine, ...]:
+    """Look at everything that the lanes need; nothing is built or downloaded, and no toolchain is imported."""
+    toolchain = detect()
+    npu = find_npu()
+    return (
+        _python(),
+        _torch(),
+        DoctorLine(
+            "pypto",
+            toolchain.supported,
+            f"{toolchain.version or 'no version'} ({toolchain.flavour})" if toolchain.flavour else "not found",
+            "" if toolchain.supported else toolchain.message,
+        ),
+        _tool("g++", shutil.which("g++"), "install g++ 9.4 or newer (Debian: apt install g++)"),
+        _tool("make", shutil.which("make"), "install make (Debian: apt install make)"),
+        _tool("cmake", find_cmake(), "pip install cmake"),
+        _calculator(toolchain.supported),
+        DoctorLine("npu", npu.usable, npu.reason, "" if npu.usable else "only the device lane needs one"),
+    )
+
+
+def _python() -> DoctorLine:
+    version = platform.python_version()
+    ok = (3, 10) <= sys.version_info[:2] <= (3, 12) and sys.platform == "linux"
+    return DoctorLine(
+        "python", ok, f"{version} on {sys.platform}", "" if ok else "pypto has wheels for Python 3.10 to 3.12 on Linux"
+    )
+
+
+def _torch() -> DoctorLine:
+    try:
+        return DoctorLine("torch", True, importlib.metadata.version("torch"))
+    except importlib.metadata.PackageNotFoundError:
+        return DoctorLine("torch", False, "not found", "pip install torch (2.6 or newer; a CPU build will do)")
+
+
+def _tool(name: str, path: str | None, advice: str) -> DoctorLine:
+    return DoctorLine(name, path is not None, path or "not found", "" if path else advice)
+
+
+def _calculator(supported: bool) -> DoctorLine:
+    if not supported:
+        return DoctorLine("calculator", False, "not applicable", "needs a supported pypto first")
+    path = calculator_path()
+    if path.is_file():
+        return DoctorLine("calculator", True, str(path))
+    return DoctorLine(
+        "calculator", True, "not built yet", "the first interpreted kernel builds it (20 to 90 s, once per machine)"
+    )
