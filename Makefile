@@ -18,7 +18,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/conformance doctor
 	@touch $@
 
+# One thread each: PROCESSES of them share the cores, and small operators only lose time in a thread pool.
 # The main job: every bundled kernel compiled, interpreted and judged; records and reports stay in runs/.
+export OMP_NUM_THREADS ?= 1
+
 check: setup
 	$(BIN)/python -m pytest conformance/suites -m "compile_only or interpret" -n $(PROCESSES) -q
 

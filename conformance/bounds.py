@@ -415,9 +415,11 @@ def silu_times(gate: Bounds, up: Bounds) -> Bounds:
     sigmoid = torch.sigmoid(gate.value)
     silu = gate.value * sigmoid
     slope = sigmoid * (1 + gate.value * (1 - sigmoid))
+    size = gate.value.abs()
+    # A sigmoid computed as (1 + tanh(x / 2)) / 2 is right to fp32's spacing at 1, not to its own: the last term of each.
     activation = Bounds(
         silu,
-        gate.variance * slope**2 + (4 * U * silu) ** 2 / 3 + (U * gate.value.abs() * silu) ** 2,
-        gate.worst * (slope.abs() + 0.5 * gate.worst) + U * (4 + gate.value.abs()) * silu.abs(),
+        gate.variance * slope**2 + (4 * U * silu) ** 2 / 3 + (U * size * silu) ** 2 + (U * size) ** 2 / 4,
+        gate.worst * (slope.abs() + 0.5 * gate.worst) + U * (4 + size) * silu.abs() + U * size,
     )
     return multiply(activation, up)

@@ -134,6 +134,14 @@ def take_rows(key: CaseKey, rows: tuple[int, ...]) -> CaseKey:
     return dataclasses.replace(key, rows=tuple(base[row] for row in rows))
 
 
+def smallest(key: CaseKey) -> CaseKey:
+    """A case like this one with at most two sequences and two layers: what is dear is done on it."""
+    limits = {"B": 2, "L": 2}
+    overrides = tuple((name, min(value, limits.get(name, value))) for name, value in key.overrides)
+    small = dataclasses.replace(key, overrides=overrides, rows=())
+    return dataclasses.replace(small, seq_lens=key.seq_lens[: small.dims.B])
+
+
 @dataclasses.dataclass(frozen=True)
 class Space:
     """The cases that a stage is judged on: a preset, with some dimensions pinned and upper limits for those drawn."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from conformance.buffers import bits
-from conformance.cases import Case, CaseKey, Space, make_case, stratified_keys, take_rows
+from conformance.cases import Case, CaseKey, Space, make_case, smallest, stratified_keys, take_rows
 from conformance.contract import stage_named
 from conformance.data import Source
 from conformance.declaration import Kernel, as_kernel
@@ -23,6 +23,8 @@ from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
 DEFAULT_EXAMPLES = 50
 #: Every so many examples one is judged again with its sequences in another order, and one with a sequence alone.
 ROW_CHECK_PERIOD = 10
+#: After so many runs that crashed or timed out the rest is not tried: each costs a process, or the whole time limit.
+MOST_LOST = 2
 
 
 class Runner(Protocol):
@@ -63,6 +65,8 @@ class Report:
     kernel: str
     lane: str
     runs: tuple[Judged, ...]
+    #: How many cases were to be judged; fewer were if too many runs crashed or timed out.
+    planned: int = 0
 
     @property
     def ok(self) -> bool:
@@ -117,19 +121,38 @@ def check(
     """
     contract = stage_named(stage)
     kernel = as_kernel(stage, function)
-    require_count(examples, seed)
     chosen = resolve_lane(kernel, lane)
-    space = Space.of(contract, dims)
-    if case is not None:
-        keys = [require_stage(CaseKey.parse(case), stage)]
-    else:
-        keys = acceptable(kernel, itertools.islice(stratified_keys(space, seed), examples))
+    keys = chosen_keys(kernel, Space.of(contract, dims), examples, seed, case)
+    replay = RunPlan(repeat=True) if case is not None else None
     runs: list[Judged] = []
     in_process = contextlib.nullcontext(_eager_runner(kernel))
     with in_process if chosen == "eager" else worker_runner(kernel, chosen, timeout) as run:
-        for index, key in enumerate(keys):
-            runs += judged_runs(kernel, key, run, plan=plan_for(index, chosen))
-    return Report(stage, kernel.name, chosen, tuple(runs))
+        runs.extend(case_runs(kernel, keys, run, chosen, replay))
+    return Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys))
+
+
+def chosen_keys(kernel: Kernel, space: Space, examples: int, seed: int, case: str | None) -> list[CaseKey]:
+    """The keys to judge: the one of ``case``, or ``examples`` stratified ones that the kernel takes."""
+    require_count(examples, seed)
+    if case is not None:
+        return [require_stage(CaseKey.parse(case), kernel.stage_name)]
+    return acceptable(kernel, itertools.islice(stratified_keys(space, seed), examples))
+
+
+def case_runs(kernel: Kernel, keys: Iterable[CaseKey], run: Runner, lane: str, plan: RunPlan | None = None) -> Iterator[Judged]:
+    """Judge case by case, with the lane's own plan unless one is given; end early when too many runs are lost."""
+    lost = 0
+    for index, key in enumerate(keys):
+        for judged in judged_runs(kernel, key, run, plan or plan_for(index, lane)):
+            lost += is_lost(judged)
+            yield judged
+        if lost >= MOST_LOST:
+            return
+
+
+def is_lost(run: Judged) -> bool:
+    """Whether a run took its process with it."""
+    return run.outcome.status in ("crashed", "timed_out")
 
 
 def require_count(examples: int, seed: int) -> None:
@@ -170,11 +193,12 @@ def resolve_lane(kernel: Kernel, lane: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """Which extra runs a case gets: a repeat, its rows in another order, one row alone; and which passes are compared."""
+    """Which extra runs a case gets: a repeat, its rows in another order, one row alone, and a comparison of all passes."""
 
     repeat: bool = False
     permuted: bool = False
     lone: bool = False
+    all_passes: bool = False
     passes: Passes = "last"
 
 
@@ -182,7 +206,7 @@ def plan_for(index: int, lane: str) -> RunPlan:
     """Eager runs are cheap: repeat each, rearrange the rows of every tenth. Elsewhere once per kernel and dimensions."""
     if lane == "eager":
         return RunPlan(True, index % ROW_CHECK_PERIOD == 0, index % ROW_CHECK_PERIOD == 5)
-    return RunPlan(True, True, True, "all") if index == 0 else RunPlan()
+    return RunPlan(True, True, True, all_passes=True) if index == 0 else RunPlan()
 
 
 def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan) -> Iterator[Judged]:
@@ -206,21 +230,24 @@ def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan) -> Ite
         else:
             verdict = judge(case, again, oracle=oracle)
         yield Judged("repeat", key, verdict, again)
+    if plan.all_passes:
+        yield from _related(kernel, smallest(key), run, "all_passes", "all")
     rows = case.dims.B
     if "B" not in case.stage.drawn or rows < 2:
         return
     source = Source(f"rows/{key}")
     if plan.permuted:
         order = source.permutation("order", rows)
-        yield from _rearranged(kernel, take_rows(key, tuple(order)), run, "permuted_rows")
+        yield from _related(kernel, take_rows(key, tuple(order)), run, "permuted_rows", plan.passes)
     if plan.lone:
-        yield from _rearranged(kernel, take_rows(key, (source.integers("lone", 0, rows - 1, 1)[0],)), run, "lone_row")
+        lone = source.integers("lone", 0, rows - 1, 1)[0]
+        yield from _related(kernel, take_rows(key, (lone,)), run, "lone_row", plan.passes)
 
 
-def _rearranged(kernel: Kernel, key: CaseKey, run: Runner, check_name: str) -> Iterator[Judged]:
+def _related(kernel: Kernel, key: CaseKey, run: Runner, check_name: str, passes: Passes) -> Iterator[Judged]:
     case = make_case(key)
     if kernel.refusal(case.dims) is None:
-        outcome = run(case)
+        outcome = run(case, passes)
         yield Judged(check_name, key, judge(case, outcome, profile=kernel.profile), outcome)
 
 
@@ -264,6 +291,9 @@ def _text(report: Report, width: int = 80, most: int = 6) -> str:
         return f"{report.kernel} ({report.stage}, {report.lane}): passed {cases}{share}"
     failed = sum(not run.verdict.ok for run in report.runs)
     lines = [f"{report.kernel} ({report.stage}, {report.lane}): FAILED {failed} of {len(report.runs)} runs of {cases}"]
+    if report.examples < report.planned:
+        left = report.planned - report.examples
+        lines.append(f"  {left} cases were not tried after {MOST_LOST} runs that crashed or timed out")
     groups: dict[tuple[str, str | None], list[Located]] = {}
     for entry in report.findings:
         groups.setdefault((entry.finding.detector, entry.finding.argument), []).append(entry)

@@ -5,10 +5,8 @@ Exit codes: 0 everything that had to run ran and passed; 1 findings; 2 usage; 3 
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,8 @@ import click
 from conformance.errors import UsageError
 
 if TYPE_CHECKING:
-    from conformance.checking import Judged, Report
+    from conformance.cases import CaseKey
+    from conformance.checking import Judged, Report, RunPlan
     from conformance.declaration import Kernel
     from conformance.session import RunLog, Subject
 
@@ -87,12 +86,11 @@ def _wrapped(text: str) -> list[str]:
 @click.option("--examples", default=50, show_default=True, help="how many cases")
 @click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
 @click.option("--case", "case_key", default=None, metavar="KEY", help="run this one case again")
+@click.option("--all-passes", is_flag=True, help="with --case: compare every compiler pass, not only the last")
 @click.option("--lane", default="auto", show_default=True, help="eager, compile_only, interpret or device")
 @click.option("--timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run")
 @click.option("--out", type=click.Path(path_type=Path), default=None, metavar="DIR", help="keep records and reports here")
-@click.option(
-    "--expected-failures", type=click.Path(path_type=Path), default=None, metavar="FILE", help="lines KERNEL[@LANE] REASON"
-)
+@click.option("--expected-failures", type=click.Path(path_type=Path), metavar="FILE", help="lines KERNEL[@LANE] REASON")
 def check(
     stage: str,
     target: str | None,
@@ -100,35 +98,36 @@ def check(
     examples: int,
     seed: int,
     case_key: str | None,
+    all_passes: bool,
     lane: str,
     timeout: float | None,
     out: Path | None,
     expected_failures: Path | None,
 ) -> None:
     """Judge one kernel: FUNC of FILE.py, or the bundled one of STAGE. It runs in a process of its own."""
-    from conformance.checking import resolve_lane
+    import reports
+    from conformance.cases import Space
+    from conformance.checking import RunPlan, chosen_keys, resolve_lane
     from conformance.session import ExpectedFailures, RunLog, Subject, new_run_folder
 
     kernel = _kernel(stage, target)
-    space_dims = _dims(dims)
-    chosen = resolve_lane(kernel, lane)
-    preset = space_dims if isinstance(space_dims, str) else str(space_dims.get("preset", "tiny"))
-    subject = Subject(kernel, preset, chosen)
+    space = Space.of(kernel.stage, _dims(dims))
+    subject = Subject(kernel, space.preset, resolve_lane(kernel, lane))
     expected = ExpectedFailures.read(expected_failures) if expected_failures else ExpectedFailures()
     expected.require_known([kernel])
+    keys = chosen_keys(kernel, space, examples, seed, case_key)
+    plan = RunPlan(repeat=True, passes="all" if all_passes else "last") if case_key else None
+
     folder = out if out is not None else new_run_folder(Path.cwd() / "runs")
-    log: list[RunLog] = []
-
-    def begin() -> RunLog:
-        if not log:
-            log.append(RunLog(folder))
-            log[0].start([subject], {"examples": examples, "seed": seed, "dims": dims, "case": case_key or ""})
-        return log[0]
-
-    code = _judge(subject, begin, space_dims, examples, seed, case_key, timeout, expected.reason(subject))
-    log[0].end(code)
-    import reports
-
+    log = RunLog(folder)
+    log.start([subject], {"examples": examples, "seed": seed, "dims": dims, "case": case_key or ""})
+    try:
+        code = _judge(subject, log, keys, plan, timeout, expected.reason(subject))
+    except UsageError as error:
+        log.could_not_run(subject, str(error))
+        log.end(USAGE)
+        raise
+    log.end(code)
     reports.build(folder)
     click.echo(f"kept in {_short(folder)}: report.html, summary.md, junit.xml")
     sys.exit(code)
@@ -136,64 +135,38 @@ def check(
 
 def _judge(
     subject: Subject,
-    begin: Callable[[], RunLog],
-    dims: str | dict[str, Any],
-    examples: int,
-    seed: int,
-    case_key: str | None,
+    log: RunLog,
+    keys: list[CaseKey],
+    plan: RunPlan | None,
     timeout: float | None,
     expected_reason: str | None,
 ) -> int:
-    from conformance.checking import Report
+    """Judge the cases as they are recorded, print the report, and return the exit code."""
+    from conformance.checking import Report, case_runs, worker_runner
     from conformance.session import is_interactive
 
-    total = 1 if case_key else examples
     runs: list[Judged] = []
-    for run in _runs(subject, dims, examples, seed, case_key, timeout):
-        log = begin()
-        if run.outcome.status == "unavailable":
-            log.could_not_run(subject, run.outcome.message)
-            click.echo(f"conformance: {subject.lane} cannot run here: {run.outcome.message}", err=True)
-            return COULD_NOT_RUN
-        log.judged(subject, run)
-        runs.append(run)
-        if is_interactive():
-            _progress(subject, runs, total)
+    with worker_runner(subject.kernel, subject.lane, timeout) as run:
+        for judged in case_runs(subject.kernel, keys, run, subject.lane, plan):
+            if judged.outcome.status == "unavailable":
+                log.could_not_run(subject, judged.outcome.message)
+                click.echo(f"conformance: {subject.lane} cannot run here: {judged.outcome.message}", err=True)
+                return COULD_NOT_RUN
+            log.judged(subject, judged)
+            runs.append(judged)
+            if is_interactive():
+                _progress(subject, runs, len(keys))
     if is_interactive():
         click.echo("\r\033[K", nl=False, err=True)
-    report = Report(subject.kernel.stage_name, subject.kernel.name, subject.lane, tuple(runs))
+    report = Report(subject.kernel.stage_name, subject.kernel.name, subject.lane, tuple(runs), planned=len(keys))
     click.echo(str(report))
     _say_how_to_replay(report, subject)
     if expected_reason is not None:
-        begin().expected(subject, expected_reason, fixed=report.ok)
+        log.expected(subject, expected_reason, fixed=report.ok)
         state = "FIXED, take it off the list" if report.ok else "failed as expected"
         click.echo(f"{state}: {expected_reason}")
         return PASSED
     return PASSED if report.ok else FINDINGS
-
-
-def _runs(
-    subject: Subject, dims: str | dict[str, Any], examples: int, seed: int, case_key: str | None, timeout: float | None
-) -> Iterator[Judged]:
-    from conformance.cases import CaseKey, Space, stratified_keys
-    from conformance.checking import (
-        acceptable,
-        judged_runs,
-        plan_for,
-        require_count,
-        require_stage,
-        worker_runner,
-    )
-
-    kernel = subject.kernel
-    require_count(examples, seed)
-    if case_key:
-        keys = [require_stage(CaseKey.parse(case_key), kernel.stage_name)]
-    else:
-        keys = acceptable(kernel, itertools.islice(stratified_keys(Space.of(kernel.stage, dims), seed), examples))
-    with worker_runner(kernel, subject.lane, timeout) as run:
-        for index, key in enumerate(keys):
-            yield from judged_runs(kernel, key, run, plan_for(index, subject.lane))
 
 
 def _progress(subject: Subject, runs: list[Judged], total: int) -> None:
@@ -212,7 +185,8 @@ def _say_how_to_replay(report: Report, subject: Subject) -> None:
     from conformance.session import relative_source
 
     worst = report.findings[0]
-    command = replay_command(report.stage, relative_source(subject.kernel), report.kernel, str(worst.case), subject.lane)
+    source = relative_source(subject.kernel)
+    command = replay_command(report.stage, source, report.kernel, str(worst.case), subject.lane, worst.finding.detector)
     if command:
         click.echo(f"again: {command}")
 

@@ -212,7 +212,8 @@ def load_module(location: str | Path) -> ModuleType:
         sys.modules.pop(module_name, None)
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise UsageError(f"{text} does not import: {_first_line(error)}") from error
+        reason = str(error) if isinstance(error, UsageError) else f"does not import: {_first_line(error)}"
+        raise UsageError(f"{path.name}: {reason}") from error
     finally:
         sys.path.remove(str(path.parent))
     return module

@@ -71,6 +71,17 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["conformance_run"] = str(node.config.stash[_STATE].folder)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """Read what the user gave before anything is collected: a mistake in it is one line, and pytest's usage error."""
+    options = session.config.option
+    if options.kernels or options.only_user_kernels or options.expected_failures or options.presets:
+        state = session.config.stash[_STATE]
+        state.kernels()
+        state.presets()
+        assert state.expected is not None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per kernel and preset of the lane that a suite's test is marked with."""
     if "subject" not in metafunc.fixturenames:
@@ -213,23 +224,30 @@ class PluginState:
                 raise pytest.UsageError(str(error)) from error
         return self._expected
 
-    def subjects(self, lane: str, full_size: bool) -> list[Subject]:
-        """Every kernel that the lane takes, at every preset that the suites run and the kernel accepts."""
-        from conformance.contract import models, preset_named
+    def presets(self) -> list[str]:
+        """The presets that the user chose, if any; raises ``pytest.UsageError`` for one that does not exist."""
+        from conformance.contract import preset_named
         from conformance.errors import UsageError
-        from conformance.session import Subject
 
-        assert self.expected is not None
         chosen = [name for name in self.config.option.presets.split(",") if name]
-        if full_size:
-            presets = [model.full_size_preset for model in models() if model.full_size_preset]
-        else:
-            presets = chosen or [name for model in models() for name in model.suite_presets]
         try:
-            for name in presets:
+            for name in chosen:
                 preset_named(name)
         except UsageError as error:
             raise pytest.UsageError(str(error)) from error
+        return chosen
+
+    def subjects(self, lane: str, full_size: bool) -> list[Subject]:
+        """Every kernel that the lane takes, at every preset of the lane."""
+        from conformance.contract import models
+        from conformance.session import Subject
+
+        if full_size:
+            presets = [model.full_size_preset for model in models() if model.full_size_preset]
+        else:
+            # Compiling is about the text more than the sizes: one preset keeps the lane that every commit runs under a minute.
+            most = 1 if lane == "compile_only" else None
+            presets = self.presets() or [name for model in models() for name in model.suite_presets[:most]]
         # A torch callable has one lane, where it is: it runs with those that are interpreted.
         takes = {"compile_only": ("pypto",), "interpret": ("pypto", "torch"), "device": ("pypto",)}[lane]
         return [

@@ -578,7 +578,9 @@ def _faults(log: Log, expected: set[_Key], machine_of: Mapping[str, str]) -> lis
                 example_case=str(record.case),
                 example_preset=str(record.preset),
                 example_check=str(record.check),
-                replay=text.replay_command(row.stage, str(record.source), row.kernel, str(record.case), row.lane),
+                replay=text.replay_command(
+                    row.stage, str(record.source), row.kernel, str(record.case), row.lane, first.detector if first else ""
+                ),
                 also=tuple((name, also[name]) for name in DETECTORS if name in also),
                 machines=_distinct(machine_of.get(other.process, "") for other, _ in group),
                 expected=_Key.of(record) in expected,

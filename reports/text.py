@@ -118,7 +118,7 @@ def position(argument: str | None, index: Sequence[int] | None, where: Mapping[s
     return place
 
 
-def replay_command(stage: str, source: str, kernel: str, case: str, lane: str = "") -> str | None:
+def replay_command(stage: str, source: str, kernel: str, case: str, lane: str = "", detector: str = "") -> str | None:
     """The command that runs one case again, quoted for a POSIX shell; ``None`` if the record does not say enough.
 
     ``None`` also for a text that cannot be shown as it is: a command that has to be altered to be shown replays something else.
@@ -128,6 +128,8 @@ def replay_command(stage: str, source: str, kernel: str, case: str, lane: str = 
     words = ["conformance", "check", stage, f"{source}:{kernel}"]
     if lane in _LANES_TO_NAME:
         words += ["--lane", lane]
+    if detector == "compiler_pass":
+        words += ["--all-passes"]
     if case:
         words += ["--case", case]
     command = " ".join(shlex.quote(word) for word in words)

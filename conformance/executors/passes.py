@@ -98,13 +98,12 @@ def compare_passes(output: Path) -> Comparison:
         compiler_pass, function, loop = row["passName"], row["verifyType"], row["loopInfo"]
         seen[compiler_pass].add((function, loop))
         index = int(row["ioflag"].removeprefix("output"))
-        name = ""
+        raw, name = table.result(results, function, index)
         try:
-            raw, name = table.result(results, function, index)
             found = _compare_result(folder, row, expected[function, loop, row["ioflag"]], table, raw)
+            compared += 1
         except UnreadableError as error:
             found = (math.inf, 0, 0, f"could not be compared: {error}")
-        compared += 1
         if found is not None:
             worst, count, total, what = found
             label = name or f"result {index}"
@@ -159,6 +158,8 @@ def _compare_result(
     if _shape(row["outputShape"]) != shape and math.prod(_shape(row["outputValidShape"])) > expected.numel():
         total = expected.numel()
         return math.inf, total, total, f"its shape is {row['outputValidShape']}, the tensor graph's {list(shape)}"
+    if not raw:
+        raise UnreadableError("the program does not say which tensor it is, and only its first tile was saved")
     writes = table.writes.get((compiler_pass, function, loop, raw), [])
     if not writes:
         return math.inf, expected.numel(), expected.numel(), "nothing writes it after the pass"
@@ -260,14 +261,10 @@ class _Operations:
         return REORDERED_AND_ROUNDED if rounds else REORDERED
 
     def result(self, results: dict[str, list[str]], function: str, index: int) -> tuple[str, str]:
-        """The raw tensor of a function's result, and its name in the kernel's text."""
+        """The raw tensor of a function's result and its name in the kernel's text; empty where they are not known."""
         tensors = results.get(function, [])
-        if index >= len(tensors):
-            raise UnreadableError(f"the program has no result {index} of {function}")
-        raw = self._raw.get((function, tensors[index]))
-        if raw is None:
-            raise UnreadableError(f"no operation of the tensor graph writes result {index} of {function}")
-        return raw, self._names[function, raw]
+        raw = self._raw.get((function, tensors[index]), "") if index < len(tensors) else ""
+        return raw, self._names.get((function, raw), "")
 
 
 _FUNCTION = re.compile(rb'"func_magicname":\s*"([^"]*)"|"outcasts":\s*(\[\s*\[[-0-9,\[\]\s]*\])')

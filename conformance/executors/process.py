@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from conformance.errors import UsageError
 from conformance.executors.arena import Arena
 from conformance.executors.base import LANES, Outcome
 from conformance.executors.messages import Done, KernelAddress, Passes, Ready, Refused, Run, Start
+from conformance.executors.scratch import ScratchFolder
 from conformance.toolchains.calculator import Progress, calculator
 from conformance.toolchains.detection import ToolchainUnavailableError, detect
 from conformance.toolchains.npu import find_npu
@@ -103,9 +103,9 @@ class KernelProcess:
         self._address = address_of(kernel)
         self._device_executor = device_executor
         self._progress = progress
-        self._temporary = folder is None
         self._folder = folder
-        self._scratch: Path | None = None
+        self._temporary: ScratchFolder | None = None
+        self._scratch: ScratchFolder | None = None
         self._arena: Arena | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any] | None = None
@@ -149,11 +149,11 @@ class KernelProcess:
             self._arena.close()
             self._arena = None
         if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.close()
             self._scratch = None
-        if self._temporary and self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        if self._temporary is not None:
+            self._temporary.close()
+            self._temporary = self._folder = None
 
     def _ask(self, request: Run) -> Outcome:
         if self._unavailable is not None:
@@ -195,13 +195,12 @@ class KernelProcess:
             return
         library = self._requirements()
         if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="conformance-"))
+            self._temporary = ScratchFolder(Path(tempfile.gettempdir()))
+            self._folder = self._temporary.path
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._scratch is None:
             memory = Path("/dev/shm")
-            self._scratch = Path(
-                tempfile.mkdtemp(prefix="conformance-", dir=memory if os.access(memory, os.W_OK) else self._folder)
-            )
+            self._scratch = ScratchFolder(memory if os.access(memory, os.W_OK) else self._folder)
         if self._arena is None:
             self._arena = Arena()
         ours, theirs = socket.socketpair()
@@ -233,7 +232,7 @@ class KernelProcess:
             lane=self.lane,
             search_path=tuple(entry for entry in sys.path if entry),
             folder=self._folder.resolve(),
-            scratch=self._scratch,
+            scratch=self._scratch.path,
             calculator=library,
             device_executor=self._device_executor,
         )
@@ -267,10 +266,9 @@ class KernelProcess:
                 resident = _resident_bytes(self._process.pid)
                 if resident > self.limits.memory_bytes:
                     self._kill()
-                    used = f"{resident / 2**30:.2f} GiB of memory at {what}, more than its limit of"
-                    raise _FailureError(
-                        Outcome("crashed", message=f"the kernel used {used} {self.limits.memory_bytes / 2**30:.2f} GiB")
-                    )
+                    limit = f"its limit of {self.limits.memory_bytes >> 20} MiB"
+                    message = f"its process used {resident >> 20} MiB of memory during {what}, more than {limit}, and was killed"
+                    raise _FailureError(Outcome("crashed", message=message))
                 if time.monotonic() > deadline:
                     self._kill()
                     raise _FailureError(Outcome("timed_out", message=f"{what} did not end within its limit of {seconds:g} s"))
@@ -331,8 +329,7 @@ class KernelProcess:
                 os.close(self._lifeline)
                 self._lifeline = None
             if self._scratch is not None:
-                for leftover in self._scratch.iterdir():
-                    shutil.rmtree(leftover, ignore_errors=True)
+                self._scratch.clear()
 
     def _trim_logs(self) -> None:
         # The worker appends, so that a file that is emptied here stays small.

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 
 from conformance.cases import CaseKey, Space, keys, stratified_keys
-from conformance.checking import Judged, Report, RunPlan, judged_runs, plan_for
+from conformance.checking import MOST_LOST, Judged, Report, RunPlan, is_lost, judged_runs, plan_for
 from conformance.errors import UsageError
 from conformance.executors.base import Outcome
+from conformance.executors.process import KernelProcess, Limits
 from conformance.judge import failure
 from conformance.profiles import SuiteProfile
 from conformance.session import RunLog, Subject
 from conformance.verdict import Verdict
 
+#: One real-size layer compiles and runs in about a minute and 6.3 GB; a slow machine gets ten times that.
+FULL_SIZE_LIMITS = Limits(seconds=900, memory_bytes=12 << 30)
 #: Where the stratified keys of the suites start.
 SEED = 0
 
@@ -42,36 +45,30 @@ class SubjectJudging:
         self.expected_reason = expected_reason
         self.runs: list[Judged] = []
 
-    @property
-    def kernel_process(self) -> Any:
-        """A worker process for the subject's kernel, on its lane."""
-        from conformance.executors.process import KernelProcess, Limits
-
-        limits = Limits()
-        changes: dict[str, Any] = {}
-        if self.options.kernel_timeout is not None:
-            changes["seconds"] = self.options.kernel_timeout
-        if self.options.kernel_memory is not None:
-            changes["memory_bytes"] = int(self.options.kernel_memory * 2**30)
-        if changes:
-            limits = dataclasses.replace(limits, **changes)
+    def _process(self, limits: Limits) -> KernelProcess:
+        """A worker process for the subject's kernel on its lane; the user's limits win over the lane's."""
+        options = self.options
+        if options.kernel_timeout is not None:
+            limits = dataclasses.replace(limits, seconds=options.kernel_timeout)
+        if options.kernel_memory is not None:
+            limits = dataclasses.replace(limits, memory_bytes=int(options.kernel_memory * 2**30))
         return KernelProcess(
             self.subject.kernel,
             self.subject.lane,
             limits=limits,
             folder=self.folder,
-            device_executor=self.options.device_executor,
+            device_executor=options.device_executor,
         )
 
     def compiled(self, dims_overrides: dict[str, int] | None = None) -> None:
-        """Compile the kernel at the preset's dimensions."""
+        """Compile the kernel at the preset's dimensions, or at overrides of them."""
         space = self._space(dims_overrides)
         key = next(iter(stratified_keys(space, SEED)))
         dims = space.limit if "L" in space.stage.drawn else space.limit.replace(L=1)
         self._require_accepted(dims)
-        with self._usage_errors(), self.kernel_process as process:
-            outcome = process.compile(dims)
-            self._record("compile", key, outcome)
+        limits = Limits() if dims_overrides is None else FULL_SIZE_LIMITS
+        with self._usage_errors(), self._process(limits) as process:
+            self._record("compile", key, process.compile(dims))
         self._conclude()
 
     def cases(self) -> None:
@@ -81,10 +78,10 @@ class SubjectJudging:
         space = self._space(None)
         self._require_accepted(space.limit)
         explicit = list(itertools.islice(stratified_keys(space, SEED), self.profile.rounds * len(space.stage.regimes)))
-        with self._usage_errors(), self.kernel_process as process:
+        with self._usage_errors(), self._process(Limits()) as process:
 
             def one(key: CaseKey) -> None:
-                if self.subject.kernel.refusal(key.dims) is not None:
+                if self.subject.kernel.refusal(key.dims) is not None or sum(map(is_lost, self.runs)) >= MOST_LOST:
                     return
                 plan = plan_for(len(self.runs), self.subject.lane)
                 for run in judged_runs(self.subject.kernel, key, process.run, plan):
@@ -107,7 +104,7 @@ class SubjectJudging:
         space = self._space(dims_overrides)
         self._require_accepted(space.limit)
         key = next(iter(stratified_keys(space, SEED)))
-        with self._usage_errors(), self.kernel_process as process:
+        with self._usage_errors(), self._process(FULL_SIZE_LIMITS) as process:
             for run in judged_runs(self.subject.kernel, key, process.run, RunPlan(passes="none")):
                 self._keep(run)
         self._conclude()

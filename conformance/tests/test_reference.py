@@ -1,0 +1,165 @@
+"""The reference against an independent one: torch's own rms_norm, attention and linear, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  the name torch's documentation uses
+
+import conformance
+from conformance.arithmetic import CONTRACT, EXACT, SINGLE, RoundingSites
+from conformance.cases import Case, CaseKey, make_case
+from conformance.tests.torch_kernels import LAYER_WEIGHTS
+from conformance.ulp import distance
+
+Tensor = torch.Tensor
+
+
+def case_of(text: str) -> Case:
+    return make_case(CaseKey.parse(text))
+
+
+def exact(case: Case) -> dict[str, Tensor]:
+    return case.stage.reference(case.inputs, case.dims, EXACT)
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def rotated(x: Tensor, positions: Tensor, dims: conformance.Dims) -> Tensor:
+    """RoPE of ``x [B, heads, D]`` as a product of complex numbers, angles by their formula."""
+    half = dims.D // 2
+    angle = positions.double().view(-1, 1, 1) * dims.theta ** (-torch.arange(half).double() / half)
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "awkward"])
+@pytest.mark.parametrize("regime", ["normal", "small", "outlier"])
+def test_rms_norm(preset: str, regime: str) -> None:
+    case = case_of(f"rms_norm:{preset}:B=5:{regime}:1")
+    x, weight = case.inputs["x"].double(), case.inputs["weight"][0].double()
+    assert_same(exact(case)["out"], F.rms_norm(x, (case.dims.H,), weight, case.dims.eps))
+
+
+def test_qkv_proj_and_o_proj_and_mlp() -> None:
+    case = case_of("qkv_proj:awkward:B=3:normal:1")
+    for name in ("q", "k", "v"):
+        assert_same(exact(case)[name], F.linear(case.inputs["x"].double(), case.inputs["w" + name].double().T))
+    case = case_of("o_proj:awkward:B=3:normal:1")
+    attn, wo, residual = (case.inputs[name].double() for name in ("attn", "wo", "residual"))
+    assert_same(exact(case)["out"], F.linear(attn, wo.T) + residual)
+    case = case_of("mlp:awkward:B=3:normal:1")
+    x, gate, up, down = (case.inputs[name].double() for name in ("x", "w_gate", "w_up", "w_down"))
+    assert_same(exact(case)["out"], F.linear(F.silu(x @ gate) * (x @ up), down.T))
+
+
+def test_qk_norm() -> None:
+    case = case_of("qk_norm:awkward:B=3:heavy_tail:1")
+    for name in ("q", "k"):
+        heads = case.inputs[name].double().reshape(case.dims.B, -1, case.dims.D)
+        expected = F.rms_norm(heads, (case.dims.D,), case.inputs[f"{name}_norm_weight"][0].double(), case.dims.eps)
+        assert_same(exact(case)[f"{name}_out"], expected.flatten(1))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "awkward"])
+def test_rope(preset: str) -> None:
+    case = case_of(f"rope:{preset}:B=4,seq_lens=1+2+17+76:normal:1")
+    for name in ("q", "k"):
+        heads = case.inputs[name].double().reshape(case.dims.B, -1, case.dims.D)
+        expected = rotated(heads, case.inputs["seq_lens"] - 1, case.dims).flatten(1)
+        # The tables are fp32: the formula agrees to fp32's precision.
+        assert torch.allclose(exact(case)[f"{name}_out"], expected, rtol=0, atol=1e-6)
+
+
+def test_kv_write_writes_the_slots_and_nothing_else() -> None:
+    case = case_of("kv_write:awkward:B=3,NB=14,seq_lens=8+9+76:normal:1")
+    dims = case.dims
+    results = case.stage.reference(case.inputs, dims, CONTRACT)
+    for name in ("k", "v"):
+        expected = case.inputs[f"{name}_cache"].view(dims.NB, dims.NKV, dims.BS, dims.D).clone()
+        for b, slot in enumerate(case.inputs["slot_mapping"].tolist()):
+            expected[slot // dims.BS, :, slot % dims.BS] = case.inputs[name][b].view(dims.NKV, dims.D).bfloat16()
+        found = results[f"{name}_cache"].bfloat16()
+        assert torch.allclose(found, expected.view(-1, dims.D), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("regime", ["normal", "needle", "big", "length_one"])
+def test_attention(regime: str) -> None:
+    lengths = "1+1+1" if regime == "length_one" else "1+17+76"
+    case = case_of(f"attention:awkward:B=3,seq_lens={lengths}:{regime}:1")
+    assert_same(exact(case)["out"], attention(case))
+
+
+def attention(case: Case) -> Tensor:
+    dims = case.dims
+    keys, values = (case.inputs[f"{name}_cache"].double().view(dims.B, dims.NKV, dims.S, dims.D) for name in ("k", "v"))
+    query = case.inputs["q"].double().view(dims.B, dims.NH, 1, dims.D)
+    seen = torch.arange(dims.S) < case.inputs["seq_lens"].view(-1, 1, 1, 1)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=True).reshape(dims.B, dims.H)
+
+
+@pytest.mark.parametrize(
+    "text", ["decode_layer:tiny:B=3,seq_lens=1+17+128:normal:1", "decode_fwd_layers:awkward:B=2,L=3,seq_lens=9+76:normal:1"]
+)
+def test_layers(text: str) -> None:
+    case = case_of(text)
+    dims = case.dims
+    hidden = case.inputs["hidden_states"].double()
+    positions = case.inputs["seq_lens"] - 1
+    shape = (dims.L, dims.B, dims.NKV, dims.S, dims.D)
+    caches = [case.inputs[name].double().view(shape).clone() for name in ("k_cache", "v_cache")]
+    seen = torch.arange(dims.S) <= positions.view(-1, 1, 1, 1)
+    for layer in range(dims.L):
+        weight = {name: case.inputs[name].double().chunk(dims.L)[layer] for name in LAYER_WEIGHTS}
+        x = F.rms_norm(hidden, (dims.H,), weight["input_rms_weight"][0], dims.eps)
+        q, k, v = ((x @ weight[name]).reshape(dims.B, -1, dims.D) for name in ("wq", "wk", "wv"))
+        q = rotated(F.rms_norm(q, (dims.D,), weight["q_norm_weight"][0], dims.eps), positions, dims)
+        k = rotated(F.rms_norm(k, (dims.D,), weight["k_norm_weight"][0], dims.eps), positions, dims)
+        for cache, rows in zip(caches, (k, v), strict=True):
+            cache[layer][torch.arange(dims.B), :, positions.long()] = rows
+        attended = F.scaled_dot_product_attention(
+            q.unsqueeze(2), caches[0][layer], caches[1][layer], attn_mask=seen, enable_gqa=True
+        )
+        hidden = attended.reshape(dims.B, dims.H) @ weight["wo"] + hidden
+        y = F.rms_norm(hidden, (dims.H,), weight["post_rms_weight"][0], dims.eps)
+        hidden = F.silu(y @ weight["w_gate"]) * (y @ weight["w_up"]) @ weight["w_down"] + hidden
+    found = exact(case)
+    # fp32 tables, as in RoPE's own test; garbage rows past the length are as large as 1e4 and must not matter.
+    assert torch.allclose(found["out"], hidden, rtol=1e-5, atol=1e-5)
+    for name, cache in zip(("k_cache", "v_cache"), caches, strict=True):
+        assert torch.allclose(found[name], cache.reshape(-1, dims.D), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", list(conformance.stages()))
+def test_fp32_and_float64_agree_up_to_rounding(stage: str) -> None:
+    from conformance.cases import Space, stratified_keys
+
+    case = make_case(next(stratified_keys(Space.of(conformance.stages()[stage], "awkward"), 1)))
+    single, double = (case.stage.reference(case.inputs, case.dims, arithmetic) for arithmetic in (SINGLE, CONTRACT))
+    for name in (argument.name for argument in case.stage.outputs):
+        assert single[name].dtype == torch.float32
+        error = (single[name].double() - double[name]).nan_to_num().norm() / double[name].nan_to_num().norm()
+        assert float(error) < 2e-2
+
+
+def test_the_contracts_roundings_are_on_the_bf16_grid() -> None:
+    case = case_of("decode_layer:tiny:B=2,seq_lens=5+9:normal:1")
+    results = case.stage.reference(case.inputs, case.dims, CONTRACT)
+    for name in ("k_cache", "v_cache", "out"):
+        assert torch.equal(results[name], results[name].bfloat16().double())
+    unrounded = exact(case)["out"]
+    assert 0 < float(distance(results["out"], unrounded, torch.bfloat16).median()) < 8
+
+
+def test_rounding_sites_leave_the_value_alone_and_have_gradients() -> None:
+    case = case_of("decode_layer:tiny:B=2,seq_lens=5+9:normal:1")
+    arithmetic = RoundingSites(case.stage.profiles[0].roundings)
+    results = case.stage.reference(case.inputs, case.dims, arithmetic)
+    assert torch.allclose(results["out"].double(), exact(case)["out"], rtol=1e-3, atol=1e-3)
+    gradients = torch.autograd.grad(results["out"].sum(), [zero for zero, _, _ in arithmetic.sites], allow_unused=True)
+    reached = [gradient is not None and bool(gradient.any()) for gradient in gradients]
+    assert len(reached) > 10
+    assert sum(reached) >= len(reached) - 4  # the new key's and value's own casts reach out through attention only
