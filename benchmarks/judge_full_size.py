@@ -60,7 +60,8 @@ def main() -> None:
     with Peak() as peak:
         verdict = judge(case, Outcome("ok", outputs=outputs))
     seconds = time.perf_counter() - began
-    print(f"judged               {seconds:6.1f} s, {(peak.peak - peak.before) / 1e9:.2f} GB more: {'passed' if verdict.ok else 'FAILED'}")
+    found = "passed" if verdict.ok else "FAILED"
+    print(f"judged               {seconds:6.1f} s, {(peak.peak - peak.before) / 1e9:.2f} GB more: {found}")
     damaged = {name: tensor.clone() for name, tensor in outputs.items()}
     damaged["out"][3, 512:528] = 0
     began = time.perf_counter()

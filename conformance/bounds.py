@@ -22,6 +22,8 @@ from conformance.ulp import Mode, _rounded, spacing
 
 #: Unit roundoff of fp32.
 U = 2.0**-24
+#: Smallest normal number of fp32, and of bf16.
+SMALLEST_NORMAL = 2.0**-126
 #: fp32 roundings of one normalisation: square, sum, mean, eps, rsqrt (or sqrt and division), product.
 NORM_ROUNDINGS = 6
 #: Deviation of a sum of K fp32 terms in unit roundoffs: of A (terms alike), of sqrt(K sum t^2) (few dominate), of sqrt(K) |y|.
@@ -355,6 +357,10 @@ def _attention_of_one(
     accumulation = U * (deviation + (SUM_OF_RESULT * math.sqrt(length) + 4) * o.abs())
     variance += accumulation**2
     worst += U * (2 * length + 8) * magnitude
+    # Probabilities below fp32's smallest normal number lose their precision, or are flushed to zero.
+    underflow = SMALLEST_NORMAL * v_abs.sum(1).unsqueeze(1)
+    variance += underflow**2
+    worst += underflow
     sum_variance = square_sum = torch.zeros((), dtype=torch.float64)
     if profile.makes("probabilities") and length > 1:  # the probability of a lone key is 1, which no rounding changes
         from_rounded = profile.makes("denominator_of_rounded") and not profile.modelled

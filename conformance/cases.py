@@ -73,9 +73,12 @@ class CaseKey:
     @property
     def dims(self) -> Dims:
         """The dimensions of the case, before ``rows`` selects any."""
-        dims = preset_named(self.preset).replace(**dict(self.overrides))
-        # A stage of one layer has no use for the preset's depth.
-        return dims if "L" in stage_named(self.stage).drawn else dims.replace(L=1)
+        return _of_stage(stage_named(self.stage), preset_named(self.preset).replace(**dict(self.overrides)))
+
+
+def _of_stage(stage: Stage, dims: Dims) -> Dims:
+    # A stage of one layer has no use for the preset's depth.
+    return dims if "L" in stage.drawn else dims.replace(L=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +172,7 @@ class Space:
     @property
     def limit(self) -> Dims:
         """The model, with the largest ``B``, ``L`` and ``NB`` that a case may draw."""
-        return preset_named(self.preset).replace(**dict(self.pinned))
+        return _of_stage(self.stage, preset_named(self.preset).replace(**dict(self.pinned)))
 
     @property
     def drawn(self) -> tuple[str, ...]:

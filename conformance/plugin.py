@@ -87,10 +87,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "subject" not in metafunc.fixturenames:
         return
     state = metafunc.config.stash[_STATE]
-    marks = {marker.name for marker in metafunc.definition.iter_markers()}
-    full_size = "full_size" in marks
-    lane = next((name for name in ("compile_only", "device") if name in marks), "interpret")
-    subjects = state.subjects(lane, full_size)
+    marks = {marker.name: marker for marker in metafunc.definition.iter_markers()}
+    full_size = marks.get("full_size")
+    if full_size is not None:
+        subjects = state.full_size_subjects(full_size.kwargs.get("lane", "interpret"))
+    else:
+        subjects = state.subjects(next((name for name in ("compile_only", "device") if name in marks), "interpret"))
     metafunc.parametrize("subject", subjects, ids=[subject.id for subject in subjects])
 
 
@@ -237,17 +239,14 @@ class PluginState:
             raise pytest.UsageError(str(error)) from error
         return chosen
 
-    def subjects(self, lane: str, full_size: bool) -> list[Subject]:
+    def subjects(self, lane: str) -> list[Subject]:
         """Every kernel that the lane takes, at every preset of the lane."""
         from conformance.contract import models
         from conformance.session import Subject
 
-        if full_size:
-            presets = [model.full_size_preset for model in models() if model.full_size_preset]
-        else:
-            # Compiling is about the text more than the sizes: one preset keeps the lane that every commit runs under a minute.
-            most = 1 if lane == "compile_only" else None
-            presets = self.presets() or [name for model in models() for name in model.suite_presets[:most]]
+        # Compiling is about the text more than the sizes: one preset keeps the lane that every commit runs under a minute.
+        most = 1 if lane == "compile_only" else None
+        presets = self.presets() or [name for model in models() for name in model.suite_presets[:most]]
         # A torch callable has one lane, where it is: it runs with those that are interpreted.
         takes = {"compile_only": ("pypto",), "interpret": ("pypto", "torch"), "device": ("pypto",)}[lane]
         return [
@@ -255,6 +254,19 @@ class PluginState:
             for kernel in self.kernels()
             if kernel.toolchain in takes
             for preset in presets
+        ]
+
+    def full_size_subjects(self, lane: str) -> list[Subject]:
+        """Every PyPTO kernel at the model's real size: the fused loops only compile there, all others execute."""
+        from conformance.contract import models
+        from conformance.session import Subject
+
+        return [
+            Subject(kernel, model.full_size_preset, lane)
+            for model in models()
+            if model.full_size_preset
+            for kernel in self.kernels()
+            if kernel.toolchain == "pypto" and ("L" in kernel.stage.drawn) == (lane == "compile_only")
         ]
 
     def open_log(self, planned: list[Subject]) -> None:

@@ -64,11 +64,10 @@ class SubjectJudging:
         """Compile the kernel at the preset's dimensions, or at overrides of them."""
         space = self._space(dims_overrides)
         key = next(iter(stratified_keys(space, SEED)))
-        dims = space.limit if "L" in space.stage.drawn else space.limit.replace(L=1)
-        self._require_accepted(dims)
+        self._require_accepted(space.limit)
         limits = Limits() if dims_overrides is None else FULL_SIZE_LIMITS
         with self._usage_errors(), self._process(limits) as process:
-            self._record("compile", key, process.compile(dims))
+            self._record("compile", key, process.compile(space.limit))
         self._conclude()
 
     def cases(self) -> None:

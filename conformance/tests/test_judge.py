@@ -14,7 +14,6 @@ from conformance.cases import Case, CaseKey, make_case
 from conformance.errors import UsageError
 from conformance.executors.base import Outcome, PassDifference
 from conformance.judge import Oracle, judge, kappa, spread_limit
-from conformance.ulp import spacing
 from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
 
 BF16 = torch.bfloat16
@@ -129,20 +128,14 @@ def test_one_ulp_in_one_element_is_an_element_finding_there(norm_case: Case) -> 
     assert 1.4 < finding.ulps < 2.6
 
 
-def test_the_neighbour_on_the_other_side_of_a_near_tie_is_legal(norm_case: Case) -> None:
-    value = Oracle(norm_case).bounds(norm_case.stage.profiles[0])["out"].value
-    ulp = spacing(value, BF16)
-    to_tie = ((value / ulp).frac().abs() - 0.5).abs()
-    flat = int(to_tie.argmin())
-    assert float(to_tie.flatten()[flat]) < 1e-3
-    outputs = perfect(norm_case)
-    chosen = outputs["out"].flatten()
-    other = torch.where(chosen.double() > value.flatten(), chosen.double() - ulp.flatten(), chosen.double() + ulp.flatten())
-    # The nearest-tie element takes its other neighbour, two hundredths of a ULP further off at the most.
-    chosen[flat] = other[flat].to(BF16)
-    outputs["out"] = chosen.view_as(outputs["out"])
-    verdict = judged(norm_case, outputs)
-    assert verdict.ok or float(to_tie.flatten()[flat]) > 1e-5
+@pytest.mark.parametrize(("past_the_tie", "low_is_legal"), [(0.0, True), (1e-5, True), (1e-2, False)])
+def test_a_tie_may_go_either_way_and_nothing_else_may(cache_case: Case, past_the_tie: float, low_is_legal: bool) -> None:
+    cache_case.inputs["v"][0, 0] = 1 + 2.0**-8 * (1 + past_the_tie)
+    row = int(Oracle(cache_case).bounds(cache_case.stage.profiles[0])["v_cache"].rows[0])  # type: ignore[index]
+    for found, legal in ((1.0, low_is_legal), (1 + 2.0**-7, True), (1 - 2.0**-8, False)):
+        outputs = perfect(cache_case)
+        outputs["v_cache"][row, 0] = found
+        assert judged(cache_case, outputs).ok == legal
 
 
 @pytest.mark.parametrize(
@@ -228,12 +221,22 @@ def test_a_row_that_was_not_written_is_stale(cache_case: Case) -> None:
 
 def test_one_bit_of_another_row_is_out_of_bounds(cache_case: Case) -> None:
     outputs = perfect(cache_case)
-    untouched = next(
-        row for row in range(len(outputs["v_cache"])) if same_bits(outputs["v_cache"][row], cache_case.inputs["v_cache"][row])
-    )
-    bits(outputs["v_cache"])[untouched, 5] ^= 1
+    before = cache_case.inputs["v_cache"]
+    kept = [
+        row
+        for row in range(len(before))
+        if same_bits(outputs["v_cache"][row], before[row]) and not bool(before[row].isnan().any())
+    ]
+    bits(outputs["v_cache"])[kept[7], 5] ^= 1
     verdict = judged(cache_case, outputs)
-    assert detectors(verdict) == ["out_of_bounds"] or bool(outputs["v_cache"][untouched, 5].isnan())
+    assert detectors(verdict) == ["out_of_bounds"]
+    assert verdict.findings[0].index == (kept[7], 5)
+
+
+def test_a_page_of_nobody_must_not_be_written(cache_case: Case) -> None:
+    outputs = perfect(cache_case)
+    outputs["k_cache"][-1] = 0  # it held NaN
+    assert detectors(judged(cache_case, outputs)) == ["out_of_bounds"]
 
 
 def test_one_bit_of_a_copied_key_is_an_element(cache_case: Case) -> None:

@@ -79,6 +79,10 @@ ONCE_REJECTED = {
         "attention:tiny:B=9,seq_lens=15+16+128+16+32+127+40+17+2:mixed_rows:957146020",
         HUGGING_FACE_LIKE,
     ),
+    "probabilities below the smallest normal number": (
+        "attention:tiny:B=11,seq_lens=127+32+92+16+17+2+42+47+16+89+84:big:600307145",
+        HUGGING_FACE_LIKE,
+    ),
     "a head of equal values makes a tile of equal errors": (
         "attention:awkward:B=9,seq_lens=9+39+66+32+7+26+2+47+30:constant:66959491",
         HUGGING_FACE_LIKE,

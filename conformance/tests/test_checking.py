@@ -1,0 +1,192 @@
+"""``conformance.check`` as a user meets it: what it runs, what it says, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import conformance
+from conformance.checking import ROW_CHECK_PERIOD
+from conformance.tests.torch_kernels import Choices, torch_kernel
+
+Tensor = torch.Tensor
+
+
+def right_norm(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    wide = x.float()
+    out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight)
+
+
+def wrong_norm(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    wide = x.float()
+    out.copy_(wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6))
+
+
+def one_line_error(**keywords: Any) -> str:
+    arguments: dict[str, Any] = {"stage": "rms_norm", "function": right_norm, "examples": 1} | keywords
+    with pytest.raises(conformance.UsageError) as error:
+        conformance.check(arguments.pop("stage"), arguments.pop("function"), **arguments)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_plain_function_with_the_contracts_names_is_enough() -> None:
+    report = conformance.check("rms_norm", right_norm, examples=8)
+    assert report.ok
+    assert report.examples == 8
+    assert report.findings == ()
+    assert (report.stage, report.kernel, report.lane) == ("rms_norm", "right_norm", "eager")
+    assert report.share is not None
+    assert 0 < report.share < 1
+    assert str(report).startswith("right_norm (rms_norm, eager): passed 8 cases, at most 0.")
+
+
+def test_a_report_of_findings_tells_what_where_how_much_and_how_to_see_it_again() -> None:
+    report = conformance.check("rms_norm", wrong_norm, examples=4)
+    assert not report.ok
+    text = str(report)
+    assert re.search(r"wrong_norm \(rms_norm, eager\): FAILED \d+ of \d+ runs of 4 cases", text)
+    assert "element in out, " in text
+    assert re.search("times its allowance|where no error is allowed", text)
+    worst = report.findings[0]
+    assert "case " + str(worst.case) in text.replace("\n      ", " ")
+    again = conformance.check("rms_norm", wrong_norm, case=str(worst.case))
+    assert again.findings[0].finding == worst.finding
+    assert again.examples == 1
+
+
+def test_findings_stand_worst_first() -> None:
+    findings = conformance.check("rms_norm", wrong_norm, examples=8).findings
+    elements = [entry.finding.magnitude for entry in findings if entry.finding.detector == "element"]
+    assert len(elements) > 4
+    assert elements == sorted(elements, reverse=True)
+    assert findings[0].detector == "element"
+
+
+def test_a_check_follows_from_its_seed() -> None:
+    first, again, other = (conformance.check("rms_norm", wrong_norm, examples=3, seed=seed) for seed in (1, 1, 2))
+    assert [run.case for run in first.runs] == [run.case for run in again.runs]
+    assert [entry.finding for entry in first.findings] == [entry.finding for entry in again.findings]
+    assert {run.case for run in first.runs}.isdisjoint({run.case for run in other.runs})
+
+
+def test_more_examples_begin_with_the_same_ones() -> None:
+    few, many = (conformance.check("rms_norm", right_norm, examples=count) for count in (3, 9))
+    assert [run.case for run in few.runs] == [run.case for run in many.runs][: len(few.runs)]
+
+
+def test_every_case_is_repeated_and_rows_are_moved_now_and_then() -> None:
+    report = conformance.check("rms_norm", right_norm, examples=2 * ROW_CHECK_PERIOD)
+    checks = [run.check for run in report.runs]
+    assert checks.count("example") == checks.count("repeat") == 2 * ROW_CHECK_PERIOD
+    assert "permuted_rows" in checks
+    assert any(run.check.startswith("lone_row") and len(run.case.rows) == 1 for run in report.runs)
+
+
+def test_dims_reach_a_kernel_that_asks_for_them() -> None:
+    seen = set()
+
+    def asks(x: Tensor, weight: Tensor, out: Tensor, *, dims: conformance.Dims) -> None:
+        seen.add((dims.B, dims.H))
+        assert x.shape == (dims.B, dims.H)
+        right_norm(x, weight, out)
+
+    assert conformance.check("rms_norm", asks, dims={"B": 3, "NH": 2}, examples=3).ok
+    assert (3, 128) in seen
+    assert {batch for batch, _ in seen} <= {1, 3}
+
+
+def test_awkward_dims_by_name_and_overrides_of_them() -> None:
+    assert conformance.check("rms_norm", right_norm, dims="awkward", examples=2).ok
+    report = conformance.check("rms_norm", right_norm, dims={"preset": "awkward", "B": 2}, examples=2)  # type: ignore[dict-item]
+    assert {run.case.preset for run in report.runs} == {"awkward"}
+    assert {run.case.dims.B for run in report.runs} == {2}
+
+
+def test_a_kernel_gets_copies_so_it_cannot_spoil_the_next_run() -> None:
+    def spoils(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        right_norm(x, weight, out)
+        x.zero_()
+        weight.zero_()
+
+    report = conformance.check("rms_norm", spoils, examples=3)
+    assert report.detectors == ("changed_input",)
+
+
+def test_an_exception_is_a_finding_with_its_place() -> None:
+    def fails(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        raise ValueError("no tile for\nthis shape")
+
+    report = conformance.check("rms_norm", fails, examples=2)
+    assert report.detectors == ("raised",)
+    assert re.fullmatch(r"ValueError: no tile for \(test_checking.py:\d+\)", report.findings[0].message)
+
+
+def test_an_interrupt_is_not_a_finding() -> None:
+    def stops(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conformance.check("rms_norm", stops, examples=1)
+
+
+def test_what_a_kernel_refuses_is_not_judged() -> None:
+    @conformance.kernel("rms_norm", accepts=lambda dims: dims.B > 1 or "B must be at least 2")
+    def picky(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        assert len(x) > 1
+        right_norm(x, weight, out)
+
+    report = conformance.check("rms_norm", picky, examples=10)
+    assert report.ok
+    assert 0 < report.examples < 10
+    message = one_line_error(function=picky, dims={"B": 1})
+    assert message == "kernel picky takes none of these cases: B must be at least 2"
+
+
+def test_a_declared_profile_is_held_to() -> None:
+    rounds = torch_kernel("o_proj", Choices(branch=True))
+    assert conformance.check("o_proj", rounds, examples=2).ok
+    declared = conformance.kernel("o_proj", profile="contract")(rounds.function)
+    assert conformance.check("o_proj", declared, examples=2).detectors == ("element",)
+
+
+def test_nothing_judged_is_not_a_pass() -> None:
+    assert not conformance.Report("rms_norm", "none", "eager", ()).ok
+
+
+@pytest.mark.parametrize("examples", [0, -1, 2.5, True, "3", None])
+def test_examples_that_make_no_sense_are_refused(examples: object) -> None:
+    assert one_line_error(examples=examples) == f"examples must be a positive whole number, found {examples!r}"
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, None, True])
+def test_seeds_that_make_no_sense_are_refused(seed: object) -> None:
+    assert one_line_error(seed=seed) == f"seed must be a whole number, not negative, found {seed!r}"
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"stage": "rmsnorm"}, "unknown stage 'rmsnorm'; known are rms_norm, qkv_proj"),
+        ({"dims": "huge"}, "unknown preset 'huge'; known are tiny, awkward, qwen3_14b"),
+        ({"dims": {"Q": 3}}, "unknown dimension 'Q'; known are B"),
+        ({"dims": {"B": 0}}, "dimension B must be a positive whole number, found 0"),
+        ({"dims": ["B", 3]}, "dims is a preset's name or a dict such as {'B': 3, 'S': 64}, found ['B', 3]"),
+        ({"lane": "interpret"}, "a torch kernel has no lane 'interpret'; it has eager"),
+        ({"case": "rms_norm"}, "cannot read case key 'rms_norm'; a case key looks like"),
+        ({"case": "mlp:tiny:B=1:normal:0"}, "case key mlp:tiny:B=1:normal:0 is of stage mlp, not of rms_norm"),
+        ({"case": "rms_norm:tiny:B=1:needle:0"}, "stage rms_norm has no regime 'needle'"),
+        ({"function": 3}, "a kernel must be callable, found int"),
+        (
+            {"function": lambda x, out: None},
+            "must take the arguments of rms_norm by name and order: expected (x, weight, out), found (x, out)",
+        ),
+        ({"function": torch_kernel("mlp")}, "kernel mlp implements mlp, not rms_norm"),
+    ],
+)
+def test_what_cannot_be_judged_as_asked_is_refused_in_one_line(keywords: dict[str, Any], message: str) -> None:
+    assert message in one_line_error(**keywords)

@@ -1,0 +1,133 @@
+"""Which layer of a chain went wrong first, told from the cache rows that a wrong chain leaves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conformance.arithmetic import CONTRACT
+from conformance.cases import Case, CaseKey, make_case
+from conformance.tests.torch_kernels import LAYER_WEIGHTS
+from kernels.qwen3 import localise, reference
+
+Tensor = torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return make_case(CaseKey.parse("decode_fwd_layers:tiny:B=3,L=3,S=40,seq_lens=1+17+40:normal:5"))
+
+
+class Chain:
+    """A chain of layers whose states a test may spoil between layers."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.outputs = {name: case.inputs[name].clone() for name in ("k_cache", "v_cache")}
+        self.hidden = case.inputs["hidden_states"].double()
+
+    def layer(self, number: int, hidden: Tensor | None = None, weights_of: int | None = None) -> Tensor:
+        """Run one layer on ``hidden`` (the state so far, if not given), with another layer's weights if asked."""
+        dims, inputs = self.case.dims, self.case.inputs
+        chosen = number if weights_of is None else weights_of
+        names = (*LAYER_WEIGHTS, "seq_lens", "rope_cos", "rope_sin")
+        read = [reference.layer_of(inputs[name], chosen, dims.L) if name in LAYER_WEIGHTS else inputs[name] for name in names]
+        caches = [reference.layer_of(self.outputs[name], number, dims.L) for name in ("k_cache", "v_cache")]
+        start = self.hidden if hidden is None else hidden
+        k, v, self.hidden = reference.decode_layer(start, *read, *caches, dims=dims.replace(L=1), a=CONTRACT)
+        for cache, rows in zip(caches, (k, v), strict=True):
+            cache.copy_(rows.to(torch.bfloat16))  # a view of outputs
+        return self.hidden
+
+    def causes(self, out: Tensor | None = None) -> list[str]:
+        self.outputs["out"] = (self.hidden if out is None else out).to(torch.bfloat16)
+        return localise.layers(self.case.inputs, self.outputs, self.case.dims)
+
+
+def test_a_right_chain_has_no_cause(case: Case) -> None:
+    chain = Chain(case)
+    for number in range(3):
+        chain.layer(number)
+    assert chain.causes() == []
+
+
+def test_a_layer_that_read_the_first_input(case: Case) -> None:
+    chain = Chain(case)
+    chain.layer(0)
+    chain.layer(1)
+    chain.layer(2, hidden=case.inputs["hidden_states"].double())
+    (cause,) = chain.causes()
+    assert cause.startswith("layer 2 read the first input")
+    assert "did not see layer 1's output" in cause
+
+
+def test_a_layer_that_read_the_state_before_the_last(case: Case) -> None:
+    chain = Chain(case)
+    old = chain.layer(0)
+    chain.layer(1)
+    chain.layer(2, hidden=old)
+    assert chain.causes()[0].startswith("layer 2 read layer 0's output")
+
+
+def test_a_layer_with_another_layers_weights(case: Case) -> None:
+    chain = Chain(case)
+    chain.layer(0)
+    chain.layer(1, weights_of=2)
+    chain.layer(2)
+    assert chain.causes() == ["layer 1 used the weights of layer 2"]
+
+
+@pytest.mark.parametrize("half", ["first", "second"])
+def test_a_layer_that_saw_half_of_its_input(case: Case, half: str) -> None:
+    chain = Chain(case)
+    seen = chain.layer(0).clone()
+    columns = slice(128, None) if half == "first" else slice(0, 128)
+    seen[:, columns] = 0
+    chain.layer(1, hidden=seen)
+    chain.layer(2)
+    assert chain.causes()[0].startswith(f"layer 1 saw only the {half} half of layer 0's output, the rest was zeros")
+
+
+def test_a_layer_that_read_zeros(case: Case) -> None:
+    chain = Chain(case)
+    chain.layer(0)
+    chain.layer(1, hidden=torch.zeros_like(chain.hidden))
+    chain.layer(2)
+    assert chain.causes()[0].startswith("layer 1 read zeros")
+
+
+def test_a_layer_that_did_not_run(case: Case) -> None:
+    chain = Chain(case)
+    chain.layer(0)
+    chain.layer(2)
+    assert chain.causes() == ["layer 1 wrote no cache rows"]
+
+
+def test_a_state_that_nothing_explains(case: Case) -> None:
+    chain = Chain(case)
+    chain.layer(0)
+    chain.layer(1, hidden=chain.hidden.flip(1))
+    chain.layer(2)
+    (cause,) = chain.causes()
+    assert cause == "layer 1 is the first whose cache rows follow from no state that it could have read"
+
+
+def test_only_the_result_is_wrong(case: Case) -> None:
+    chain = Chain(case)
+    chain.layer(0)
+    earlier = chain.layer(1)
+    chain.layer(2)
+    assert chain.causes(out=earlier) == ["out is layer 1's output, not layer 2's output"]
+    assert chain.causes(out=chain.hidden.flip(1)) == [
+        "every layer's cache rows are right, the fault lies behind those of layer 2"
+    ]
+
+
+def test_rows_that_are_not_finite_match_nothing(case: Case) -> None:
+    chain = Chain(case)
+    for number in range(3):
+        chain.layer(number)
+    rows = reference.current_rows(case.inputs["seq_lens"], case.dims, layer=1)
+    chain.outputs["v_cache"][rows[0], 0] = torch.nan
+    (cause,) = chain.causes()
+    assert cause.startswith("layer 1 is the first")
