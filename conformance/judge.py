@@ -5,11 +5,12 @@ The tests and constants are those of the numerics document; each constant's reas
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -118,6 +119,18 @@ def _independent_errors(case: Case, bounds: dict[str, Bounds], profile: Profile)
     return independent
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    # Small operators lose time in a thread pool, and beside a busy worker process its threads spin: 22 s for 4 s of work.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def judge(case: Case, outcome: Outcome, *, profile: str | None = None, oracle: Oracle | None = None) -> Verdict:
     """Judge one run of one case. ``profile`` names the only profile allowed; otherwise any of the stage's may explain the run.
 

@@ -51,7 +51,7 @@ def test_a_report_of_findings_tells_what_where_how_much_and_how_to_see_it_again(
     text = str(report)
     assert re.search(r"wrong_norm \(rms_norm, eager\): FAILED \d+ of \d+ runs of 4 cases", text)
     assert "element in out, " in text
-    assert re.search("times its allowance|where no error is allowed", text)
+    assert re.search(r"times its\s+allowance|where no error is\s+allowed", text)
     worst = report.findings[0]
     assert "case " + str(worst.case) in text.replace("\n      ", " ")
     again = conformance.check("rms_norm", wrong_norm, case=str(worst.case))
@@ -80,9 +80,9 @@ def test_more_examples_begin_with_the_same_ones() -> None:
 
 
 def test_every_case_is_repeated_and_rows_are_moved_now_and_then() -> None:
-    report = conformance.check("rms_norm", right_norm, examples=2 * ROW_CHECK_PERIOD)
+    report = conformance.check("rms_norm", right_norm, examples=5 * ROW_CHECK_PERIOD)
     checks = [run.check for run in report.runs]
-    assert checks.count("example") == checks.count("repeat") == 2 * ROW_CHECK_PERIOD
+    assert checks.count("example") == checks.count("repeat") == 5 * ROW_CHECK_PERIOD
     assert "permuted_rows" in checks
     assert any(run.check.startswith("lone_row") and len(run.case.rows) == 1 for run in report.runs)
 
