@@ -157,7 +157,7 @@ def _table(page: _Page, summary: RunSummary) -> None:
     if len(summary.rows) > MOST_ROWS:
         page.line(f"... and {len(summary.rows) - MOST_ROWS:,} more rows; the counts above include them")
     page.wrapped(
-        "worst: the largest error of any element, as a share of what rounding allows it; findings: all detectors together"
+        "worst: the largest share of its allowance that an error, or errors together, used; findings: all detectors together"
     )
 
 

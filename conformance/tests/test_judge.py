@@ -334,3 +334,21 @@ def test_composite_runs_are_localised_only_when_wrong() -> None:
     outputs["out"] = outputs["out"] * 2
     assert "Cause: the cache rows are right" in judged(case, outputs).findings[0].message
     assert conformance.stages()["decode_layer"].localise is not None
+
+
+def test_rounding_that_had_to_lean_is_no_bias() -> None:
+    """One key takes all but a thousandth of the weight: every column is rounded back up to that key's value."""
+    case = make_case(CaseKey.parse("attention:tiny:B=1,seq_lens=2:normal:1"))
+    case.inputs["q"].zero_()
+    keys, values = (case.inputs[name].view(2, 128, 64) for name in ("k_cache", "v_cache"))
+    keys[:, :2] = 0
+    keys[:, 0, 0] = 8.0
+    case.inputs["q"].view(4, 64)[:, 0] = 6.75  # a score of 6.75 against 0: the other key weighs 0.00117
+    values[:, 1] = 0
+    outputs = perfect(case)
+    assert same_bits(outputs["out"].view(2, 2, 64)[:, 0], values[:, 0].contiguous())
+    # Under this profile: one that rounds probabilities leaves room for it anyway.
+    assert judge(case, Outcome("ok", outputs=outputs), profile="contract").ok
+    leaning = bits(outputs["out"])
+    leaning += 1
+    assert "element" in detectors(judged(case, outputs))

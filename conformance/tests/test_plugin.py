@@ -119,26 +119,24 @@ def test_a_lane_that_ran_nothing_says_so(tmp_path: Path) -> None:
 
 
 def test_kernels_that_take_their_process_down_leave_the_others_results(tmp_path: Path) -> None:
-    hostile = HERE / "kernels_under_test" / "hostile.py"
-    options = ["--only-user-kernels", "--kernels", str(hostile), "--presets", "tiny", "--kernel-timeout", "20"]
+    kernels = str(HERE / "kernels_under_test" / "pypto_misbehaving.py")
+    chosen = "segfaults or aborts or never_ends or builder_raises or right"
+    options = ["--only-user-kernels", "--kernels", kernels, "--presets", "tiny", "--kernel-timeout", "10", "-k", chosen]
     done = run_pytest(tmp_path, "-m", "interpret", *options)
     assert done.returncode == 1
-    assert "4 failed, 2 passed" in done.stdout, done.stdout
-    records = read_run(tmp_path / "run").records
+    assert "4 failed, 1 passed" in done.stdout, done.stdout
     found: dict[str, set[str]] = {}
-    for record in records:
+    for record in read_run(tmp_path / "run").records:
         if record.event == "case":
             found.setdefault(record.kernel, set()).update(finding.detector for finding in record.findings)
     assert found == {
-        "good_before": set(),
+        "right": set(),
         "segfaults": {"crashed"},
         "aborts": {"crashed"},
         "never_ends": {"timed_out"},
-        "raises": {"raised"},
-        "good_after": set(),
+        "builder_raises": {"raised"},
     }
     assert "SIGSEGV" in done.stdout
-    assert "no tile fits" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -188,7 +186,7 @@ def test_expected_failures_do_not_fail_and_a_fixed_one_is_reported(tmp_path: Pat
     assert "1 xfailed" in done.stdout
     records = [record for record in read_run(tmp_path / "run").records if record.event == "expected"]
     assert {(record.kernel, record.status) for record in records} == {("wrong_eps", "failed as expected"), ("right", "fixed")}
-    assert "was wrong once" in done.stdout
+    assert "right eager no longer fails" in done.stdout
 
 
 def test_an_expected_failure_of_no_kernel_is_a_usage_error(tmp_path: Path, kernels: Path) -> None:

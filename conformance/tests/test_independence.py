@@ -1,0 +1,46 @@
+"""What a part of the harness may need: judging a torch callable takes torch alone, importing the package next to nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(f"blocked: {{name}}")
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def run(blocked: set[str], program: str) -> subprocess.CompletedProcess[str]:
+    source = BLOCKED.format(blocked=blocked) + program
+    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120)
+
+
+def test_a_torch_callable_is_judged_without_pypto_pytest_and_hypothesis() -> None:
+    program = """
+import torch
+import conformance
+
+def kernel(x, weight, out):
+    wide = x.float()
+    out.copy_(wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-6) * weight)
+
+report = conformance.check("rms_norm", kernel, examples=9)
+assert report.ok, report
+assert not conformance.check("rms_norm", lambda x, weight, out: out.zero_() and None, examples=9).ok
+print(len(conformance.stages()))
+"""
+    done = run({"pypto", "pytest", "_pytest", "hypothesis", "xdist"}, program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "10"
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    done = run({"torch", "pypto", "numpy"}, "import conformance\nprint(conformance.__version__)\n")
+    assert done.returncode == 0, done.stderr
