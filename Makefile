@@ -3,6 +3,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
+# More for pytest, such as OPTIONS="--conformance-profile nightly --kernels mine.py".
+OPTIONS ?=
 # pypto has wheels for Python 3.10 to 3.12 only.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -23,10 +25,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 export OMP_NUM_THREADS ?= 1
 
 check: setup
-	$(BIN)/python -m pytest conformance/suites -m "compile_only or interpret" -n $(PROCESSES) -q
+	$(BIN)/python -m pytest conformance/suites -m "compile_only or interpret" -n $(PROCESSES) --dist worksteal -q $(OPTIONS)
 
 test: setup
-	$(BIN)/python -m pytest conformance/tests -n $(PROCESSES) -q
+	$(BIN)/python -m pytest conformance/tests -n $(PROCESSES) --dist worksteal -q
 
 lint: setup
 	$(BIN)/ruff check .

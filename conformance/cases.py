@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -51,6 +51,8 @@ class CaseKey:
     def parse(cls, text: str) -> CaseKey:
         """The inverse of ``str``; raises ``UsageError`` that says what a key looks like."""
         example = "a case key looks like attention:tiny:B=3,seq_lens=1+16+17:needle:7"
+        if not isinstance(text, str):
+            raise UsageError(f"a case key is text, found {text!r}; {example}")
         parts = text.strip().split(":")
         if len(parts) != 5 or not re.fullmatch(r"\d+", parts[4]):
             raise UsageError(f"cannot read case key {text!r}; {example}")
@@ -62,6 +64,8 @@ class CaseKey:
             if match is None:
                 raise UsageError(f"cannot read {item!r} in case key {text!r}; {example}")
             values = tuple(int(value) for value in match[2].split("+"))
+            if match[1] in dict(overrides) or lists.get(match[1]):
+                raise UsageError(f"{match[1]} stands twice in case key {text!r}; {example}")
             if match[1] in lists:
                 lists[match[1]] = values
             elif len(values) == 1:
@@ -106,7 +110,8 @@ def make_case(key: CaseKey) -> Case:
         needed = 1 + sum(-(-length // dims.BS) for length in key.seq_lens)
         if needed > dims.NB:
             raise UsageError(f"case key {key}: {needed} pages are needed (one more than are in use), found NB={dims.NB}")
-    inputs = stage.make_inputs(dims, key.seq_lens, key.regime, Source(f"{stage.name}/{key.regime}/{key.seed}"))
+    with torch.inference_mode(False):  # whatever mode the caller is in: tensors made in it can never be differentiated
+        inputs = stage.make_inputs(dims, key.seq_lens, key.regime, Source(f"{stage.name}/{key.regime}/{key.seed}"))
     case = Case(key, stage, dims, {argument.name: inputs[argument.name].contiguous() for argument in stage.inputs})
     return _with_rows(case, key.rows) if key.rows else case
 
@@ -154,16 +159,24 @@ class Space:
     pinned: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def of(cls, stage: Stage, dims: str | Mapping[str, int] = "tiny") -> Space:
+    def of(cls, stage: Stage, dims: str | Mapping[str, Any] = "tiny") -> Space:
         """From a preset's name, or overrides of it (``{"B": 3, "S": 64}``, with ``"preset"`` to name another than tiny)."""
         if isinstance(dims, str):
             preset_named(dims)
             return cls(stage, dims)
-        if not isinstance(dims, Mapping):
+        if not isinstance(dims, Mapping) or not all(isinstance(name, str) for name in dims):
             raise UsageError(f"dims is a preset's name or a dict such as {{'B': 3, 'S': 64}}, found {dims!r}")
-        overrides = dict(dims)
-        preset = str(overrides.pop("preset", "tiny"))
+        overrides: dict[str, Any] = dict(dims)
+        preset = overrides.pop("preset", "tiny")
+        for name in ("eps", "theta"):
+            if name in overrides:
+                raise UsageError(f"{name} belongs to the contract and cannot be overridden")
         limit = preset_named(preset).replace(**overrides)
+        if "NB" in overrides and "NB" in stage.drawn and limit.NB <= limit.B * limit.MB:
+            needed = limit.B * limit.MB + 1
+            raise UsageError(
+                f"NB={limit.NB} is too few pages for B={limit.B} sequences of S={limit.S}: at least {needed} are needed"
+            )
         for name in ("L", "NB"):
             if name in overrides and name not in stage.drawn and (name, limit.L) != ("L", 1):
                 raise UsageError(f"stage {stage.name} has no dimension {name} to set")
@@ -194,6 +207,13 @@ class Space:
             return max(1, longest - self.limit.BS), longest
         return 1, longest
 
+    @property
+    def largest(self) -> CaseKey:
+        """The key of the largest case: what compiling is done for."""
+        limit = self.limit
+        lengths = (limit.S,) * limit.B if self.stage.has_lengths else ()
+        return self.key(self.stage.regimes[0], 0, B=limit.B, L=limit.L, spare_pages=0, seq_lens=lengths)
+
     def key(self, regime: str, seed: int, *, B: int, L: int, spare_pages: int, seq_lens: tuple[int, ...]) -> CaseKey:
         """The key with these choices; dimensions that the stage does not draw stay as they are."""
         chosen = dict(self.pinned)
@@ -221,12 +241,16 @@ def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
     while True:
         source = Source(f"keys/{space.stage.name}/{space.preset}/{seed}/{index}")
         regime = regimes[index % len(regimes)]
-        # Odd and full batches alternate; a batch of one and a full one come up again and again.
+        # A batch of one and a full one come up more often than any other.
         batches = [limit.B, 1, *source.integers("B", 1, limit.B, 2)]
         batch = batches[source.integers("kind", 0, 3, 1)[0]] if "B" in space.drawn else limit.B
         if regime == "mixed_rows" and "B" in space.drawn:
             batch = max(batch, min(2, limit.B))
-        layers = source.integers("L", min(2, limit.L), limit.L, 1)[0] if index % 5 else 1
+        layers = source.integers("L", min(2, limit.L), limit.L, 1)[0] if index % 5 != 4 else 1
+        if index == 0:
+            # What is done once per kernel is done on the first case: it has rows to rearrange and a loop to go round.
+            batch = min(3, limit.B) if "B" in space.drawn else limit.B
+            layers = min(2, limit.L)
         lengths: tuple[int, ...] = ()
         if space.stage.has_lengths:
             low, high = space.lengths_for(regime)

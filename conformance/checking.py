@@ -15,14 +15,15 @@ from conformance.contract import stage_named
 from conformance.data import Source
 from conformance.declaration import Kernel, as_kernel
 from conformance.errors import UsageError
-from conformance.executors.base import Outcome
+from conformance.executors.base import LANES_OF, Outcome
 from conformance.executors.messages import Passes
 from conformance.judge import Oracle, judge
 from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
 
 DEFAULT_EXAMPLES = 50
-#: Every so many examples one is judged again with its sequences in another order, and one with a sequence alone.
-ROW_CHECK_PERIOD = 10
+#: Every so many examples one is judged again with its sequences in another order, and one with a sequence alone; prime to the
+#: number of regimes of every stage, so that all of them come up.
+ROW_CHECK_PERIOD = 5
 #: After so many runs that crashed or timed out the rest is not tried: each costs a process, or the whole time limit.
 MOST_LOST = 2
 
@@ -117,12 +118,14 @@ def check(
     ``function`` takes the contract's arguments (and keyword-only ``dims``, if it asks), or is a ``Kernel``. ``dims`` is the name
     of a preset or overrides of ``tiny``. A torch callable runs in this process, each case twice; a PyPTO kernel goes through the
     interpreter in a worker process (``lane="auto"``), within ``timeout`` seconds a run. ``case`` is the key of one finding to
-    run again instead. Raises ``UsageError`` for what cannot be judged as asked.
+    run again instead. Raises ``UsageError`` for what cannot be judged as asked, ``UnavailableError`` where the lane cannot run.
     """
     contract = stage_named(stage)
     kernel = as_kernel(stage, function)
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
+        raise UsageError(f"timeout must be a positive number of seconds, found {timeout!r}")
     chosen = resolve_lane(kernel, lane)
-    keys = chosen_keys(kernel, Space.of(contract, dims), examples, seed, case)
+    keys = chosen_keys(kernel, Space.of(contract, dims), chosen, examples, seed, case)
     replay = RunPlan(repeat=True) if case is not None else None
     runs: list[Judged] = []
     in_process = contextlib.nullcontext(_eager_runner(kernel))
@@ -131,12 +134,14 @@ def check(
     return Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys))
 
 
-def chosen_keys(kernel: Kernel, space: Space, examples: int, seed: int, case: str | None) -> list[CaseKey]:
-    """The keys to judge: the one of ``case``, or ``examples`` stratified ones that the kernel takes."""
+def chosen_keys(kernel: Kernel, space: Space, lane: str, examples: int, seed: int, case: str | None) -> list[CaseKey]:
+    """The keys to judge: the one of ``case``, the largest to compile, or ``examples`` stratified ones that the kernel takes."""
     require_count(examples, seed)
     if case is not None:
         return [require_stage(CaseKey.parse(case), kernel.stage_name)]
-    return acceptable(kernel, itertools.islice(stratified_keys(space, seed), examples))
+    if lane == "compile_only":
+        return acceptable(kernel, [space.largest], 1)
+    return acceptable(kernel, stratified_keys(space, seed), examples)
 
 
 def case_runs(kernel: Kernel, keys: Iterable[CaseKey], run: Runner, lane: str, plan: RunPlan | None = None) -> Iterator[Judged]:
@@ -170,22 +175,30 @@ def require_stage(key: CaseKey, stage: str) -> CaseKey:
     return key
 
 
-def acceptable(kernel: Kernel, keys: Iterable[CaseKey]) -> list[CaseKey]:
-    """The keys whose dimensions the kernel takes; raises ``UsageError`` with its reason if it takes none."""
-    all_keys = list(keys)
-    refusals = {key: kernel.refusal(key.dims) for key in all_keys}
-    kept = [key for key in all_keys if refusals[key] is None]
+def acceptable(kernel: Kernel, keys: Iterable[CaseKey], count: int) -> list[CaseKey]:
+    """The first ``count`` keys whose dimensions the kernel takes, of at most twenty times as many.
+
+    Raises ``UsageError`` with the kernel's reason if it takes none.
+    """
+    kept: list[CaseKey] = []
+    refusal: str | None = None
+    for key in itertools.islice(keys, 20 * count):
+        reason = kernel.refusal(key.dims)
+        if reason is None:
+            kept.append(key)
+        refusal = refusal or reason
+        if len(kept) == count:
+            break
     if not kept:
-        reason = next(iter(refusals.values()))
-        raise UsageError(f"kernel {kernel.name} takes none of these cases: {reason}")
+        raise UsageError(f"kernel {kernel.name} takes none of these cases: {refusal}")
     return kept
 
 
 def resolve_lane(kernel: Kernel, lane: str) -> str:
     """The lane to use; raises ``UsageError`` for one that the kernel's toolchain has not."""
-    lanes = {"torch": ("eager",), "pypto": ("interpret", "compile_only", "device")}[kernel.toolchain]
+    lanes = LANES_OF[kernel.toolchain]
     if lane == "auto":
-        return lanes[0]
+        return "eager" if kernel.toolchain == "torch" else "interpret"
     if lane not in lanes:
         raise UsageError(f"a {kernel.toolchain} kernel has no lane {lane!r}; it has {', '.join(lanes)}")
     return lane
@@ -205,7 +218,7 @@ class RunPlan:
 def plan_for(index: int, lane: str) -> RunPlan:
     """Eager runs are cheap: repeat each, rearrange the rows of every tenth. Elsewhere once per kernel and dimensions."""
     if lane == "eager":
-        return RunPlan(True, index % ROW_CHECK_PERIOD == 0, index % ROW_CHECK_PERIOD == 5)
+        return RunPlan(True, index % ROW_CHECK_PERIOD == 0, index % ROW_CHECK_PERIOD == 2)
     return RunPlan(True, True, True, all_passes=True) if index == 0 else RunPlan()
 
 
@@ -218,20 +231,23 @@ def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan) -> Ite
     oracle = Oracle(case)
     first = run(case, plan.passes)
     verdict = judge(case, first, profile=kernel.profile, oracle=oracle)
-    yield Judged("example", key, verdict, first)
+    yield _judged("example", key, verdict, first)
     if first.status != "ok" or not first.outputs:
         return
+    fine = verdict.ok
     if plan.repeat:
         again = run(case)
+        verdict = judge(case, again, profile=kernel.profile, oracle=oracle)
         if again.status == "ok":
-            differing = _differences(first, again)
-            repeated = judge(case, again, profile=kernel.profile, oracle=oracle)
-            verdict = dataclasses.replace(repeated, findings=worst_first([*repeated.findings, *differing]))
-        else:
-            verdict = judge(case, again, oracle=oracle)
-        yield Judged("repeat", key, verdict, again)
+            verdict = dataclasses.replace(verdict, findings=worst_first([*verdict.findings, *_differences(first, again)]))
+        yield _judged("repeat", key, verdict, again)
+        fine = fine and verdict.ok
+    if not fine:
+        return
     if plan.all_passes:
-        yield from _related(kernel, smallest(key), run, "all_passes", "all")
+        small = smallest(key)
+        chosen = small if kernel.refusal(small.dims) is None else key
+        yield from _related(kernel, chosen, run, "all_passes", "all")
     rows = case.dims.B
     if "B" not in case.stage.drawn or rows < 2:
         return
@@ -244,11 +260,16 @@ def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan) -> Ite
         yield from _related(kernel, take_rows(key, (lone,)), run, "lone_row", plan.passes)
 
 
+def _judged(check_name: str, key: CaseKey, verdict: Verdict, outcome: Outcome) -> Judged:
+    # Tensors of a run are not kept: at real size they are 270 MB each.
+    return Judged(check_name, key, verdict, dataclasses.replace(outcome, outputs={}))
+
+
 def _related(kernel: Kernel, key: CaseKey, run: Runner, check_name: str, passes: Passes) -> Iterator[Judged]:
     case = make_case(key)
     if kernel.refusal(case.dims) is None:
         outcome = run(case, passes)
-        yield Judged(check_name, key, judge(case, outcome, profile=kernel.profile), outcome)
+        yield _judged(check_name, key, judge(case, outcome, profile=kernel.profile), outcome)
 
 
 def _differences(first: Outcome, again: Outcome) -> list[Finding]:
@@ -280,7 +301,11 @@ def worker_runner(kernel: Kernel, lane: str, timeout: float | None = None) -> It
 
     limits = Limits() if timeout is None else Limits(seconds=timeout)
     with KernelProcess(kernel, lane, limits=limits) as process:
-        yield process.run
+
+        def compiled(case: Case, passes: Passes = "none") -> Outcome:
+            return process.compile(case.dims)
+
+        yield compiled if lane == "compile_only" else process.run
 
 
 def _text(report: Report, width: int = 80, most: int = 6) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from conformance.errors import UsageError
+from conformance.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from conformance.cases import CaseKey
@@ -24,14 +25,22 @@ PASSED, FINDINGS, USAGE, COULD_NOT_RUN = 0, 1, 2, 3
 
 
 class _Command(click.Group):
-    """Turns ``UsageError`` into one line and exit code 2."""
+    """Turns ``UsageError`` into one line and exit code 2, and what else goes wrong into one line and exit code 3."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UsageError as error:
             click.echo(f"conformance: {error}", err=True)
-            ctx.exit(USAGE)
+            ctx.exit(COULD_NOT_RUN if isinstance(error, UnavailableError) else USAGE)
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except Exception as error:
+            # A fault of ours is not a finding about a kernel: it must not look like one.
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})".replace("\n", " ")
+            click.echo(f"conformance: this should not have happened, please report it: {text}", err=True)
+            ctx.exit(COULD_NOT_RUN)
 
 
 @click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,6 +67,7 @@ def list_command(locations: tuple[str, ...]) -> None:
     """List stages with their arguments, and kernels with their lanes and capabilities."""
     from conformance.contract import stages
     from conformance.declaration import bundled_kernels, kernels_in, load_module
+    from conformance.executors.base import LANES_OF
 
     kernels = bundled_kernels()
     for location in locations:
@@ -68,7 +78,7 @@ def list_command(locations: tuple[str, ...]) -> None:
             click.echo(f"    {line}")
         for kernel in kernels:
             if kernel.stage_name == stage.name:
-                lanes = "eager" if kernel.toolchain == "torch" else "compile_only interpret device"
+                lanes = " ".join(LANES_OF[kernel.toolchain])
                 able = f"; {' '.join(kernel.capabilities)}" if kernel.capabilities else ""
                 click.echo(f"  - {kernel.name} ({kernel.toolchain}: {lanes}{able})")
 
@@ -115,17 +125,18 @@ def check(
     subject = Subject(kernel, space.preset, resolve_lane(kernel, lane))
     expected = ExpectedFailures.read(expected_failures) if expected_failures else ExpectedFailures()
     expected.require_known([kernel])
-    keys = chosen_keys(kernel, space, examples, seed, case_key)
+    keys = chosen_keys(kernel, space, subject.lane, examples, seed, case_key)
     plan = RunPlan(repeat=True, passes="all" if all_passes else "last") if case_key else None
 
     folder = out if out is not None else new_run_folder(Path.cwd() / "runs")
+    _require_new(folder)
     log = RunLog(folder)
     log.start([subject], {"examples": examples, "seed": seed, "dims": dims, "case": case_key or ""})
     try:
         code = _judge(subject, log, keys, plan, timeout, expected.reason(subject))
     except UsageError as error:
         log.could_not_run(subject, str(error))
-        log.end(USAGE)
+        log.end(COULD_NOT_RUN if isinstance(error, UnavailableError) else USAGE)
         raise
     log.end(code)
     reports.build(folder)
@@ -148,10 +159,6 @@ def _judge(
     runs: list[Judged] = []
     with worker_runner(subject.kernel, subject.lane, timeout) as run:
         for judged in case_runs(subject.kernel, keys, run, subject.lane, plan):
-            if judged.outcome.status == "unavailable":
-                log.could_not_run(subject, judged.outcome.message)
-                click.echo(f"conformance: {subject.lane} cannot run here: {judged.outcome.message}", err=True)
-                return COULD_NOT_RUN
             log.judged(subject, judged)
             runs.append(judged)
             if is_interactive():
@@ -167,6 +174,13 @@ def _judge(
         click.echo(f"{state}: {expected_reason}")
         return PASSED
     return PASSED if report.ok else FINDINGS
+
+
+def _require_new(folder: Path) -> None:
+    if folder.is_file():
+        raise UsageError(f"--out names a folder, {folder} is a file")
+    if any(folder.glob("records-*.jsonl")):
+        raise UsageError(f"--out {folder} already holds a run: name another folder, or remove it")
 
 
 def _progress(subject: Subject, runs: list[Judged], total: int) -> None:

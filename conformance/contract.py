@@ -253,7 +253,7 @@ def stages() -> dict[str, Stage]:
 def stage_named(name: str) -> Stage:
     """The stage of that name; raises ``UsageError`` that lists the known ones."""
     known = stages()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UsageError(f"unknown stage {name!r}; known are {', '.join(known)}")
     return known[name]
 
@@ -266,6 +266,6 @@ def presets() -> dict[str, Dims]:
 def preset_named(name: str) -> Dims:
     """The preset of that name; raises ``UsageError`` that lists the known ones."""
     known = presets()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UsageError(f"unknown preset {name!r}; known are {', '.join(known)}")
     return known[name]

@@ -61,7 +61,12 @@ class Kernel:
     @property
     def source(self) -> Path:
         """The file that defines the kernel."""
-        return Path(inspect.getsourcefile(self.function) or "<unknown>")
+        # A callable object has no source of its own; its class has.
+        subject = self.function if hasattr(self.function, "__code__") else type(self.function)
+        try:
+            return Path(inspect.getsourcefile(inspect.unwrap(subject)) or "<unknown>")
+        except TypeError:
+            return Path("<unknown>")
 
     @property
     def summary(self) -> str:
@@ -72,7 +77,10 @@ class Kernel:
         """Why the kernel does not take these dimensions, or ``None`` if it does."""
         if self.accepts is None:
             return None
-        answer = self.accepts(dims)
+        try:
+            answer = self.accepts(dims)
+        except Exception as error:
+            raise UsageError(f"accepts of kernel {self.name} raised {type(error).__name__}: {error}") from error
         if answer is True:
             return None
         return answer if isinstance(answer, str) else f"kernel {self.name} does not take {dims}"
@@ -106,6 +114,10 @@ def kernel(
     contract = stage_named(stage)
     if toolchain not in TOOLCHAINS:
         raise UsageError(f"unknown toolchain {toolchain!r}; known are {', '.join(TOOLCHAINS)}")
+    if isinstance(capabilities, str) or not isinstance(capabilities, Sequence):
+        raise UsageError(f"capabilities is a list of names, found {capabilities!r}")
+    if accepts is not None and not callable(accepts):
+        raise UsageError(f"accepts is a function of dims, found {accepts!r}")
     for capability in capabilities:
         if capability not in CAPABILITIES:
             raise UsageError(f"unknown capability {capability!r}; known are {', '.join(CAPABILITIES)}")
@@ -121,7 +133,7 @@ def kernel(
         return Kernel(
             function=function,
             stage_name=stage,
-            name=name or function.__name__,
+            name=name or _name_of(function),
             toolchain=toolchain,
             capabilities=tuple(capabilities),
             profile=profile,
@@ -129,6 +141,10 @@ def kernel(
         )
 
     return decorate
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def takes_dims(function: Callable[..., Any]) -> bool:
@@ -143,11 +159,17 @@ def require_signature(function: Callable[..., Any], stage: Stage) -> None:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = _parameters(function)
     found = [name for name, parameter in parameters.items() if parameter.kind in positional]
+    for name, parameter in parameters.items():
+        required = parameter.default is inspect.Parameter.empty
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and required and name != "dims":
+            raise UsageError(
+                f"{_name_of(function)} has a required keyword-only parameter {name!r}: only dims is passed by keyword"
+            )
     if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters.values()) and not found:
         return
     if found == expected:
         return
-    label = getattr(function, "__name__", "the callable")
+    label = _name_of(function)
     raise UsageError(
         f"{label} must take the arguments of {stage.name} by name and order: expected ({', '.join(expected)}), "
         f"found ({', '.join(found)})"
@@ -181,7 +203,7 @@ def as_kernel(stage: str, function: Callable[..., Any] | Kernel) -> Kernel:
         return function
     contract = stage_named(stage)
     require_signature(function, contract)
-    return Kernel(function=function, stage_name=stage, name=getattr(function, "__name__", type(function).__name__))
+    return Kernel(function=function, stage_name=stage, name=_name_of(function))
 
 
 def load_module(location: str | Path) -> ModuleType:

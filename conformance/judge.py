@@ -20,7 +20,7 @@ from conformance.bounds import Bounds, Profile
 from conformance.buffers import bits, poisoned
 from conformance.cases import Case
 from conformance.contract import Argument
-from conformance.errors import UsageError
+from conformance.errors import UnavailableError, UsageError
 from conformance.executors.base import Outcome
 from conformance.ulp import distance, rounded, spacing
 from conformance.verdict import Finding, Verdict, worst_first
@@ -120,23 +120,29 @@ def _independent_errors(case: Case, bounds: dict[str, Bounds], profile: Profile)
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    # Small operators lose time in a thread pool, and beside a busy worker process its threads spin: 22 s for 4 s of work.
+def _own_settings() -> Iterator[None]:
+    """Whatever the caller or the kernel set: one thread, and gradients, which the correlation of errors is told by.
+
+    Small operators lose time in a thread pool, and beside a busy worker process its threads spin: 22 s for 4 s of work.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         torch.set_num_threads(before)
 
 
-@_one_thread()
+@_own_settings()
 def judge(case: Case, outcome: Outcome, *, profile: str | None = None, oracle: Oracle | None = None) -> Verdict:
     """Judge one run of one case. ``profile`` names the only profile allowed; otherwise any of the stage's may explain the run.
 
     Raises ``UsageError`` if an output has another dtype or shape than the contract says.
     """
     oracle = oracle or Oracle(case)
+    if outcome.status == "unavailable":
+        raise UnavailableError(f"the lane cannot run here: {outcome.message}")
     if outcome.status != "ok":
         return Verdict((failure(outcome),))
     findings = _conduct(outcome)
@@ -171,10 +177,9 @@ def _with_causes(findings: tuple[Finding, ...], causes: list[str]) -> tuple[Find
 
 
 def failure(outcome: Outcome) -> Finding:
-    """The finding of a run that did not come to its end."""
-    detector = outcome.status if outcome.status in ("raised", "crashed", "timed_out") else "raised"
+    """The finding of a run that did not come to its end: raised, crashed or timed out."""
     place = f" ({outcome.location})" if outcome.location else ""
-    return Finding(detector, f"{outcome.message}{place}")
+    return Finding(outcome.status, f"{outcome.message}{place}")
 
 
 def _conduct(outcome: Outcome) -> list[Finding]:
@@ -379,7 +384,9 @@ def _finite_and_element(case: Case, part: _Part, estimate: Bounds, skip: torch.T
         result.wrong += int(broken.sum())
         result.findings.append(_extent(case, part, broken, "not_finite", "is not finite"))
     half = spacing(torch.maximum(out.abs(), value.abs()), argument.dtype) * (0.5 * HALF_ULP_SLACK) + FLUSHED
-    excess = (out - value).abs() - half
+    # A copy of an exact value (a cache row, a bf16 key) is bit-exact: there is no last rounding to forgive.
+    copied = (estimate.worst == 0) & (rounded(value, argument.dtype) == value)
+    excess = (out - value).abs() - torch.where(copied, torch.zeros_like(half), half)
     worst = torch.nan_to_num(estimate.worst, nan=math.inf, posinf=math.inf)
     allowance = torch.minimum(kappa(out.numel()) * estimate.variance.sqrt(), worst)
     usable = torch.isfinite(out) & torch.isfinite(value) & ~skip

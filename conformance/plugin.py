@@ -77,14 +77,15 @@ def pytest_collection(session: pytest.Session) -> None:
     options = session.config.option
     if options.kernels or options.only_user_kernels or options.expected_failures or options.presets:
         state = session.config.stash[_STATE]
-        state.kernels()
+        if options.require_device and not any(kernel.toolchain == "pypto" for kernel in state.kernels()):
+            raise pytest.UsageError("--require-device: no PyPTO kernel is judged, nothing could run on a device")
         state.presets()
         assert state.expected is not None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per kernel and preset of the lane that a suite's test is marked with."""
-    if "subject" not in metafunc.fixturenames:
+    if not {"subject", "judging"} <= set(metafunc.fixturenames):
         return
     state = metafunc.config.stash[_STATE]
     marks = {marker.name: marker for marker in metafunc.definition.iter_markers()}
@@ -105,8 +106,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _subject_of(item: pytest.Item) -> Subject | None:
-    found: Subject | None = getattr(getattr(item, "callspec", None), "params", {}).get("subject")
-    return found
+    found = getattr(getattr(item, "callspec", None), "params", {}).get("subject")
+    # A lane without any kernel has pytest's stand-in for an empty list, and another project's subject may be anything.
+    return found if all(hasattr(found, name) for name in ("kernel", "preset", "lane")) else None
 
 
 def _is_controller(config: pytest.Config) -> bool:

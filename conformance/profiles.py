@@ -6,9 +6,13 @@ They are values, not Hypothesis's registered profiles: loading one would change 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from conformance.errors import UsageError
+
+#: Where failing cases are kept from night to night, below the folder that pytest was started in.
+DATABASE = Path(".hypothesis") / "conformance"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +25,13 @@ class SuiteProfile:
     deterministic: bool
     shrink: bool
 
-    def settings(self) -> Any:
-        """The Hypothesis settings; no deadline, since a compile takes as long as it takes."""
+    def settings(self, subject: str) -> Any:
+        """The Hypothesis settings; no deadline, since a compile takes as long as it takes.
+
+        What failed is kept for each subject by itself: in one database a kernel that passes would clear another's failures.
+        """
         import hypothesis
+        from hypothesis.database import DirectoryBasedExampleDatabase
 
         phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
         if not self.deterministic:
@@ -33,7 +41,7 @@ class SuiteProfile:
         return hypothesis.settings(
             max_examples=max(self.drawn, 1),
             derandomize=self.deterministic,
-            database=None if self.deterministic else hypothesis.settings().database,
+            database=None if self.deterministic else DirectoryBasedExampleDatabase(DATABASE / subject),
             deadline=None,
             phases=tuple(phases),
             suppress_health_check=tuple(hypothesis.HealthCheck),

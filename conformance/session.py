@@ -17,6 +17,7 @@ import conformance
 from conformance.checking import Judged
 from conformance.declaration import Kernel
 from conformance.errors import UsageError
+from conformance.executors.base import LANES
 from conformance.records import Record, RecordWriter
 
 #: Packages whose versions a report has to name.
@@ -168,7 +169,9 @@ class ExpectedFailures:
     def require_known(self, kernels: Iterable[Kernel]) -> None:
         """Raise ``UsageError`` for an entry that matches no kernel: a typing error would otherwise hide."""
         names = {kernel.name for kernel in kernels}
-        for kernel, _ in self.reasons:
+        for kernel, lane in self.reasons:
+            if lane and lane not in LANES:
+                raise UsageError(f"{self.path}: unknown lane {lane!r} of {kernel}; known are {', '.join(LANES)}")
             if kernel not in names:
                 raise UsageError(f"{self.path}: no kernel {kernel!r} is judged here; known are {', '.join(sorted(names))}")
 

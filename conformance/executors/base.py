@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 
 LANES = ("eager", "compile_only", "interpret", "device")
+#: Which lanes a toolchain has.
+LANES_OF: dict[str, tuple[str, ...]] = {"torch": ("eager",), "pypto": ("compile_only", "interpret", "device")}
 
 Status = Literal["ok", "raised", "crashed", "timed_out", "unavailable"]
 

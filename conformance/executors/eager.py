@@ -18,7 +18,8 @@ def run_eager(kernel: Kernel, case: Case) -> Outcome:
     """Run a torch kernel on a case, in this process and thread.
 
     The kernel gets copies: every output and every updated tensor lies between guard regions, inputs are compared bit for bit
-    afterwards. An exception of the kernel is an outcome; only ``KeyboardInterrupt`` and ``SystemExit`` of others pass.
+    afterwards. It is given other tensor objects on the same memory, so that rebinding one (``out.data = ...``, ``x.t_()``)
+    changes nothing that is judged. An exception of the kernel is an outcome, ``SystemExit`` too; ``KeyboardInterrupt`` passes.
     """
     tensors: dict[str, torch.Tensor] = {}
     guards: dict[str, Guarded] = {}
@@ -34,9 +35,8 @@ def run_eager(kernel: Kernel, case: Case) -> Outcome:
     keywords = {"dims": case.dims} if takes_dims(kernel.function) else {}
     began = time.perf_counter()
     try:
-        # Layouts are the contract's; a callable that reshapes in place cannot turn our own tensors round.
-        returned = kernel.function(*tensors.values(), **keywords)
-    except Exception as error:
+        returned = kernel.function(*(tensor.view(tensor.shape) for tensor in tensors.values()), **keywords)
+    except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {error}".split("\n", 1)[0]
         return Outcome("raised", message=message, location=_location(error), seconds=time.perf_counter() - began)
     seconds = time.perf_counter() - began

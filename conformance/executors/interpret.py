@@ -50,6 +50,8 @@ def interpret(
         output = _only(folder.glob("output/output_*"), "output folder")
         results = read_results(_only(output.glob("verify_*"), "verification folder"), arguments)
         comparison = compare_passes(output) if passes != "none" else None
+    if comparison is not None and not comparison.compared and not comparison.differences:
+        raise RuntimeError("no compiler pass left anything to compare: the kernel computes nothing, or PyPTO's files changed")
     missing = [
         argument.name for index, argument in enumerate(stage.arguments) if argument.access != "in" and index not in results
     ]

@@ -19,7 +19,7 @@ from conformance.contract import Dims
 from conformance.declaration import Kernel
 from conformance.errors import UsageError
 from conformance.executors.arena import Arena
-from conformance.executors.base import LANES, Outcome
+from conformance.executors.base import LANES, LANES_OF, Outcome
 from conformance.executors.messages import Done, KernelAddress, Passes, Ready, Refused, Run, Start
 from conformance.executors.scratch import ScratchFolder
 from conformance.toolchains.calculator import Progress, calculator
@@ -29,9 +29,8 @@ from conformance.toolchains.npu import find_npu
 if TYPE_CHECKING:
     from conformance.cases import Case
 
-#: Which lanes a toolchain has.
-LANES_OF: dict[str, tuple[str, ...]] = {"torch": ("eager",), "pypto": ("compile_only", "interpret", "device")}
-
+#: Set in a worker's environment: a kernel's file that itself judges kernels would start workers without end.
+INSIDE_WORKER = "CONFORMANCE_INSIDE_WORKER"
 #: How often limits are looked at, in seconds. A kernel that allocates as fast as memory allows gains some 100 MB in between.
 POLL_SECONDS = 0.05
 #: How much of what a dead worker printed is shown.
@@ -100,6 +99,8 @@ class KernelProcess:
         self.kernel = kernel
         self.lane = lane
         self.limits = limits
+        if os.environ.get(INSIDE_WORKER):
+            raise UsageError("this file judges kernels when it is imported: put that below if __name__ == '__main__':")
         self._address = address_of(kernel)
         self._device_executor = device_executor
         self._progress = progress
@@ -222,7 +223,7 @@ class KernelProcess:
                     pass_fds=descriptors,
                     # A group of its own: what the kernel starts is killed with it, and Ctrl-C is left to the owner.
                     start_new_session=True,
-                    env={**os.environ, "PYTHONPATH": path},
+                    env={**os.environ, "PYTHONPATH": path, INSIDE_WORKER: "1"},
                 )
         finally:
             theirs.close()
@@ -345,13 +346,13 @@ class KernelProcess:
 
 def address_of(kernel: Kernel) -> KernelAddress:
     """How a worker finds the kernel; raises ``UsageError`` if it is not an attribute of a module."""
-    module = sys.modules.get(kernel.function.__module__)
+    module = sys.modules.get(getattr(kernel.function, "__module__", ""))
     attributes = vars(module) if module is not None else {}
     names = [name for name, value in attributes.items() if isinstance(value, Kernel) and value == kernel]
     # A torch callable may be judged as it is, without the decorator.
     names = names or [name for name, value in attributes.items() if value is kernel.function and kernel.toolchain == "torch"]
     if module is None or not names:
-        inside = kernel.function.__qualname__.rsplit(".<locals>", 1)[0]
+        inside = getattr(kernel.function, "__qualname__", type(kernel.function).__name__).rsplit(".<locals>", 1)[0]
         raise UsageError(
             f"kernel {kernel.name} cannot be run in a process of its own: expected an attribute of a module, found one that is "
             f"defined inside {inside}; define it at module level"

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
@@ -79,6 +80,9 @@ def _serve(lane: Lane, request: Run, arena: Arena, lane_name: str) -> Done | Ref
 def _open_lane(start: Start) -> Lane:
     sys.path.extend(entry for entry in start.search_path if entry not in sys.path)
     kernel = find(start.kernel)
+    if start.kernel.module.endswith(".py"):
+        # A builder may import what lies beside its file when it is called, long after the file itself was imported.
+        sys.path.append(str(Path(start.kernel.module).parent))
     if start.lane == "eager":
         return _eager(kernel)
     # Imported here, and only in a worker: PyPTO's native libraries stay out of every other process.

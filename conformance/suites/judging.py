@@ -11,7 +11,7 @@ import pytest
 
 from conformance.cases import CaseKey, Space, keys, stratified_keys
 from conformance.checking import MOST_LOST, Judged, Report, RunPlan, is_lost, judged_runs, plan_for
-from conformance.errors import UsageError
+from conformance.errors import UnavailableError, UsageError
 from conformance.executors.base import Outcome
 from conformance.executors.process import KernelProcess, Limits
 from conformance.judge import failure
@@ -63,11 +63,11 @@ class SubjectJudging:
     def compiled(self, dims_overrides: dict[str, int] | None = None) -> None:
         """Compile the kernel at the preset's dimensions, or at overrides of them."""
         space = self._space(dims_overrides)
-        key = next(iter(stratified_keys(space, SEED)))
-        self._require_accepted(space.limit)
+        key = space.largest
+        self._require_accepted([key])
         limits = Limits() if dims_overrides is None else FULL_SIZE_LIMITS
         with self._usage_errors(), self._process(limits) as process:
-            self._record("compile", key, process.compile(space.limit))
+            self._record("compile", key, process.compile(key.dims))
         self._conclude()
 
     def cases(self) -> None:
@@ -75,14 +75,15 @@ class SubjectJudging:
         import hypothesis
 
         space = self._space(None)
-        self._require_accepted(space.limit)
         explicit = list(itertools.islice(stratified_keys(space, SEED), self.profile.rounds * len(space.stage.regimes)))
+        self._require_accepted(explicit)
+        judged_cases = itertools.count()
         with self._usage_errors(), self._process(Limits()) as process:
 
             def one(key: CaseKey) -> None:
-                if self.subject.kernel.refusal(key.dims) is not None or sum(map(is_lost, self.runs)) >= MOST_LOST:
+                if self._refused(key) or sum(map(is_lost, self.runs)) >= MOST_LOST:
                     return
-                plan = plan_for(len(self.runs), self.subject.lane)
+                plan = plan_for(next(judged_cases), self.subject.lane)
                 for run in judged_runs(self.subject.kernel, key, process.run, plan):
                     self._keep(run)
                     if not run.verdict.ok:
@@ -92,7 +93,7 @@ class SubjectJudging:
             for key in reversed(explicit):
                 drawn = hypothesis.example(key=key)(drawn)
             try:
-                self.profile.settings()(drawn)()
+                self.profile.settings(f"{self.subject.lane}-{self.subject.id}")(drawn)()
             except BaseException as error:
                 if not _is_only_conformance(error):
                     raise
@@ -101,8 +102,8 @@ class SubjectJudging:
     def full_size(self, dims_overrides: dict[str, int]) -> None:
         """Judge the kernel on one case at real geometry; compiler passes are not compared, which would take minutes."""
         space = self._space(dims_overrides)
-        self._require_accepted(space.limit)
         key = next(iter(stratified_keys(space, SEED)))
+        self._require_accepted([key])
         with self._usage_errors(), self._process(FULL_SIZE_LIMITS) as process:
             for run in judged_runs(self.subject.kernel, key, process.run, RunPlan(passes="none")):
                 self._keep(run)
@@ -112,20 +113,28 @@ class SubjectJudging:
         dims: dict[str, Any] = {"preset": self.subject.preset, **(overrides or {})}
         return Space.of(self.subject.kernel.stage, dims)
 
-    def _require_accepted(self, dims: Any) -> None:
-        refusal = self.subject.kernel.refusal(dims)
-        if refusal is not None:
-            reason = f"does not take preset {self.subject.preset}: {refusal}"
-            self.log.skipped(self.subject, reason)
+    def _require_accepted(self, planned: list[CaseKey]) -> None:
+        """Skip the test if the kernel takes none of the planned cases; say how many if it does not take all."""
+        reasons = [reason for key in planned if (reason := self.subject.kernel.refusal(key.dims)) is not None]
+        if not reasons:
+            return
+        reason = (
+            f"takes {len(planned) - len(reasons)} of {len(planned)} planned cases of preset {self.subject.preset}: {reasons[0]}"
+        )
+        self.log.skipped(self.subject, reason)
+        if len(reasons) == len(planned):
             pytest.skip(reason)
 
+    def _refused(self, key: CaseKey) -> bool:
+        return self.subject.kernel.refusal(key.dims) is not None
+
     def _record(self, check: str, key: CaseKey, outcome: Outcome) -> None:
+        if outcome.status == "unavailable":
+            raise UnavailableError(outcome.message)
         verdict = Verdict() if outcome.status == "ok" else Verdict((failure(outcome),))
         self._keep(Judged(check, key, verdict, outcome))
 
     def _keep(self, run: Judged) -> None:
-        if run.outcome.status == "unavailable":
-            raise _UnavailableError(run.outcome.message)
         self.runs.append(run)
         self.log.judged(self.subject, run)
 
@@ -134,6 +143,8 @@ class SubjectJudging:
 
     def _conclude(self) -> None:
         kernel = self.subject.kernel
+        if sum(map(is_lost, self.runs)) >= MOST_LOST:
+            self.log.skipped(self.subject, f"the remaining cases were not tried after {MOST_LOST} runs that crashed or timed out")
         report = Report(kernel.stage_name, kernel.name, self.subject.lane, tuple(self.runs))
         if self.expected_reason is not None:
             self.log.expected(self.subject, self.expected_reason, fixed=report.ok)
@@ -141,10 +152,6 @@ class SubjectJudging:
                 pytest.xfail(f"expected: {self.expected_reason}")
         elif not report.ok:
             pytest.fail(str(report) if report.runs else "no case was judged: the kernel refuses every one", pytrace=False)
-
-
-class _UnavailableError(Exception):
-    """Something that the lane needs is missing on this machine."""
 
 
 def _is_only_conformance(error: BaseException) -> bool:
@@ -164,7 +171,7 @@ class _Translated:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (UsageError, _UnavailableError)):
+        if isinstance(error, UsageError):
             reason = str(error)
             self.judging.log.could_not_run(self.judging.subject, reason)
             pytest.fail(reason, pytrace=False)

@@ -56,6 +56,11 @@ def require_valid(case: Case) -> None:
         assert all(0 <= slot < (dims.NB - 1) * dims.BS for slot in slots), "the last page belongs to nobody"
 
 
+def test_a_dimension_that_stands_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match="B stands twice"):
+        CaseKey.parse("rms_norm:tiny:B=2,B=3:normal:1")
+
+
 # -- keys as text ---------------------------------------------------------------------------------------------------------------
 
 names = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
@@ -67,7 +72,9 @@ counts = st.integers(0, 10**9)
     preset=names,
     regime=names,
     seed=st.integers(0, 2**63),
-    overrides=st.lists(st.tuples(st.sampled_from(["B", "L", "NB", "S"]), counts), max_size=3).map(tuple),
+    overrides=st.lists(st.tuples(st.sampled_from(["B", "L", "NB", "S"]), counts), max_size=3, unique_by=lambda item: item[0]).map(
+        tuple
+    ),
     seq_lens=st.lists(counts, max_size=5).map(tuple),
     rows=st.lists(counts, max_size=5).map(tuple),
 )
@@ -209,7 +216,7 @@ def test_fifty_keys_hold_every_boundary_length(stage: str) -> None:
 def test_hypothesis_keys_hold_boundary_lengths(stage: str) -> None:
     lengths: set[int] = set()
 
-    @settings(max_examples=40, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(keys(space_of(stage)))
     def draw(key: CaseKey) -> None:
         lengths.update(key.seq_lens)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import conformance
+from conformance.cases import Space, stratified_keys
 from conformance.checking import ROW_CHECK_PERIOD
 from conformance.tests.torch_kernels import Choices, torch_kernel
 
@@ -142,7 +143,8 @@ def test_what_a_kernel_refuses_is_not_judged() -> None:
 
     report = conformance.check("rms_norm", picky, examples=10)
     assert report.ok
-    assert 0 < report.examples < 10
+    assert report.examples == 10
+    assert all(dict(run.case.overrides)["B"] > 1 for run in report.runs)
     message = one_line_error(function=picky, dims={"B": 1})
     assert message == "kernel picky takes none of these cases: B must be at least 2"
 
@@ -190,3 +192,65 @@ def test_seeds_that_make_no_sense_are_refused(seed: object) -> None:
 )
 def test_what_cannot_be_judged_as_asked_is_refused_in_one_line(keywords: dict[str, Any], message: str) -> None:
     assert message in one_line_error(**keywords)
+
+
+def test_rebinding_an_output_writes_nothing() -> None:
+    def by_data(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        result = torch.empty_like(out)
+        right_norm(x, weight, result)
+        out.data = result
+
+    def by_set(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        result = torch.empty_like(out)
+        right_norm(x, weight, result)
+        out.set_(result.untyped_storage(), 0, result.shape, result.stride())
+
+    for function in (by_data, by_set):
+        assert conformance.check("rms_norm", function, examples=3).detectors == ("unwritten",)
+
+
+def test_turning_an_input_round_changes_nothing_for_the_judge() -> None:
+    def turned(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        right_norm(x, weight, out)
+        x.t_()
+
+    assert conformance.check("rms_norm", turned, examples=5).ok
+
+
+def test_a_kernel_that_exits_is_a_finding_and_the_caller_goes_on() -> None:
+    def leaves(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        raise SystemExit(0)
+
+    assert conformance.check("rms_norm", leaves, examples=2).detectors == ("raised",)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_does_not_matter(mode: Any) -> None:
+    with mode():
+        assert conformance.check("decode_fwd_layers", torch_kernel("decode_fwd_layers"), dims={"S": 32, "L": 2}, examples=9).ok
+        found = conformance.check("decode_layer", torch_kernel("decode_layer", fault="gain"), dims={"S": 32}, examples=9)
+    assert not found.ok
+
+
+def test_copies_are_bit_exact() -> None:
+    def one_step_down(k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, *, dims: Any) -> None:
+        torch_kernel("kv_write").function(k, v, slot_mapping, k_cache, v_cache, dims=dims)
+        mantissas, _ = torch.frexp(k_cache.float())
+        power = mantissas.abs() == 0.5
+        slots = slot_mapping.long()
+        rows = ((slots // dims.BS).unsqueeze(1) * dims.NKV + torch.arange(dims.NKV)) * dims.BS + (slots % dims.BS).unsqueeze(1)
+        touched = torch.zeros(len(k_cache), 1, dtype=torch.bool)
+        touched[rows.flatten()] = True
+        k_cache.view(torch.int16)[power & touched] -= 1
+
+    report = conformance.check("kv_write", one_step_down, examples=18)
+    assert "element" in report.detectors
+    assert {entry.finding.argument for entry in report.findings} == {"k_cache"}
+
+
+def test_the_first_case_has_rows_to_rearrange_and_layers_to_go_round() -> None:
+    for stage in conformance.stages():
+        for preset in ("tiny", "awkward"):
+            first = next(stratified_keys(Space.of(conformance.stages()[stage], preset), 0))
+            assert first.dims.B >= 2
+            assert first.dims.L >= 2 or "L" not in conformance.stages()[stage].drawn
