@@ -21,9 +21,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 # One thread each: PROCESSES of them share the cores, and small operators only lose time in a thread pool.
-# The main job: every bundled kernel compiled, interpreted and judged; records and reports stay in runs/.
 export OMP_NUM_THREADS ?= 1
 
+# The main job: every bundled kernel compiled, interpreted and judged; records and reports stay in runs/.
 check: setup
 	$(BIN)/python -m pytest conformance/suites -m "compile_only or interpret" -n $(PROCESSES) --dist worksteal -q $(OPTIONS)
 
