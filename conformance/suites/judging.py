@@ -84,10 +84,11 @@ class SubjectJudging:
                 if self._refused(key) or sum(map(is_lost, self.runs)) >= MOST_LOST:
                     return
                 plan = plan_for(next(judged_cases), self.subject.lane)
+                before = len(self.runs)
                 for run in judged_runs(self.subject.kernel, key, process.run, plan):
                     self._keep(run)
-                    if not run.verdict.ok:
-                        raise ConformanceError(str(run.case))
+                if not all(run.verdict.ok for run in self.runs[before:]):
+                    raise ConformanceError(str(key))
 
             drawn = hypothesis.given(key=keys(space))(one)
             for key in reversed(explicit):
