@@ -11,7 +11,7 @@ import torch
 from conformance import bounds
 from conformance.bounds import Bounds, NewRow, Profile
 from conformance.contract import Dims, Tensors
-from kernels.qwen3.reference import contiguous, current_rows, layer_of, paged_rows
+from kernels.qwen3.reference import LAYER_WEIGHTS, contiguous, current_rows, layer_of, paged_rows
 
 
 def rms_norm(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
@@ -97,21 +97,6 @@ def mlp(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
     return {"out": _mlp_of(gate, up, inputs["w_down"], profile)}
 
 
-_LAYER_WEIGHTS = (
-    "input_rms_weight",
-    "wq",
-    "wk",
-    "wv",
-    "q_norm_weight",
-    "k_norm_weight",
-    "wo",
-    "w_gate",
-    "w_up",
-    "w_down",
-    "post_rms_weight",
-)
-
-
 def _layer(
     hidden: Bounds, weights: Tensors, caches: tuple[torch.Tensor, torch.Tensor], inputs: Tensors, dims: Dims, profile: Profile
 ) -> tuple[Bounds, Bounds, Bounds]:
@@ -147,7 +132,7 @@ def decode_fwd_layers(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str
     k_rows, v_rows, rows = [], [], []
     one = dims.replace(L=1)
     for layer in range(dims.L):
-        weights = {name: layer_of(inputs[name], layer, dims.L) for name in _LAYER_WEIGHTS}
+        weights = {name: layer_of(inputs[name], layer, dims.L) for name in LAYER_WEIGHTS}
         caches = (layer_of(inputs["k_cache"], layer, dims.L), layer_of(inputs["v_cache"], layer, dims.L))
         if layer:
             hidden = bounds.rounding(hidden, profile)

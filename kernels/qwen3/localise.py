@@ -14,24 +14,10 @@ import torch
 from conformance.arithmetic import CONTRACT
 from conformance.contract import Dims, Tensors
 from kernels.qwen3 import reference
-from kernels.qwen3.reference import current_rows, layer_of
+from kernels.qwen3.reference import LAYER_WEIGHTS, current_rows, layer_of
 
 #: Rows this close, relative to their size, came from the state in question: honest rounding is ten times closer.
 SAME = 0.06
-
-_WEIGHTS = (
-    "input_rms_weight",
-    "wq",
-    "wk",
-    "wv",
-    "q_norm_weight",
-    "k_norm_weight",
-    "wo",
-    "w_gate",
-    "w_up",
-    "w_down",
-    "post_rms_weight",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +83,7 @@ def _name(state: int) -> str:
 
 
 def _weights(inputs: Tensors, layer: int, dims: Dims) -> dict[str, torch.Tensor]:
-    return {name: layer_of(inputs[name], layer, dims.L) for name in _WEIGHTS}
+    return {name: layer_of(inputs[name], layer, dims.L) for name in LAYER_WEIGHTS}
 
 
 def _explains(guess: _Guess, found: tuple[torch.Tensor, ...], inputs: Tensors, one: Dims, dims: Dims) -> bool:

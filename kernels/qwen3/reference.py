@@ -13,6 +13,21 @@ from conformance.contract import Dims
 
 Tensor = torch.Tensor
 
+#: A layer's weights, in the order of the contract's arguments.
+LAYER_WEIGHTS = (
+    "input_rms_weight",
+    "wq",
+    "wk",
+    "wv",
+    "q_norm_weight",
+    "k_norm_weight",
+    "wo",
+    "w_gate",
+    "w_up",
+    "w_down",
+    "post_rms_weight",
+)
+
 
 def normalise(x: Tensor, weight: Tensor, eps: float, a: Arithmetic) -> Tensor:
     """``rn(x, w) = x * rsqrt(mean(x * x) + eps) * w`` over the last axis."""
