@@ -118,8 +118,10 @@ def check(
     import reports
     from conformance.cases import Space
     from conformance.checking import RunPlan, chosen_keys, resolve_lane
-    from conformance.session import ExpectedFailures, RunLog, Subject, new_run_folder
+    from conformance.session import ExpectedFailures, RunLog, Subject, new_run_folder, require_new_folder
 
+    if all_passes and not case_key:
+        raise UsageError("--all-passes goes with --case KEY: without it all passes are compared once anyway, on a small case")
     kernel = _kernel(stage, target)
     space = Space.of(kernel.stage, _dims(dims))
     subject = Subject(kernel, space.preset, resolve_lane(kernel, lane))
@@ -129,7 +131,7 @@ def check(
     plan = RunPlan(repeat=True, passes="all" if all_passes else "last") if case_key else None
 
     folder = out if out is not None else new_run_folder(Path.cwd() / "runs")
-    _require_new(folder)
+    require_new_folder(folder)
     log = RunLog(folder)
     log.start([subject], {"examples": examples, "seed": seed, "dims": dims, "case": case_key or ""})
     try:
@@ -174,13 +176,6 @@ def _judge(
         click.echo(f"{state}: {expected_reason}")
         return PASSED
     return PASSED if report.ok else FINDINGS
-
-
-def _require_new(folder: Path) -> None:
-    if folder.is_file():
-        raise UsageError(f"--out names a folder, {folder} is a file")
-    if any(folder.glob("records-*.jsonl")):
-        raise UsageError(f"--out {folder} already holds a run: name another folder, or remove it")
 
 
 def _progress(subject: Subject, runs: list[Judged], total: int) -> None:

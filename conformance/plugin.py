@@ -75,6 +75,8 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_collection(session: pytest.Session) -> None:
     """Read what the user gave before anything is collected: a mistake in it is one line, and pytest's usage error."""
     options = session.config.option
+    if options.conformance_run and not hasattr(session.config, "workerinput"):
+        session.config.stash[_STATE].require_new_folder()
     if options.kernels or options.only_user_kernels or options.expected_failures or options.presets:
         state = session.config.stash[_STATE]
         if options.require_device and not any(kernel.toolchain == "pypto" for kernel in state.kernels()):
@@ -160,6 +162,16 @@ class PluginState:
 
                 self._folder = new_run_folder(self.config.invocation_params.dir / "runs")
         return self._folder
+
+    def require_new_folder(self) -> None:
+        """Raise ``pytest.UsageError`` if the folder that the user named already holds a run."""
+        from conformance.errors import UsageError
+        from conformance.session import require_new_folder
+
+        try:
+            require_new_folder(self.folder)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
 
     def wrote_records(self) -> bool:
         """Whether any process of this run wrote records."""

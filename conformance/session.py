@@ -29,6 +29,14 @@ def new_run_folder(root: Path) -> Path:
     return root / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
+def require_new_folder(folder: Path) -> None:
+    """Raise ``UsageError`` if a run is already kept there: two runs in one folder would be reported as one."""
+    if folder.is_file():
+        raise UsageError(f"a run is kept in a folder, {folder} is a file")
+    if any(folder.glob("records-*.jsonl")):
+        raise UsageError(f"{folder} already holds a run: name another folder, or remove it")
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)

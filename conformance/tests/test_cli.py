@@ -110,6 +110,8 @@ def test_a_kernel_that_takes_its_process_down_is_a_finding(
         (["check", "rms_norm", "mine.py:plain", "--lane", "device"], "has no lane 'device'"),
         (["check", "rms_norm", "mine.py:picky"], "it takes B = 99 only"),
         (["check", "rms_norm", "mine.py:plain", "--expected-failures", "nowhere.txt"], "cannot read the list"),
+        (["check", "rms_norm", "mine.py:plain", "--all-passes"], "--all-passes goes with --case"),
+        (["check", "rms_norm", "mine.py:plain", "--out", "mine.py"], "mine.py is a file"),
         (["report", "nowhere"], "no run in nowhere"),
     ],
 )

@@ -159,6 +159,15 @@ def test_a_file_that_cannot_be_used_is_one_line_and_a_usage_error(tmp_path: Path
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_a_folder_that_already_holds_a_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "records-main.jsonl").write_text("")
+    for processes in ((), ("-n", "1")):
+        done = run_pytest(tmp_path, "-m", "device", *processes)
+        assert done.returncode == 4, done.stdout + done.stderr
+        assert "already holds a run" in done.stdout + done.stderr
+
+
 def test_two_kernels_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(TORCH_KERNELS.replace("def right", "def rms_norm"))
     done = run_pytest(tmp_path, "-m", "interpret", "--kernels", "mine.py")
