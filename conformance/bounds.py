@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -72,6 +73,10 @@ class Bounds:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Bounds:
         """The same rearrangement (a reshape, a selection) of all three."""
         return Bounds(function(self.value), function(self.variance), function(self.worst))
+
+    def __getitem__(self, index: Any) -> Bounds:
+        """The same selection of all three."""
+        return self.map(lambda tensor: tensor[index])
 
     def reshape(self, *shape: int) -> Bounds:
         """All three in another shape."""
@@ -170,7 +175,7 @@ def projection(x: Bounds, weight: torch.Tensor) -> Bounds:
     """``x @ weight`` for ``x [B, K]`` and exact bf16 weights ``[K, N]``, accumulated in fp32 in any order.
 
     The value is float64. Variances and magnitudes need no such precision: they are summed in fp32, each row scaled to its own
-    largest entry so that none underflows. Weights are widened a chunk of rows at a time.
+    largest entry so that none underflows. Weights are widened a chunk of columns at a time.
     """
     depth, width = weight.shape
     batch = x.value.shape[0]
@@ -182,16 +187,16 @@ def projection(x: Bounds, weight: torch.Tensor) -> Bounds:
     scaled_rows = (rows / scale).float()
     square_rows = scaled_rows[: 2 * batch].square()
     magnitude_rows = torch.cat([scaled_rows[:batch], scaled_rows[2 * batch :]])
-    value = torch.zeros(batch, width, dtype=torch.float64)
-    squares = torch.zeros(len(square_rows), width)
-    magnitudes = torch.zeros(len(magnitude_rows), width)
-    step = max(1, CHUNK_BYTES // (16 * width))
-    for start in range(0, depth, step):
+    value = torch.empty(batch, width, dtype=torch.float64)
+    squares = torch.empty(len(square_rows), width)
+    magnitudes = torch.empty(len(magnitude_rows), width)
+    step = max(1, CHUNK_BYTES // (16 * depth))
+    for start in range(0, width, step):
         part = slice(start, start + step)
-        block = weight[part].float()
-        value += x.value[:, part] @ block.double()
-        magnitudes += magnitude_rows[:, part] @ block.abs()
-        squares += square_rows[:, part] @ block.square_()
+        block = weight[:, part].float()
+        value[:, part] = x.value @ block.double()
+        magnitudes[:, part] = magnitude_rows @ block.abs()
+        squares[:, part] = square_rows @ block.square_()
     squares_of = squares.double() * scale[: 2 * batch].square()
     total = magnitudes[:batch] * scale[:batch]
     deviation = torch.maximum(SUM_OF_MAGNITUDES * total, SUM_OF_SQUARES * math.sqrt(depth) * squares_of[:batch].sqrt())
@@ -273,8 +278,8 @@ PROBABILITY_VARIANCE = 2.0**-16 / 5
 
 
 @dataclasses.dataclass(frozen=True)
-class NewRow:
-    """The key and value row that a layer has just written: ``[B, NKV, D]``, at position ``seq_len - 1``."""
+class NewRows:
+    """The key and value rows that a layer has just written for one query: ``[NKV, m, D]``, the last ``m`` that it attends to."""
 
     key: Bounds
     value: Bounds
@@ -282,23 +287,23 @@ class NewRow:
 
 def attention(
     query: Bounds,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    seq_lens: list[int],
+    keys: Sequence[torch.Tensor] | torch.Tensor,
+    values: Sequence[torch.Tensor] | torch.Tensor,
+    lengths: Sequence[int],
     scale: float,
     profile: Profile,
-    new_row: NewRow | None = None,
+    new_rows: Sequence[NewRows] | None = None,
     want_correlation: bool = False,
 ) -> Bounds:
-    """``softmax(scale * q K^T) V`` before its cast, for ``query [B, NH, D]`` and caches ``[B, NKV, S, D]``.
+    """``softmax(scale * q K^T) V`` before its cast, for ``query [N, NH, D]`` and for each of the N the rows ``[NKV, n, D]``.
 
-    Rows past ``seq_lens`` are never looked at. ``new_row`` replaces the last row of every sequence by uncertain values. With
+    Rows past ``lengths`` are never looked at. ``new_rows`` replace the last rows of every query by uncertain values. With
     ``want_correlation`` the result says how roundings of the probabilities correlate the errors of a row, for its final bf16.
     """
     parts = []
-    for b, length in enumerate(seq_lens):
-        one = Bounds(query.value[b], query.variance[b], query.worst[b])
-        parts.append(_attention_of_one(one, keys[b], values[b], length, scale, profile, new_row, b, want_correlation))
+    for index, length in enumerate(lengths):
+        new = None if new_rows is None else new_rows[index]
+        parts.append(_attention_of_one(query[index], keys[index], values[index], length, scale, profile, new, want_correlation))
     correlation = None
     if want_correlation and profile.makes("probabilities"):
         sums = torch.stack([part[1] for part in parts])
@@ -315,17 +320,17 @@ def _attention_of_one(
     length: int,
     scale: float,
     profile: Profile,
-    new_row: NewRow | None,
-    sequence: int,
+    new: NewRows | None,
     want_correlation: bool,
 ) -> tuple[Bounds, torch.Tensor, torch.Tensor]:
     kv_heads, head_dim = keys.shape[0], keys.shape[-1]
     grouped = query.reshape(kv_heads, -1, head_dim)  # [NKV, G, D]
     q = grouped.value
     k, v = keys[:, :length].to(torch.float64), values[:, :length].to(torch.float64)  # [NKV, n, D]
-    if new_row is not None:
+    if new is not None:
+        written = new.key.value.shape[1]
         k, v = k.clone(), v.clone()
-        k[:, -1], v[:, -1] = new_row.key.value[sequence], new_row.value.value[sequence]
+        k[:, -written:], v[:, -written:] = new.key.value, new.value.value
     k_t = k.transpose(1, 2)
     k_abs_t = k_t.abs()
     z = scale * (q @ k_t)  # [NKV, G, n]
@@ -333,10 +338,9 @@ def _attention_of_one(
     z_magnitude = scale * (q.abs() @ k_abs_t)
     z_variance = (U * (z_magnitude + 2 * z_abs + 3)) ** 2
     z_worst = U * (head_dim * z_magnitude + 2 * z_abs + 3)
-    if new_row is not None:
-        key = new_row.key.map(lambda t: t[sequence].unsqueeze(-1))  # [NKV, D, 1]
-        z_variance[..., -1:] += scale**2 * (q**2 @ key.variance)
-        z_worst[..., -1:] += scale * (q.abs() @ key.worst)
+    if new is not None:
+        z_variance[..., -written:] += scale**2 * (q**2 @ new.key.variance.transpose(1, 2))
+        z_worst[..., -written:] += scale * (q.abs() @ new.key.worst.transpose(1, 2))
         z_worst += scale * (grouped.worst @ k_abs_t)
     p = torch.softmax(z, -1)
     o = p @ v  # [NKV, G, D]
@@ -345,13 +349,13 @@ def _attention_of_one(
     magnitude = p @ v_abs
     variance = ((p**2 * z_variance).unsqueeze(2) @ spread**2).squeeze(2)
     worst = ((p * torch.expm1(z_worst.clamp_max(60))).unsqueeze(2) @ spread).squeeze(2)
-    if new_row is not None:
+    if new is not None:
         weighted = (p.unsqueeze(-1) * v.unsqueeze(1)).transpose(2, 3)  # [NKV, G, D, n]
         sensitivity = weighted @ k.unsqueeze(1) - o.unsqueeze(-1) * (p @ k).unsqueeze(2)  # dz-weighted, [NKV, G, D, D]
         variance += scale**2 * (sensitivity**2 @ grouped.variance.unsqueeze(-1)).squeeze(-1)
-        last = p[..., -1:]
-        variance += last**2 * new_row.value.variance[sequence].unsqueeze(1)
-        worst += last * new_row.value.worst[sequence].unsqueeze(1)
+        of_new = p[..., -written:]
+        variance += of_new**2 @ new.value.variance
+        worst += of_new @ new.value.worst
     squares = (p**2 @ v**2).sqrt()
     deviation = torch.maximum(magnitude, SUM_OF_SQUARES * math.sqrt(length) * squares)
     accumulation = U * (deviation + (SUM_OF_RESULT * math.sqrt(length) + 4) * o.abs())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,8 @@ class CaseKey:
     """Everything that a case's tensors follow from.
 
     ``overrides`` are dimensions that differ from the preset; ``seq_lens`` has one length per sequence for the stages that take
-    any; ``rows`` selects and orders sequences of the case (a permuted batch, or one row alone), all of them if empty.
+    any, and ``chunk_lens`` how many of those are new for a prefill; ``rows`` selects and orders sequences of the case (a permuted
+    batch, or one row alone), all of them if empty.
     """
 
     stage: str
@@ -39,10 +40,12 @@ class CaseKey:
     overrides: tuple[tuple[str, int], ...] = ()
     seq_lens: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
+    chunk_lens: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{name}={value}" for name, value in self.overrides]
-        for name, values in (("seq_lens", self.seq_lens), ("rows", self.rows)):
+        for name in _LISTS:
+            values = getattr(self, name)
             if values:
                 parts.append(f"{name}=" + "+".join(str(value) for value in values))
         return ":".join([self.stage, self.preset, ",".join(parts), self.regime, str(self.seed)])
@@ -58,7 +61,7 @@ class CaseKey:
             raise UsageError(f"cannot read case key {text!r}; {example}")
         stage, preset, varied, regime, seed = parts
         overrides: list[tuple[str, int]] = []
-        lists: dict[str, tuple[int, ...]] = {"seq_lens": (), "rows": ()}
+        lists: dict[str, tuple[int, ...]] = dict.fromkeys(_LISTS, ())
         for item in filter(None, varied.split(",")):
             match = re.fullmatch(r"(\w+)=(\d+(?:\+\d+)*)", item)
             if match is None:
@@ -77,12 +80,17 @@ class CaseKey:
     @property
     def dims(self) -> Dims:
         """The dimensions of the case, before ``rows`` selects any."""
-        return _of_stage(stage_named(self.stage), preset_named(self.preset).replace(**dict(self.overrides)))
+        dims = _of_stage(stage_named(self.stage), preset_named(self.preset).replace(**dict(self.overrides)))
+        return dims.replace(T=sum(self.chunk_lens)) if self.chunk_lens else dims
+
+
+#: The lists of a key, in the order of its text.
+_LISTS = ("seq_lens", "chunk_lens", "rows")
 
 
 def _of_stage(stage: Stage, dims: Dims) -> Dims:
-    # A stage of one layer has no use for the preset's depth.
-    return dims if "L" in stage.drawn else dims.replace(L=1)
+    # A stage of one layer has no use for the preset's depth, nor one that takes a token a sequence for a number of tokens.
+    return dims.replace(L=dims.L if "L" in stage.drawn else 1, T=dims.T if stage.has_chunks else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,23 +114,47 @@ def make_case(key: CaseKey) -> Case:
     for length in key.seq_lens:
         if not 1 <= length <= dims.S:
             raise UsageError(f"case key {key}: sequence length {length} is outside 1..{dims.S}")
+    if stage.has_chunks != bool(key.chunk_lens) or (stage.has_chunks and len(key.chunk_lens) != dims.B):
+        expected = f"{dims.B} chunk lengths" if stage.has_chunks else "no chunk lengths"
+        raise UsageError(f"case key {key}: stage {stage.name} with B={dims.B} takes {expected}, found {len(key.chunk_lens)}")
+    for length, chunk in zip(key.seq_lens, key.chunk_lens, strict=False):
+        if not 1 <= chunk <= length:
+            raise UsageError(f"case key {key}: chunk length {chunk} is outside 1..{length}, the length of its sequence")
     if "NB" in stage.drawn:
         needed = 1 + sum(-(-length // dims.BS) for length in key.seq_lens)
         if needed > dims.NB:
             raise UsageError(f"case key {key}: {needed} pages are needed (one more than are in use), found NB={dims.NB}")
-    with torch.inference_mode(False):  # whatever mode the caller is in: tensors made in it can never be differentiated
-        inputs = stage.make_inputs(dims, key.seq_lens, key.regime, Source(f"{stage.name}/{key.regime}/{key.seed}"))
-    case = Case(key, stage, dims, {argument.name: inputs[argument.name].contiguous() for argument in stage.inputs})
+    case = Case(key, stage, dims, make_inputs(stage, key, dims))
     return _with_rows(case, key.rows) if key.rows else case
 
 
+def make_inputs(stage: Stage, key: CaseKey, dims: Dims) -> dict[str, torch.Tensor]:
+    """The inputs of a stage for a key, at dimensions that may be other than the key's (more layers)."""
+    with torch.inference_mode(False):  # whatever mode the caller is in: tensors made in it can never be differentiated
+        chunks = {"chunk_lens": key.chunk_lens} if stage.has_chunks else {}
+        source = Source(f"{stage.name}/{key.regime}/{key.seed}")
+        inputs = stage.make_inputs(dims, key.seq_lens, key.regime, source, **chunks)
+    return {argument.name: inputs[argument.name].contiguous() for argument in stage.inputs}
+
+
 def _with_rows(case: Case, rows: tuple[int, ...]) -> Case:
-    """The same case with its sequences selected and reordered: wherever ``B`` is a factor of an axis, that factor is indexed."""
+    """The same case with its sequences selected and reordered: wherever ``B`` is a factor of an axis, that factor is indexed.
+
+    What follows the sequences in another way, the stage rearranges itself.
+    """
     if any(row >= case.dims.B for row in rows):
         raise UsageError(f"case key {case.key}: rows must be below B={case.dims.B}")
     chosen = torch.tensor(rows)
+    dims = case.dims.replace(B=len(rows))
+    own: dict[str, torch.Tensor] = {}
+    if case.stage.rearrange is not None:
+        own = case.stage.rearrange(case.inputs, case.dims, rows)
+        dims = dims.replace(T=sum(case.key.chunk_lens[row] for row in rows))
     inputs = {}
     for argument in case.stage.inputs:
+        if argument.name in own:
+            inputs[argument.name] = own[argument.name].contiguous()
+            continue
         tensor = case.inputs[argument.name]
         shape = tensor.shape
         for axis, symbols in enumerate(argument.shape.split()):
@@ -133,7 +165,7 @@ def _with_rows(case: Case, rows: tuple[int, ...]) -> Case:
                 kept = split.index_select(axis + factors.index("B"), chosen)
                 tensor = kept.reshape(*shape[:axis], -1, *shape[axis + 1 :])
         inputs[argument.name] = tensor.contiguous()
-    return dataclasses.replace(case, dims=case.dims.replace(B=len(rows)), inputs=inputs)
+    return dataclasses.replace(case, dims=dims, inputs=inputs)
 
 
 def take_rows(key: CaseKey, rows: tuple[int, ...]) -> CaseKey:
@@ -146,8 +178,10 @@ def smallest(key: CaseKey) -> CaseKey:
     """A case like this one with at most two sequences and two layers: what is dear is done on it."""
     limits = {"B": 2, "L": 2}
     overrides = tuple((name, min(value, limits.get(name, value))) for name, value in key.overrides)
-    small = dataclasses.replace(key, overrides=overrides, rows=())
-    return dataclasses.replace(small, seq_lens=key.seq_lens[: small.dims.B])
+    batch = dict(overrides).get("B", key.dims.B)
+    return dataclasses.replace(
+        key, overrides=overrides, rows=(), seq_lens=key.seq_lens[:batch], chunk_lens=key.chunk_lens[:batch]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +211,12 @@ class Space:
             raise UsageError(
                 f"NB={limit.NB} is too few pages for B={limit.B} sequences of S={limit.S}: at least {needed} are needed"
             )
-        for name in ("L", "NB"):
-            if name in overrides and name not in stage.drawn and (name, limit.L) != ("L", 1):
+        for name in ("L", "NB", "T"):
+            known = stage.has_chunks if name == "T" else name in stage.drawn
+            if name in overrides and not known and (name, limit.L) != ("L", 1):
                 raise UsageError(f"stage {stage.name} has no dimension {name} to set")
+        if stage.has_chunks and limit.T < limit.B:
+            raise UsageError(f"T={limit.T} is too few tokens for B={limit.B} sequences: each brings one at least")
         return cls(stage, preset, tuple(sorted(overrides.items())))
 
     @property
@@ -212,11 +249,32 @@ class Space:
         """The key of the largest case: what compiling is done for."""
         limit = self.limit
         lengths = (limit.S,) * limit.B if self.stage.has_lengths else ()
-        return self.key(self.stage.regimes[0], 0, B=limit.B, L=limit.L, spare_pages=0, seq_lens=lengths)
+        chunks = self.chunks([limit.S] * limit.B, lengths) if self.stage.has_chunks else ()
+        return self.key(self.stage.regimes[0], 0, B=limit.B, L=limit.L, spare_pages=0, seq_lens=lengths, chunk_lens=chunks)
 
-    def key(self, regime: str, seed: int, *, B: int, L: int, spare_pages: int, seq_lens: tuple[int, ...]) -> CaseKey:
+    def chunks(self, wanted: Iterable[int], seq_lens: Sequence[int]) -> tuple[int, ...]:
+        """Chunk lengths as near to the wanted ones as sequences allow, and ``T`` tokens for all of them together."""
+        left = self.limit.T - len(seq_lens)
+        found = []
+        for want, length in zip(wanted, seq_lens, strict=True):
+            found.append(max(1, min(want, length, 1 + left)))
+            left -= found[-1] - 1
+        return tuple(found)
+
+    def key(
+        self,
+        regime: str,
+        seed: int,
+        *,
+        B: int,
+        L: int,
+        spare_pages: int,
+        seq_lens: tuple[int, ...],
+        chunk_lens: tuple[int, ...] = (),
+    ) -> CaseKey:
         """The key with these choices; dimensions that the stage does not draw stay as they are."""
         chosen = dict(self.pinned)
+        chosen.pop("T", None)  # a limit; a case has as many tokens as its chunks
         drawn = self.drawn
         if "B" in drawn:
             chosen["B"] = B
@@ -226,7 +284,7 @@ class Space:
             chosen["NB"] = 1 + spare_pages + sum(-(-length // self.limit.BS) for length in seq_lens)
         order = {name: position for position, name in enumerate(("B", "L"))}
         overrides = tuple(sorted(chosen.items(), key=lambda item: (order.get(item[0], 9), item[0])))
-        return CaseKey(self.stage.name, self.preset, regime, seed, overrides, seq_lens)
+        return CaseKey(self.stage.name, self.preset, regime, seed, overrides, seq_lens, chunk_lens=chunk_lens)
 
 
 def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
@@ -260,6 +318,17 @@ def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
             lengths = tuple(
                 usable[pick] if pick < len(usable) else any_length for pick, any_length in zip(picks, free, strict=True)
             )
+        chunks: tuple[int, ...] = ()
+        if space.stage.has_chunks:
+            # One token, a whole prompt, up to a page's edge and past it, or anything.
+            page = limit.BS
+            kinds = source.integers("chunk", 0, 5, batch)
+            free_chunks = source.integers("free_chunk", 1, limit.T, batch)
+            wanted = [
+                (1, length, page, page + 1, length % page or page, any_chunk)[kind]
+                for kind, length, any_chunk in zip(kinds, lengths, free_chunks, strict=True)
+            ]
+            chunks = space.chunks(wanted, lengths)
         spare = source.integers("spare", 0, 3, 1)[0]
         yield space.key(
             regime,
@@ -268,6 +337,7 @@ def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
             L=layers,
             spare_pages=spare,
             seq_lens=lengths,
+            chunk_lens=chunks,
         )
         index += 1
 
@@ -289,8 +359,11 @@ def keys(space: Space) -> st.SearchStrategy[CaseKey]:
             usable = [length for length in space.length_boundaries() if low <= length <= high] or [high]
             one = st.sampled_from(usable) | st.integers(low, high)
             lengths = tuple(draw(st.lists(one, min_size=batch, max_size=batch)))
+        chunks: tuple[int, ...] = ()
+        if space.stage.has_chunks:
+            chunks = space.chunks([draw(st.integers(1, length)) for length in lengths], lengths)
         spare = draw(st.integers(0, 3)) if "NB" in space.drawn else 0
         seed = draw(st.integers(0, 2**31 - 1))
-        return space.key(regime, seed, B=batch, L=layers, spare_pages=spare, seq_lens=lengths)
+        return space.key(regime, seed, B=batch, L=layers, spare_pages=spare, seq_lens=lengths, chunk_lens=chunks)
 
     return draw_key()

@@ -46,6 +46,7 @@ FACTOR_LABELS: dict[str, str] = {
     "H": "column",
     "I": "column",
     "V": "column",
+    "T": "token",
     "1": "row",
 }
 
@@ -54,7 +55,8 @@ FACTOR_LABELS: dict[str, str] = {
 class Dims:
     """The dimensions of one model and of one case; the symbols are those of the Qwen3 decode contract.
 
-    ``NH``, ``NKV``, ``D``, ``I``, ``V``, ``S`` and ``BS`` are fixed by the model; ``B``, ``L`` and ``NB`` vary from case to case.
+    ``NH``, ``NKV``, ``D``, ``I``, ``V``, ``S`` and ``BS`` are fixed by the model; ``B``, ``L`` and ``NB`` vary from case to case,
+    and so does ``T``, the tokens of a prefill; it is 1 for stages that take one token a sequence.
     Raises ``UsageError`` if a value is not positive or if the heads cannot be shared evenly.
     """
 
@@ -68,6 +70,7 @@ class Dims:
     S: int
     BS: int
     NB: int
+    T: int = 1
     eps: float = 1e-6
     theta: float = 1e6
 
@@ -196,6 +199,16 @@ class Stage:
     drawn: tuple[str, ...] = ("B",)
     #: Whether a case draws one sequence length per row.
     has_lengths: bool = False
+    #: Whether a sequence brings several tokens, ``chunk_lens[b]`` of its ``seq_lens[b]``: a prefill.
+    has_chunks: bool = False
+    #: ``rearrange(inputs, dims, rows)`` gives what follows the chosen sequences and is not simply by ``B``.
+    rearrange: Callable[[Tensors, Dims, tuple[int, ...]], dict[str, torch.Tensor]] | None = None
+    #: ``sequences(inputs, dims)`` says which sequence each row of a composite stage's outputs belongs to, if not row by row.
+    sequences: Callable[[Tensors, Dims], torch.Tensor] | None = None
+    #: What a kernel of this stage can show that it serves: of the capabilities in ``conformance.capabilities``.
+    capabilities: tuple[str, ...] = ()
+    #: The input and the output by which one call's result is the next one's start, if layers can be run one after another.
+    chain: tuple[str, str] | None = None
     #: A layer or a chain of layers: judged with every optional rounding modelled, and localised.
     composite: bool = False
     #: ``localise(inputs, outputs, dims) -> list of sentences`` says which part of a composite stage went wrong first.

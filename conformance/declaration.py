@@ -22,16 +22,20 @@ from conformance.errors import UsageError
 
 TOOLCHAINS = ("torch", "pypto")
 
-#: What a kernel may declare that it serves; the meanings are the contract's.
-CAPABILITIES = (
-    "paged_kv",
-    "variable_batch",
-    "stacked_weights",
-    "fused_layers",
-    "fused_lm_head",
-    "chunked_layers",
-    "host_loop",
-)
+#: What a kernel may declare that it serves; the meanings are the contract's. ``conformance.capabilities`` puts them to the test.
+CAPABILITIES: dict[str, str] = {
+    "paged_kv": "reads and writes the cache through block_table and slot_mapping",
+    "variable_batch": "one compiled program serves every user batch from 1 to its capacity, with mixed lengths",
+    "stacked_weights": "takes the weights of L layers as one tensor and slices by layer on the device",
+    "fused_layers": "loops over the layers inside one program",
+    "fused_lm_head": "ends in final norm and vocabulary projection on the device",
+    "chunked_layers": "runs a contiguous chunk of the layers per dispatch",
+    "host_loop": "can be driven layer by layer from the host",
+}
+
+
+#: The largest user batch of the contract.
+LARGEST_BATCH = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Kernel:
     """One implementation of one stage, made by ``conformance.kernel``.
 
     ``profile`` names the one error-model profile that the kernel declares; ``None`` lets any legal one pass. ``accepts(dims)``
-    returns ``True``, or a sentence that says which dimensions the kernel takes.
+    returns ``True``, or a sentence that says which dimensions the kernel takes. ``capacity`` is the largest user batch that one
+    build serves, for a kernel that declares ``variable_batch``.
     """
 
     function: Callable[..., Any]
@@ -49,6 +54,7 @@ class Kernel:
     capabilities: tuple[str, ...] = ()
     profile: str | None = None
     accepts: Callable[[Dims], bool | str] | None = None
+    capacity: int = LARGEST_BATCH
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self.function(*arguments, **keywords)
@@ -75,6 +81,8 @@ class Kernel:
 
     def refusal(self, dims: Dims) -> str | None:
         """Why the kernel does not take these dimensions, or ``None`` if it does."""
+        if "variable_batch" in self.capabilities and self.capacity < dims.B:
+            return f"kernel {self.name} serves batches of 1 to {self.capacity}, not {dims.B}"
         if self.accepts is None:
             return None
         try:
@@ -85,12 +93,19 @@ class Kernel:
             return None
         return answer if isinstance(answer, str) else f"kernel {self.name} does not take {dims}"
 
+    def built_for(self, dims: Dims) -> Dims:
+        """The dimensions that a build is made for: with ``variable_batch`` one build serves every batch up to the capacity.
+
+        The builder is then given the capacity as ``B``; and 1 as ``T``, since the tokens of a prefill vary likewise.
+        """
+        return dims.replace(B=self.capacity, T=1) if "variable_batch" in self.capabilities else dims
+
     def build(self, dims: Dims) -> Any:
         """The object that a toolchain compiles, for these dimensions; raises ``UsageError`` if they are refused."""
         refusal = self.refusal(dims)
         if refusal is not None:
             raise UsageError(refusal)
-        return self.function(dims)
+        return self.function(self.built_for(dims))
 
 
 def kernel(
@@ -101,13 +116,15 @@ def kernel(
     capabilities: Sequence[str] = (),
     profile: str | None = None,
     accepts: Callable[[Dims], bool | str] | None = None,
+    capacity: int = LARGEST_BATCH,
 ) -> Callable[[Callable[..., Any]], Kernel]:
     """Declare that a function implements ``stage``.
 
     For ``toolchain="torch"`` the function takes the contract's arguments by name, and ``dims`` if it has such a keyword-only
     parameter. For ``toolchain="pypto"`` it is a builder: it takes ``dims`` alone and returns a ``pypto.frontend.jit`` object.
-    ``name`` defaults to the function's own name. Raises ``UsageError`` for an unknown stage, toolchain or capability, and for a
-    signature that does not match.
+    A builder that declares ``variable_batch`` is called once, with ``dims.B`` the ``capacity``, and what it returns must take
+    every batch from 1 to that. ``name`` defaults to the function's own name. Raises ``UsageError`` for an unknown stage,
+    toolchain or capability, and for a signature that does not match.
     """
     if not isinstance(stage, str):
         raise UsageError('conformance.kernel takes the stage\'s name, as in @conformance.kernel("rms_norm")')
@@ -118,6 +135,8 @@ def kernel(
         raise UsageError(f"capabilities is a list of names, found {capabilities!r}")
     if accepts is not None and not callable(accepts):
         raise UsageError(f"accepts is a function of dims, found {accepts!r}")
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+        raise UsageError(f"capacity is the largest batch that one build serves, a positive whole number, found {capacity!r}")
     for capability in capabilities:
         if capability not in CAPABILITIES:
             raise UsageError(f"unknown capability {capability!r}; known are {', '.join(CAPABILITIES)}")
@@ -138,6 +157,7 @@ def kernel(
             capabilities=tuple(capabilities),
             profile=profile,
             accepts=accepts,
+            capacity=capacity,
         )
 
     return decorate

@@ -70,7 +70,7 @@ class Oracle:
         query change one score). With C the covariance of a row's scaled errors, their mean square scatters as that of
         ``trace(C)**2 / trace(C**2)`` independent ones. For vectors a, b of random signs the mean of ``(a C b)**2`` is
         ``trace(C**2)``, and ``a C b`` is the product of two gradients by the roundings. Sequences do not touch one another, so
-        one backward pass serves all of them.
+        one backward pass serves a row of each of them.
         """
         if self._independent is None:
             self._independent = _independent_errors(self.case, self.bounds(profile), profile)
@@ -83,40 +83,53 @@ def _independent_errors(case: Case, bounds: dict[str, Bounds], profile: Profile)
     zeros = [zero for zero, _, _ in arithmetic.sites]
     deviations = [error_bounds.rounding_variance(spacing(site.double(), BF16)).sqrt() for _, site, _ in arithmetic.sites]
     signs = torch.Generator().manual_seed(0)
-    batch = case.dims.B
     independent = {}
+    sequences = torch.arange(case.dims.B)
+    if case.stage.sequences is not None:
+        sequences = case.stage.sequences(case.inputs, case.dims)
+    # Sequences do not touch one another: one row of each is looked at at a time.
+    rounds = [torch.nonzero(_place_in_sequence(sequences) == place).flatten() for place in range(len(sequences))]
     for name, estimate in bounds.items():
+        if case.stage.argument(name).dtype != BF16:
+            continue
         value = results[name] if estimate.rows is None else results[name][estimate.rows]
         ulp = spacing(estimate.value, BF16)
         weight = (1 / (estimate.variance + error_bounds.rounding_variance(ulp)).sqrt()).float()
-        # Rows stand by layer, sequence and head, as in a cache; one row of each sequence is looked at at a time.
+        # Rows stand by layer, token and head, as in a cache.
         heads = 1 if estimate.rows is None else case.dims.NKV
-        scaled = (value * weight).reshape(-1, batch, heads, value.shape[-1])
+        scaled = (value * weight).reshape(-1, len(sequences), heads, value.shape[-1])
         counts = torch.empty(scaled.shape[:3], dtype=torch.float64)
-        for layer, head in itertools.product(range(scaled.shape[0]), range(heads)):
-            rows = scaled[layer, :, head]
+        for layer, head, tokens in itertools.product(range(scaled.shape[0]), range(heads), filter(len, rounds)):
+            rows = scaled[layer, tokens, head]
             probes = []
             for _ in range(PROBES):
                 direction = torch.randint(0, 2, rows.shape, generator=signs) * 2.0 - 1.0
                 gradients = torch.autograd.grad((direction * rows).sum(), zeros, retain_graph=True, allow_unused=True)
-                parts: list[list[torch.Tensor]] = [[] for _ in range(batch)]
+                parts: dict[int, list[torch.Tensor]] = {b: [] for b in sequences[tokens].tolist()}
                 for gradient, deviation, (_, _, sequence) in zip(gradients, deviations, arithmetic.sites, strict=True):
-                    if gradient is not None:
-                        effect = gradient.double() * deviation
-                        if sequence is not None:
-                            parts[sequence].append(effect.flatten())
-                        else:
-                            for b, part in enumerate(effect.reshape(batch, -1)):
-                                parts[b].append(part)
-                probes.append([torch.cat(part) for part in parts])
-            for b in range(batch):
-                effects = torch.stack([probe[b] for probe in probes])
+                    if gradient is None or (sequence is not None and sequence not in parts):
+                        continue
+                    effect = gradient.double() * deviation
+                    if sequence is not None:
+                        parts[sequence].append(effect.flatten())
+                    else:
+                        for b, part in parts.items():
+                            part.append(effect.reshape(len(sequences), -1)[sequences == b].flatten())
+                probes.append({b: torch.cat(part) for b, part in parts.items()})
+            for token in tokens.tolist():
+                effects = torch.stack([probe[int(sequences[token])] for probe in probes])
                 products = effects @ effects.T
                 trace = products.diagonal().mean()
                 pairs = products[~torch.eye(PROBES, dtype=torch.bool)]
-                counts[layer, b, head] = trace**2 / (pairs**2).mean().clamp_min(1e-300)
+                counts[layer, token, head] = trace**2 / (pairs**2).mean().clamp_min(1e-300)
         independent[name] = counts.flatten().clamp_min(1)
     return independent
+
+
+def _place_in_sequence(sequences: torch.Tensor) -> torch.Tensor:
+    """For every row how many rows before it belong to the same sequence."""
+    same = sequences.unsqueeze(0) == sequences.unsqueeze(1)
+    return same.tril(-1).sum(1)
 
 
 @contextlib.contextmanager
@@ -235,6 +248,8 @@ class _Part:
 
     def index(self, flat: int) -> tuple[int, ...]:
         row, column = divmod(flat, self.value.shape[1])
+        if self.raw.dim() == 1:
+            return (column,)
         return (row if self.rows is None else int(self.rows[row]), column)
 
 
@@ -316,6 +331,8 @@ def _untouched(case: Case, name: str, found: torch.Tensor, estimate: Bounds) -> 
 def _degenerate(case: Case, part: _Part, value: torch.Tensor) -> Finding | None:
     """All zeros, or only a copy of an input, where the oracle is neither."""
     name, dtype = part.argument.name, part.argument.dtype
+    if not dtype.is_floating_point:
+        return None
     if not bool(part.value.any()):
         smallest = 2.0**-126
         if bool((value.abs() > smallest).any()):
@@ -359,6 +376,9 @@ def _numeric(case: Case, outcome: Outcome, oracle: Oracle, profile: Profile, exp
         skip = explained[name]
         if bool(skip.all()):
             continue
+        if not part.argument.dtype.is_floating_point:
+            result.shares[name] = _integers(case, part, flat, skip, result)
+            continue
         share = _finite_and_element(case, part, flat, skip, result)
         if part.argument.dtype == BF16:
             statistics = _Statistics(case, oracle, profile, part, flat, estimate, skip)
@@ -397,6 +417,30 @@ def _finite_and_element(case: Case, part: _Part, estimate: Bounds, skip: torch.T
         result.wrong += int(beyond.sum())
         result.findings.append(_element_finding(case, part, estimate, share, beyond))
     return highest
+
+
+def _integers(case: Case, part: _Part, estimate: Bounds, skip: torch.Tensor, result: _Numeric) -> float:
+    """Integers are right or wrong; returns the share of the allowance, of which there is none."""
+    wrong = (part.value != estimate.value) & ~skip
+    if not bool(wrong.any()):
+        return 0.0
+    flat = int(torch.nonzero(wrong.flatten())[0])
+    index = part.index(flat)[-len(part.argument.size(case.dims)) :]
+    found, expected = int(part.value.flatten()[flat]), int(estimate.value.flatten()[flat])
+    result.wrong += int(wrong.sum())
+    result.findings.append(
+        Finding(
+            "element",
+            f"{_at(part.argument, index)} is {found}, expected {expected}; {_pattern(case, part, wrong)}",
+            part.argument.name,
+            index,
+            part.argument.where(index, case.dims),
+            share=math.inf,
+            count=int(wrong.sum()),
+            total=wrong.numel(),
+        )
+    )
+    return math.inf
 
 
 def _element_finding(case: Case, part: _Part, estimate: Bounds, share: torch.Tensor, beyond: torch.Tensor) -> Finding:

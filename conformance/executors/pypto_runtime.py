@@ -147,13 +147,14 @@ class Builds:
         self._kept: dict[Dims, Any] = {}
 
     def __getitem__(self, dims: Dims) -> Any:
-        if dims not in self._kept:
+        key = self._kernel.built_for(dims)
+        if key not in self._kept:
             jit = self._kernel.build(dims)
-            require_agreement(jit, self._kernel, dims, self._runtime.pypto)
+            require_agreement(jit, self._kernel, key, self._runtime.pypto)
             while len(self._kept) >= KEPT_BUILDS:
                 del self._kept[next(iter(self._kept))]
-            self._kept[dims] = jit
-        return self._kept[dims]
+            self._kept[key] = jit
+        return self._kept[key]
 
 
 def require_agreement(jit: Any, kernel: Kernel, dims: Dims, pypto: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conformance import bounds
-from conformance.bounds import BF16, Bounds, NewRow, Profile
+from conformance.bounds import BF16, Bounds, NewRows, Profile
 from conformance.ulp import Mode, rounded, spacing
 
 Tensor = torch.Tensor
@@ -178,15 +178,15 @@ def _attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("hgn,hnd->hgd", torch.softmax(scores, -1), values).reshape(NKV * G, D)
 
 
-def test_attention_carries_errors_of_the_query_and_of_the_new_row() -> None:
+def test_attention_carries_errors_of_the_query_and_of_the_new_rows() -> None:
     query = uncertain(normal(1, NKV * G, D), 3e-3, 1)
     keys, values = bf16(1, NKV, KEYS + 3, D, seed=2), bf16(1, NKV, KEYS + 3, D, seed=3)
-    new = NewRow(uncertain(normal(1, NKV, D, seed=4), 3e-3, 5), uncertain(normal(1, NKV, D, seed=6), 3e-3, 7))
-    estimate = bounds.attention(query, keys, values, [KEYS], D**-0.5, PLAIN, new)
+    new = NewRows(uncertain(normal(NKV, 2, D, seed=4), 3e-3, 5), uncertain(normal(NKV, 2, D, seed=6), 3e-3, 7))
+    estimate = bounds.attention(query, keys, values, [KEYS], D**-0.5, PLAIN, [new])
 
     def attended(draw: int) -> Tensor:
         k, v = keys[0, :, :KEYS].double(), values[0, :, :KEYS].double()
-        k[:, -1], v[:, -1] = drawn(new.key, 3 * draw)[0], drawn(new.value, 3 * draw + 1)[0]
+        k[:, -2:], v[:, -2:] = drawn(new.key, 3 * draw), drawn(new.value, 3 * draw + 1)
         return _attention(drawn(query, 3 * draw + 2)[0], k, v)
 
     observed = observed_variance(attended, estimate.value[0])

@@ -16,7 +16,7 @@ from conformance.buffers import same_bits
 from conformance.cases import Case, CaseKey, Space, keys, make_case, stratified_keys, take_rows
 from conformance.contract import stage_named
 from conformance.errors import UsageError
-from kernels.qwen3.reference import contiguous
+from kernels.qwen3.layout import contiguous
 
 STAGES = list(conformance.stages())
 WITH_LENGTHS = [name for name, stage in conformance.stages().items() if stage.has_lengths]

@@ -31,7 +31,7 @@ from conformance.judge import judge
 from conformance.verdict import Verdict
 from fixtures import Fixture, compare, load
 from fixtures import build as builder
-from kernels.qwen3 import config, reference
+from kernels.qwen3 import config, layout, reference
 
 NAMES = fixtures.names()
 PACKAGE = Path(fixtures.__file__).parent
@@ -305,17 +305,17 @@ LAYERS = {"decode_layer", "decode_fwd_layers"}
             id="rope interleaved",
         ),
         pytest.param(reference.rope, "seq_lens.long() - 1", "seq_lens.long() % dims.S", {"rope", *LAYERS}, id="next position"),
-        pytest.param(reference.paged_rows, "* dims.NKV + head", "+ head", {"kv_write"}, id="wrong row"),
-        pytest.param(reference.attention, "* dims.scale", "", {"attention", *LAYERS}, id="scores not scaled"),
+        pytest.param(layout.paged_rows, "* dims.NKV + head", "+ head", {"kv_write"}, id="wrong row"),
+        pytest.param(reference.attend, "* dims.scale", "", {"attention", *LAYERS}, id="scores not scaled"),
         pytest.param(
-            reference.attention,
+            reference.attend,
             "reshape(dims.NKV, dims.G, dims.D)",
             "reshape(dims.G, dims.NKV, dims.D).transpose(0, 1)",
             {"attention", *LAYERS},
             id="heads shared in turn",
         ),
         pytest.param(
-            reference.attention,
+            reference.attend,
             'torch.softmax(scores, -1), "probabilities"',
             'torch.softmax(scores, -1).bfloat16().to(a.dtype), "probabilities"',
             {"attention", *LAYERS},
@@ -324,16 +324,16 @@ LAYERS = {"decode_layer", "decode_fwd_layers"}
         pytest.param(reference.o_proj, "+ a.wide(residual)", "", {"o_proj", *LAYERS}, id="no residual"),
         pytest.param(reference.mlp, "a.round(", "(", {"mlp", *LAYERS}, id="activation not rounded"),
         pytest.param(reference.mlp, "silu(gate)", 'gelu(gate, approximate="tanh")', {"mlp", *LAYERS}, id="gelu"),
-        pytest.param(reference.decode_layer, "a.round(v)", "v", LAYERS, id="v not rounded in a layer"),
+        pytest.param(reference.layer, "a.round(v)", "v", LAYERS, id="v not rounded in a layer"),
         pytest.param(
-            reference.decode_layer,
+            reference.layer,
             'residual = a.optional(residual, "residual")',
             "residual = a.round(residual)",
             LAYERS,
             id="residual rounded",
         ),
         pytest.param(
-            reference.layer_of,
+            layout.layer_of,
             "stacked[layer * rows : (layer + 1) * rows]",
             "stacked[:rows]",
             {"decode_fwd_layers"},

@@ -7,8 +7,8 @@ import torch
 
 from conformance.arithmetic import CONTRACT
 from conformance.cases import Case, CaseKey, make_case
-from conformance.tests.torch_kernels import LAYER_WEIGHTS
 from kernels.qwen3 import localise, reference
+from kernels.qwen3.layout import Layout, current_rows, layer_of
 
 Tensor = torch.Tensor
 
@@ -30,11 +30,11 @@ class Chain:
         """Run one layer on ``hidden`` (the state so far, if not given), with another layer's weights if asked."""
         dims, inputs = self.case.dims, self.case.inputs
         chosen = number if weights_of is None else weights_of
-        names = (*LAYER_WEIGHTS, "seq_lens", "rope_cos", "rope_sin")
-        read = [reference.layer_of(inputs[name], chosen, dims.L) if name in LAYER_WEIGHTS else inputs[name] for name in names]
-        caches = [reference.layer_of(self.outputs[name], number, dims.L) for name in ("k_cache", "v_cache")]
+        caches = [layer_of(self.outputs[name], number, dims.L) for name in ("k_cache", "v_cache")]
         start = self.hidden if hidden is None else hidden
-        k, v, self.hidden = reference.decode_layer(start, *read, *caches, dims=dims.replace(L=1), a=CONTRACT)
+        layout = Layout.of(inputs, dims.replace(L=1))
+        weights = reference.weights_of(inputs, chosen, dims)
+        k, v, self.hidden = reference.layer(start, weights, inputs, layout, *caches, a=CONTRACT)
         for cache, rows in zip(caches, (k, v), strict=True):
             cache.copy_(rows.to(torch.bfloat16))  # a view of outputs
         return self.hidden
@@ -127,7 +127,7 @@ def test_rows_that_are_not_finite_match_nothing(case: Case) -> None:
     chain = Chain(case)
     for number in range(3):
         chain.layer(number)
-    rows = reference.current_rows(case.inputs["seq_lens"], case.dims, layer=1)
+    rows = current_rows(case.inputs["seq_lens"], case.dims, layer=1)
     chain.outputs["v_cache"][rows[0], 0] = torch.nan
     (cause,) = chain.causes()
     assert cause.startswith("layer 1 is the first")

@@ -16,6 +16,7 @@ from conformance.contract import Argument, Dims, Model, Stage, Tensors, read, up
 from conformance.ulp import Mode
 from kernels.qwen3 import error_model, inputs, localise, reference
 from kernels.qwen3.config import PRESETS
+from kernels.qwen3.layout import Layout
 
 bf16, f32, i32 = torch.bfloat16, torch.float32, torch.int32
 
@@ -27,11 +28,11 @@ def _outputs(
     function: Callable[..., tuple[torch.Tensor, ...]], arguments: Sequence[Argument]
 ) -> Callable[..., dict[str, torch.Tensor]]:
     """A reference called by name: inputs in, outputs by name, in the order of the contract."""
-    read_names = [argument.name for argument in arguments if argument.access != "out"]
+    given = [argument.name for argument in arguments if argument.access != "out"]
     written = [argument.name for argument in arguments if argument.access != "in"]
 
     def call(tensors: Tensors, dims: Dims, arithmetic: Arithmetic) -> dict[str, torch.Tensor]:
-        results = function(*(tensors[name] for name in read_names), dims=dims, a=arithmetic)
+        results = function(**{name: tensors[name] for name in given}, dims=dims, a=arithmetic)
         return dict(zip(written, results, strict=True))
 
     return call
@@ -71,19 +72,36 @@ LAYER_WEIGHTS = (
     read("w_down", "L*I H", bf16),
     read("post_rms_weight", "L H", f32),
 )
-LAYER_ARGUMENTS = (
-    read("hidden_states", "B H", bf16),
+_TABLES = (read("rope_cos", "S D", f32), read("rope_sin", "S D", f32))
+_LENGTHS = (read("seq_lens", "B", i32),)
+_PAGES = (read("block_table", "B*MB", i32), read("slot_mapping", "B", i32))
+_HEAD = (read("final_norm_weight", "1 H", f32), read("lm_head_weight", "V H", bf16))
+_LOGITS = (write("logits", "B V", f32),)
+
+
+def _caches(shape: str) -> tuple[Argument, Argument]:
+    return update("k_cache", shape, bf16), update("v_cache", shape, bf16)
+
+
+_DECODE = (read("hidden_states", "B H", bf16), *LAYER_WEIGHTS)
+_CONTIGUOUS_STEP = (*_DECODE, *_LENGTHS, *_TABLES, *_caches(CONTIGUOUS))
+_PAGED_STEP = (*_DECODE, *_LENGTHS, *_PAGES, *_TABLES, *_caches(PAGED))
+_PREFILL = (
+    read("hidden_states", "T H", bf16),
     *LAYER_WEIGHTS,
-    read("seq_lens", "B", i32),
-    read("rope_cos", "S D", f32),
-    read("rope_sin", "S D", f32),
-    update("k_cache", CONTIGUOUS, bf16),
-    update("v_cache", CONTIGUOUS, bf16),
-    write("out", "B H", bf16),
+    *_LENGTHS,
+    read("chunk_lens", "B", i32),
+    read("chunk_offsets", "B", i32),
+    read("block_table", "B*MB", i32),
+    read("slot_mapping", "T", i32),
+    *_TABLES,
+    *_caches(PAGED),
 )
+_HIDDEN = (write("out", "B H", bf16),)
 
 
 def _stage(name: str, summary: str, arguments: tuple[Argument, ...], **keywords: object) -> Stage:
+    keywords.setdefault("capabilities", ("variable_batch",))
     return Stage(
         name=name,
         summary=summary,
@@ -161,24 +179,44 @@ KV_WRITE = _stage(
     profiles=_profiles(),
     drawn=("B", "NB"),
     has_lengths=True,
+    capabilities=("paged_kv", "variable_batch"),
+)
+_ATTENTION_REGIMES = (*_VALUE_REGIMES, "cancel", "length_one", "long", "needle")
+_ATTENTION_PROFILES = tuple(
+    profile
+    for profile in _profiles("probabilities", "denominator_of_rounded")
+    if profile.makes("probabilities") or not profile.makes("denominator_of_rounded")
 )
 ATTENTION = _stage(
     "attention",
     "softmax attention over the first seq_lens[b] rows of a contiguous cache",
     (
         read("q", "B NH*D", bf16),
-        read("seq_lens", "B", i32),
+        *_LENGTHS,
         read("k_cache", CONTIGUOUS, bf16),
         read("v_cache", CONTIGUOUS, bf16),
         write("out", "B NH*D", bf16),
     ),
-    regimes=(*_VALUE_REGIMES, "cancel", "length_one", "long", "needle"),
-    profiles=tuple(
-        profile
-        for profile in _profiles("probabilities", "denominator_of_rounded")
-        if profile.makes("probabilities") or not profile.makes("denominator_of_rounded")
-    ),
+    regimes=_ATTENTION_REGIMES,
+    profiles=_ATTENTION_PROFILES,
     has_lengths=True,
+)
+PAGED_ATTENTION = _stage(
+    "paged_attention",
+    "softmax attention over the first seq_lens[b] rows of the pages in block_table",
+    (
+        read("q", "B NH*D", bf16),
+        *_LENGTHS,
+        read("block_table", "B*MB", i32),
+        read("k_cache", PAGED, bf16),
+        read("v_cache", PAGED, bf16),
+        write("out", "B NH*D", bf16),
+    ),
+    regimes=_ATTENTION_REGIMES,
+    profiles=_ATTENTION_PROFILES,
+    drawn=("B", "NB"),
+    has_lengths=True,
+    capabilities=("paged_kv", "variable_batch"),
 )
 O_PROJ = _stage(
     "o_proj",
@@ -200,26 +238,85 @@ MLP = _stage(
     regimes=(*_VALUE_REGIMES, "cancel"),
     profiles=_profiles("gate_up", "branch"),
 )
-DECODE_LAYER = _stage(
-    "decode_layer",
-    "one layer on a contiguous cache",
-    LAYER_ARGUMENTS,
-    regimes=_LAYER_REGIMES,
-    profiles=_LAYER_PROFILES,
-    has_lengths=True,
-    composite=True,
-    localise=localise.layers,
+LM_HEAD = _stage(
+    "lm_head",
+    "bf16(rn(hidden, final_norm_weight)) @ lm_head_weight.T",
+    (read("hidden", "B H", bf16), *_HEAD, *_LOGITS),
+    regimes=_VALUE_REGIMES,
+    profiles=tuple(
+        profile
+        for profile in _profiles("normalised", "deferred_norm")
+        if not (profile.makes("normalised") and profile.makes("deferred_norm"))
+    ),
 )
-DECODE_FWD_LAYERS = _stage(
-    "decode_fwd_layers",
-    "hidden states after L stacked layers, in one program",
-    LAYER_ARGUMENTS,
-    regimes=_LAYER_REGIMES,
-    profiles=_LAYER_PROFILES,
-    drawn=("B", "L"),
-    has_lengths=True,
-    composite=True,
-    localise=localise.layers,
+GREEDY_SAMPLE = _stage(
+    "greedy_sample",
+    "index of the largest logit, the lowest index on a tie",
+    (read("logits", "B V", f32), write("token_ids", "B", i32)),
+    regimes=(*_VALUE_REGIMES, "ties", "near_ties", "edges", "negative"),
+    profiles=_profiles(casts=("half_even",)),
+)
+
+
+def _layers(name: str, summary: str, arguments: tuple[Argument, ...], *drawn: str, prefill: bool = False) -> Stage:
+    """A stage of one layer or more: judged as a whole, and localised by its cache rows."""
+    paged, stacked, ends_in_logits = "NB" in drawn, "L" in drawn, arguments[-1].name == "logits"
+    can_show = {
+        "paged_kv": paged,
+        "variable_batch": True,
+        "stacked_weights": stacked,
+        "fused_layers": stacked,
+        "fused_lm_head": ends_in_logits,
+        "chunked_layers": stacked and not ends_in_logits,
+        "host_loop": not stacked,
+    }
+    return _stage(
+        name,
+        summary,
+        arguments,
+        regimes=_LAYER_REGIMES,
+        profiles=_LAYER_PROFILES,
+        drawn=("B", *drawn),
+        has_lengths=True,
+        has_chunks=prefill,
+        rearrange=inputs.packed_rows if prefill else None,
+        sequences=_sequences if prefill else None,
+        composite=True,
+        localise=localise.layers,
+        capabilities=tuple(name for name, shown in can_show.items() if shown),
+        chain=None if ends_in_logits else ("hidden_states", "out"),
+    )
+
+
+def _sequences(tensors: Tensors, dims: Dims) -> torch.Tensor:
+    return Layout.of(tensors, dims).sequence
+
+
+DECODE_LAYER = _layers("decode_layer", "one layer on a contiguous cache", (*_CONTIGUOUS_STEP, *_HIDDEN))
+PAGED_DECODE_LAYER = _layers("paged_decode_layer", "one layer on a paged cache", (*_PAGED_STEP, *_HIDDEN), "NB")
+DECODE_FWD_LAYERS = _layers(
+    "decode_fwd_layers", "hidden states after L stacked layers, in one program", (*_CONTIGUOUS_STEP, *_HIDDEN), "L"
+)
+DECODE_FWD = _layers(
+    "decode_fwd", "the whole step: L layers and the LM head, in one program", (*_CONTIGUOUS_STEP, *_HEAD, *_LOGITS), "L"
+)
+PAGED_DECODE_FWD = _layers(
+    "paged_decode_fwd", "the whole step on a paged cache: the serving form", (*_PAGED_STEP, *_HEAD, *_LOGITS), "L", "NB"
+)
+PREFILL_LAYER = _layers(
+    "prefill_layer",
+    "one layer for a packed chunk of new tokens: causal attention over the paged cache and the chunk",
+    (*_PREFILL, write("out", "T H", bf16)),
+    "NB",
+    prefill=True,
+)
+PREFILL_FWD = _layers(
+    "prefill_fwd",
+    "logits of each sequence's last token after L layers over a packed chunk",
+    (*_PREFILL, *_HEAD, *_LOGITS),
+    "L",
+    "NB",
+    prefill=True,
 )
 
 STAGES = (
@@ -229,17 +326,36 @@ STAGES = (
     ROPE,
     KV_WRITE,
     ATTENTION,
+    PAGED_ATTENTION,
     O_PROJ,
     MLP,
+    LM_HEAD,
+    GREEDY_SAMPLE,
     DECODE_LAYER,
+    PAGED_DECODE_LAYER,
     DECODE_FWD_LAYERS,
+    DECODE_FWD,
+    PAGED_DECODE_FWD,
+    PREFILL_LAYER,
+    PREFILL_FWD,
+)
+
+_WITHOUT_KERNEL = (
+    "paged_attention",
+    "lm_head",
+    "greedy_sample",
+    "paged_decode_layer",
+    "decode_fwd",
+    "paged_decode_fwd",
+    "prefill_layer",
+    "prefill_fwd",
 )
 
 MODEL = Model(
     "qwen3",
     STAGES,
     PRESETS,
-    kernel_modules=tuple(f"kernels.qwen3.{stage.name}" for stage in STAGES),
+    kernel_modules=tuple(f"kernels.qwen3.{stage.name}" for stage in STAGES if stage.name not in _WITHOUT_KERNEL),
     suite_presets=("tiny", "awkward"),
     full_size_preset="qwen3_14b",
 )

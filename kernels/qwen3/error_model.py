@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 
 from conformance import bounds
-from conformance.bounds import Bounds, NewRow, Profile
+from conformance.arithmetic import EXACT
+from conformance.bounds import Bounds, NewRows, Profile
 from conformance.contract import Dims, Tensors
-from kernels.qwen3.reference import LAYER_WEIGHTS, contiguous, current_rows, layer_of, paged_rows
+from kernels.qwen3 import reference
+from kernels.qwen3.layout import Layout, layer_of, paged_rows
+from kernels.qwen3.reference import weights_of
 
 
 def rms_norm(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
@@ -39,19 +42,20 @@ def qk_norm(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
     }
 
 
-def _rotated(x: Bounds, inputs: Tensors, dims: Dims) -> Bounds:
+def _rotated(x: Bounds, length: torch.Tensor, tables: Tensors, dims: Dims) -> Bounds:
     shape = x.value.shape
-    position = inputs["seq_lens"].long() - 1
-    cosine, sine = inputs["rope_cos"][position].unsqueeze(1), inputs["rope_sin"][position].unsqueeze(1)
+    position = length.long() - 1
+    cosine, sine = tables["rope_cos"][position].unsqueeze(1), tables["rope_sin"][position].unsqueeze(1)
     return bounds.rotate_half(x.reshape(shape[0], -1, dims.D), cosine, sine).reshape(*shape)
 
 
 def rope(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
     """``q_out``, ``k_out``: rotate-half."""
-    return {
-        f"{name}_out": _rotated(bounds.optional_rounding(bounds.exact(inputs[name]), profile, "before_rope"), inputs, dims)
-        for name in ("q", "k")
-    }
+    found = {}
+    for name in ("q", "k"):
+        given = bounds.optional_rounding(bounds.exact(inputs[name]), profile, "before_rope")
+        found[f"{name}_out"] = _rotated(given, inputs["seq_lens"], inputs, dims)
+    return found
 
 
 def kv_write(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
@@ -66,11 +70,29 @@ def _at_rows(estimate: Bounds, rows: torch.Tensor) -> Bounds:
 
 def attention(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
     """``out``: attention over exact caches."""
+    layout = Layout.of(inputs, dims)
     query = bounds.exact(inputs["q"].reshape(dims.B, dims.NH, dims.D))
-    keys, values = (contiguous(inputs[name], dims)[0] for name in ("k_cache", "v_cache"))
-    estimate = bounds.attention(query, keys, values, inputs["seq_lens"].tolist(), dims.scale, profile, want_correlation=True)
+    estimate = bounds.attention(
+        query,
+        *_histories(layout, inputs["k_cache"], inputs["v_cache"]),
+        layout.length.tolist(),
+        dims.scale,
+        profile,
+        want_correlation=True,
+    )
     flat = estimate.reshape(dims.B, dims.H)
     return {"out": Bounds(flat.value, flat.variance, flat.worst, correlation=estimate.correlation)}
+
+
+#: Pages or one contiguous piece: the arithmetic is the same.
+paged_attention = attention
+
+
+def _histories(layout: Layout, k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """For every token the keys and values of its sequence, ``[NKV, seq_len, D]``."""
+    of_sequence = [[layout.history(cache, b) for b in range(layout.dims.B)] for cache in (k_cache, v_cache)]
+    keys, values = ([histories[b] for b in layout.sequence.tolist()] for histories in of_sequence)
+    return keys, values
 
 
 def _output_projection(attn: Bounds, wo: torch.Tensor, residual: Bounds, profile: Profile) -> Bounds:
@@ -97,26 +119,42 @@ def mlp(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
     return {"out": _mlp_of(gate, up, inputs["w_down"], profile)}
 
 
+def _head(hidden: Bounds, inputs: Tensors, dims: Dims, profile: Profile) -> Bounds:
+    (logits,) = bounds.norm_and_projections(hidden, inputs["final_norm_weight"], [inputs["lm_head_weight"].T], dims.eps, profile)
+    return logits
+
+
+def lm_head(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
+    """``logits``: final norm and vocabulary projection."""
+    return {"logits": _head(bounds.exact(inputs["hidden"]), inputs, dims, profile)}
+
+
+def greedy_sample(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
+    """``token_ids``: an index, exact."""
+    (token_ids,) = reference.greedy_sample(inputs["logits"], dims=dims, a=EXACT)
+    return {"token_ids": bounds.exact(token_ids)}
+
+
 def _layer(
-    hidden: Bounds, weights: Tensors, caches: tuple[torch.Tensor, torch.Tensor], inputs: Tensors, dims: Dims, profile: Profile
+    hidden: Bounds, weights: Tensors, caches: list[torch.Tensor], tables: Tensors, layout: Layout, profile: Profile
 ) -> tuple[Bounds, Bounds, Bounds]:
-    """The new key rows and value rows ``[B, NKV, D]`` and the hidden states ``[B, H]``, each before its cast."""
+    """The new key rows and value rows ``[N, NKV, D]`` and the hidden states ``[N, H]``, each before its cast."""
+    dims, tokens = layout.dims, hidden.value.shape[0]
     q, k, v = bounds.norm_and_projections(
         hidden, weights["input_rms_weight"], [weights["wq"], weights["wk"], weights["wv"]], dims.eps, profile
     )
     q, k, v = (bounds.optional_rounding(tensor, profile, "projection") for tensor in (q, k, v))
-    q = _rotated(_heads_normalised(q, weights["q_norm_weight"], dims, profile), inputs, dims)
-    k = _rotated(_heads_normalised(k, weights["k_norm_weight"], dims, profile), inputs, dims)
-    q, k_row, v_row = (tensor.reshape(dims.B, heads, dims.D) for tensor, heads in ((q, dims.NH), (k, dims.NKV), (v, dims.NKV)))
+    q = _rotated(_heads_normalised(q, weights["q_norm_weight"], dims, profile), layout.length, tables, dims)
+    k = _rotated(_heads_normalised(k, weights["k_norm_weight"], dims, profile), layout.length, tables, dims)
+    q, k_row, v_row = (tensor.reshape(tokens, heads, dims.D) for tensor, heads in ((q, dims.NH), (k, dims.NKV), (v, dims.NKV)))
     attn = bounds.attention(
         bounds.rounding(q, profile),
-        contiguous(caches[0], dims)[0],
-        contiguous(caches[1], dims)[0],
-        inputs["seq_lens"].tolist(),
+        *_histories(layout, *caches),
+        layout.length.tolist(),
         dims.scale,
         profile,
-        NewRow(bounds.rounding(k_row, profile), bounds.rounding(v_row, profile)),
-    ).reshape(dims.B, dims.H)
+        _new_rows(bounds.rounding(k_row, profile), bounds.rounding(v_row, profile), layout),
+    ).reshape(tokens, dims.H)
     residual = _output_projection(bounds.rounding(attn, profile), weights["wo"], hidden, profile)
     residual = bounds.optional_rounding(residual, profile, "residual", tie_prone=True)
     gate, up = bounds.norm_and_projections(
@@ -126,28 +164,43 @@ def _layer(
     return k_row, v_row, bounds.add(branch, residual)
 
 
+def _new_rows(key: Bounds, value: Bounds, layout: Layout) -> list[NewRows]:
+    """For every token the rows that its sequence's tokens up to itself have just written, of ``[N, NKV, D]``."""
+    found = []
+    for token, b in enumerate(layout.sequence.tolist()):
+        earlier = torch.nonzero((layout.sequence == b) & (layout.length <= layout.length[token])).flatten()
+        earlier = earlier[layout.length[earlier].argsort()]
+        rows = (part[earlier].map(lambda tensor: tensor.transpose(0, 1)) for part in (key, value))
+        found.append(NewRows(*rows))
+    return found
+
+
 def decode_fwd_layers(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
-    """The cache rows that every layer writes, and ``out`` after the last one."""
+    """The cache rows that every layer writes, and ``out`` after the last one; or ``logits``, where there is an LM head."""
     hidden = bounds.exact(inputs["hidden_states"])
+    layout = Layout.of(inputs, dims.replace(L=1))
+    written = Layout.of(inputs, dims)
     k_rows, v_rows, rows = [], [], []
-    one = dims.replace(L=1)
     for layer in range(dims.L):
-        weights = {name: layer_of(inputs[name], layer, dims.L) for name in LAYER_WEIGHTS}
-        caches = (layer_of(inputs["k_cache"], layer, dims.L), layer_of(inputs["v_cache"], layer, dims.L))
+        caches = [layer_of(inputs[name], layer, dims.L) for name in ("k_cache", "v_cache")]
         if layer:
             hidden = bounds.rounding(hidden, profile)
-        k_row, v_row, hidden = _layer(hidden, weights, caches, inputs, one, profile)
+        k_row, v_row, hidden = _layer(hidden, weights_of(inputs, layer, dims), caches, inputs, layout, profile)
         k_rows.append(k_row.reshape(-1, dims.D))
         v_rows.append(v_row.reshape(-1, dims.D))
-        rows.append(current_rows(inputs["seq_lens"], dims, layer))
-    written = torch.cat(rows)
+        rows.append(written.rows(layer))
 
     def stacked(parts: list[Bounds]) -> Bounds:
         joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("value", "variance", "worst")]
-        return Bounds(joined[0], joined[1], joined[2], rows=written)
+        return Bounds(joined[0], joined[1], joined[2], rows=torch.cat(rows))
 
-    return {"k_cache": stacked(k_rows), "v_cache": stacked(v_rows), "out": hidden}
+    found = {"k_cache": stacked(k_rows), "v_cache": stacked(v_rows)}
+    if "lm_head_weight" not in inputs:
+        return {**found, "out": hidden}
+    last = bounds.rounding(hidden[layout.last], profile)
+    return {**found, "logits": _head(last, inputs, dims, profile)}
 
 
-#: One layer is a chain of one.
-decode_layer = decode_fwd_layers
+# As in the reference, the layouts say what differs; one layer is a chain of one.
+decode_layer = paged_decode_layer = prefill_layer = decode_fwd_layers
+decode_fwd = paged_decode_fwd = prefill_fwd = decode_fwd_layers

@@ -13,6 +13,7 @@ from conformance.arithmetic import EXACT
 from conformance.contract import Dims
 from conformance.data import Source, rotation_table
 from kernels.qwen3 import reference
+from kernels.qwen3.layout import Layout, contiguous
 
 Tensor = torch.Tensor
 Inputs = dict[str, Tensor]
@@ -28,6 +29,10 @@ REGIMES: dict[str, str] = {
     "length_one": "every sequence at its first token",
     "long": "every sequence near the maximum length",
     "needle": "one key dominates: the first, the last, at a page's edge, or just past the end, where it must not be seen",
+    "ties": "the largest logit at several places: the lowest index is right",
+    "near_ties": "two largest logits one step of fp32 apart: a comparison in a narrower format shows",
+    "edges": "the largest logit in the first or last column, or beside a tile's edge",
+    "negative": "all logits negative: a padded column that holds zero would win",
     "big": "values near 1e5 or scores over 88: overflow, and softmax without subtracting the maximum",
 }
 
@@ -169,13 +174,13 @@ def attention(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source
         q = _shaped(q, regime, source, "q")
     if regime == "cancel" and dims.S > 1:
         # Neighbouring positions share a key and carry opposite values; only an odd last one is left over.
-        keys, values = (reference.contiguous(cache, dims) for cache in (k_cache, v_cache))
+        keys, values = (contiguous(cache, dims) for cache in (k_cache, v_cache))
         for b, length in enumerate(valid):
             pairs = length // 2 * 2
             keys[:, b, :, 1:pairs:2] = keys[:, b, :, 0:pairs:2]
             values[:, b, :, 1:pairs:2] = -values[:, b, :, 0:pairs:2]
     if regime == "needle":
-        keys = reference.contiguous(k_cache, dims)[0].double()
+        keys = contiguous(k_cache, dims)[0].double()
         heads = q.view(dims.B, dims.NKV, dims.G, dims.D)
         spots = _needle_positions(dims, seq_lens, source)
         for b, per_head in enumerate(spots):
@@ -222,12 +227,11 @@ def mlp(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> I
     return {"x": x.to(BF16), "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
 
 
-def decode_fwd_layers(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+def _layer_weights(dims: Dims, regime: str, source: Source) -> Inputs:
     L, H, D = dims.L, dims.H, dims.D
     # Attention averages values and so shrinks them; wo makes up for it.
     small = 1e-3 if regime == "small" else 1.0
-    inputs: Inputs = {
-        "hidden_states": _activations(source, "hidden_states", (dims.B, H), regime).to(BF16),
+    return {
         "input_rms_weight": _norm_weight(source, "input_rms_weight", (L, H)),
         "wq": _weight(source, "wq", H, dims.NH * D, small, L),
         "wk": _weight(source, "wk", H, dims.NKV * D, small, L),
@@ -239,33 +243,201 @@ def decode_fwd_layers(dims: Dims, seq_lens: tuple[int, ...], regime: str, source
         "w_up": _weight(source, "w_up", H, dims.I, 1.0, L),
         "w_down": _weight(source, "w_down", dims.I, H, 2.0, L),
         "post_rms_weight": _norm_weight(source, "post_rms_weight", (L, H)),
-        "seq_lens": torch.tensor(seq_lens, dtype=torch.int32),
         **_rope_tables(dims),
     }
+
+
+def decode_fwd_layers(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    inputs = _layer_weights(dims, regime, source)
+    inputs["hidden_states"] = _activations(source, "hidden_states", (dims.B, dims.H), regime).to(BF16)
+    inputs["seq_lens"] = torch.tensor(seq_lens, dtype=torch.int32)
     # The current position's row is stale until the layer writes it.
     past = [length - 1 for length in seq_lens]
     inputs["k_cache"] = _history(source, "k_cache", dims, past, 2.0, GARBAGE_KEY)
     inputs["v_cache"] = _history(source, "v_cache", dims, past, 1.0, GARBAGE_VALUE)
     if regime == "needle":
-        _plant_needles(inputs, dims, seq_lens, source)
+        _plant_needles(inputs, Layout.of(inputs, dims), past, source)
     return inputs
 
 
-def _plant_needles(inputs: Inputs, dims: Dims, seq_lens: tuple[int, ...], source: Source) -> None:
-    """Make keys of the first layer's history that its queries single out, one position a KV head."""
-    first = {name: reference.layer_of(inputs[name], 0, dims.L) for name in inputs if inputs[name].shape[0] % dims.L == 0}
-    (x,) = reference.rms_norm(inputs["hidden_states"], first["input_rms_weight"], dims=dims, a=EXACT)
+def _plant_needles(inputs: Inputs, layout: Layout, past: list[int], source: Source) -> None:
+    """Make keys of the first layer's history that the queries of the last tokens single out, one position a KV head.
+
+    ``past[b]`` rows of history were there before this step.
+    """
+    dims, last = layout.dims, layout.last
+    first = reference.weights_of(inputs, 0, dims)
+    (x,) = reference.rms_norm(inputs["hidden_states"][last], first["input_rms_weight"], dims=dims, a=EXACT)
     q, k, _ = reference.qkv_proj(x, first["wq"], first["wk"], first["wv"], dims=dims, a=EXACT)
     q, k = reference.qk_norm(q, k, first["q_norm_weight"], first["k_norm_weight"], dims=dims, a=EXACT)
     tables = inputs["rope_cos"], inputs["rope_sin"]
-    q, _ = reference.rope(q, k, inputs["seq_lens"], *tables, dims=dims, a=EXACT)
+    q, _ = reference.rope(q, k, layout.seq_lens, *tables, dims=dims, a=EXACT)
     heads = q.view(dims.B, dims.NKV, dims.G, dims.D)
-    keys = reference.contiguous(inputs["k_cache"], dims)
+    keys = contiguous(inputs["k_cache"], dims)
+    seq_lens = tuple(layout.seq_lens.tolist())
     for b, spots in enumerate(_needle_positions(dims, seq_lens, source)):
         for kv_head in range(dims.NKV):
             position = spots[kv_head * dims.G]
-            if position != seq_lens[b] - 1:  # that row is the layer's own to write
+            if not past[b] <= position < seq_lens[b]:  # those rows are the layer's own to write
                 keys[0, b, kv_head, position] = (1.5 * heads[b, kv_head, 0]).to(BF16)
+
+
+def lm_head(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    return {"hidden": _activations(source, "hidden", (dims.B, dims.H), regime).to(BF16), **_head_weights(dims, source)}
+
+
+def _head_weights(dims: Dims, source: Source) -> Inputs:
+    return {
+        "final_norm_weight": _norm_weight(source, "final_norm_weight", (1, dims.H)),
+        "lm_head_weight": source.grid("lm_head_weight", (dims.V, dims.H), dims.H**-0.5),
+    }
+
+
+def greedy_sample(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    logits = _activations(source, "logits", (dims.B, dims.V), regime).float()
+    largest = logits.amax(-1)
+    if regime == "ties":
+        # The largest logit stands at several places, some of them next to a tile's edge, the first among the highest indices.
+        for b in range(dims.B):
+            count = source.integers(f"ties.count/{b}", 2, 4, 1)[0]
+            edges = [16 * place - source.integers(f"ties.side/{b}/{place}", 0, 1, 1)[0] for place in range(1, dims.V // 16)]
+            places = [*source.integers(f"ties/{b}", 0, dims.V - 1, count), dims.V - 1]
+            places += [edges[pick % len(edges)] for pick in source.integers(f"ties.edge/{b}", 0, 1 << 20, 2)] if edges else []
+            logits[b, places] = largest[b]
+    elif regime == "near_ties":
+        # One step of fp32 apart: whoever compares in a narrower format takes the first of them.
+        places = source.integers("near_ties", 0, dims.V - 1, 2 * dims.B)
+        for b, (first, second) in enumerate(zip(places[::2], places[1::2], strict=True)):
+            low, high = sorted((first, second))
+            logits[b, low] = largest[b]
+            logits[b, high] = torch.nextafter(largest[b], torch.tensor(float("inf")))
+    elif regime == "edges":
+        # The largest in the last column, the first one, or beside a tile's edge.
+        spots = [dims.V - 1, 0, min(dims.V - 1, 511), min(dims.V - 1, 512), dims.V // 2, max(dims.V - 2, 0)]
+        shift = source.integers("edges", 0, 5, 1)[0]
+        for b in range(dims.B):
+            logits[b, spots[(b + shift) % len(spots)]] = largest[b] + 1
+    elif regime == "negative":
+        # What a padded column holds, zero, would be larger than any of them.
+        logits = -logits.abs() - 1
+    return {"logits": logits}
+
+
+def decode_fwd(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    return {**decode_fwd_layers(dims, seq_lens, regime, source), **_head_weights(dims, source)}
+
+
+# Paged caches: the contiguous data of the same case, cut into pages
+
+
+def _pages(dims: Dims, seq_lens: tuple[int, ...], written: list[int], source: Source) -> Tensor:
+    """A block table ``[B, MB]``: every sequence's pages in random order, ``-1`` past its last one.
+
+    The last page belongs to nobody: indexing with -1 would read it. In one case of three, sequences share the pages that start
+    their histories, as after a common prompt: whole pages only, and none that this step writes to. ``written[b]`` is the first
+    position that the step writes.
+    """
+    free = source.permutation("pages", dims.NB - 1)
+    table = torch.full((dims.B, dims.MB), -1, dtype=torch.int32)
+    shared = source.integers("shared", 0, 2, 1)[0] == 0
+    first = 0
+    for b, length in enumerate(seq_lens):
+        count = -(-length // dims.BS)
+        table[b, :count] = torch.tensor(free[:count], dtype=torch.int32)
+        free = free[count:]
+        common = min(written[b], written[first]) // dims.BS
+        if shared and b > 0 and common > 0:
+            free += table[b, :common].tolist()
+            table[b, :common] = table[first, :common]
+    return table
+
+
+def _paged(
+    inputs: Inputs, dims: Dims, seq_lens: tuple[int, ...], source: Source, chunk_lens: tuple[int, ...] = ()
+) -> dict[str, Tensor]:
+    """The inputs with their contiguous caches cut into pages of a pool, and the block table.
+
+    Pages that nobody owns hold NaN.
+    """
+    written = [length - chunk for length, chunk in zip(seq_lens, chunk_lens or (1,) * dims.B, strict=True)]
+    table = _pages(dims, seq_lens, written, source)
+    paged = dict(inputs)
+    beyond = dims.MB * dims.BS - dims.S
+    for name, garbage in (("k_cache", GARBAGE_KEY), ("v_cache", GARBAGE_VALUE)):
+        by_sequence = contiguous(inputs[name], dims)  # [L, B, NKV, S, D]
+        if beyond:
+            shape = (dims.L, dims.B, dims.NKV, beyond, dims.D)
+            filler = (source.grid(name + ".beyond", shape, 1.0).float() * garbage).to(BF16)
+            by_sequence = torch.cat([by_sequence, filler], 3)
+        pieces = by_sequence.view(dims.L, dims.B, dims.NKV, dims.MB, dims.BS, dims.D).permute(0, 1, 3, 2, 4, 5)
+        cache = torch.full((dims.L, dims.NB, dims.NKV, dims.BS, dims.D), float("nan"), dtype=BF16)
+        for b in reversed(range(dims.B)):  # a shared page holds what its first owner wrote
+            owned = table[b][table[b] >= 0].long()
+            cache[:, owned] = pieces[:, b, : len(owned)]
+        paged[name] = cache.view(-1, dims.D)
+    return {**paged, "block_table": table.view(-1)}
+
+
+def _slots(table: Tensor, positions: Tensor, sequence: Tensor, dims: Dims) -> Tensor:
+    """The cache slot of each token: ``[N]`` i32."""
+    pages = table.view(dims.B, dims.MB)[sequence, positions // dims.BS].long()
+    return (pages * dims.BS + positions % dims.BS).to(torch.int32)
+
+
+def paged_attention(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    return _paged(attention(dims, seq_lens, regime, source), dims, seq_lens, source)
+
+
+def _decode_paged(inputs: Inputs, dims: Dims, seq_lens: tuple[int, ...], source: Source) -> Inputs:
+    paged = _paged(inputs, dims, seq_lens, source)
+    position = paged["seq_lens"].long() - 1
+    paged["slot_mapping"] = _slots(paged["block_table"], position, torch.arange(dims.B), dims)
+    return paged
+
+
+def paged_decode_layer(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    return _decode_paged(decode_fwd_layers(dims, seq_lens, regime, source), dims, seq_lens, source)
+
+
+def paged_decode_fwd(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
+    return _decode_paged(decode_fwd(dims, seq_lens, regime, source), dims, seq_lens, source)
+
+
+def prefill_layer(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source, *, chunk_lens: tuple[int, ...]) -> Inputs:
+    # Chunks are packed without gaps, in any order of the sequences.
+    offsets, start = [0] * dims.B, 0
+    for b in source.permutation("packing", dims.B):
+        offsets[b] = start
+        start += chunk_lens[b]
+    inputs = _layer_weights(dims, regime, source)
+    inputs["hidden_states"] = _activations(source, "hidden_states", (dims.T, dims.H), regime).to(BF16)
+    for name, lengths in (("seq_lens", seq_lens), ("chunk_lens", chunk_lens), ("chunk_offsets", offsets)):
+        inputs[name] = torch.tensor(lengths, dtype=torch.int32)
+    past = [length - chunk for length, chunk in zip(seq_lens, chunk_lens, strict=True)]
+    inputs["k_cache"] = _history(source, "k_cache", dims, past, 2.0, GARBAGE_KEY)
+    inputs["v_cache"] = _history(source, "v_cache", dims, past, 1.0, GARBAGE_VALUE)
+    layout = Layout.of(inputs, dims)
+    if regime == "needle":
+        _plant_needles(inputs, layout, past, source)
+    paged = _paged(inputs, dims, seq_lens, source, chunk_lens)
+    paged["slot_mapping"] = _slots(paged["block_table"], layout.length - 1, layout.sequence, dims)
+    return paged
+
+
+def prefill_fwd(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source, *, chunk_lens: tuple[int, ...]) -> Inputs:
+    return {**prefill_layer(dims, seq_lens, regime, source, chunk_lens=chunk_lens), **_head_weights(dims, source)}
+
+
+def packed_rows(inputs: Inputs, dims: Dims, rows: tuple[int, ...]) -> Inputs:
+    """A prefill's arguments by token or chunk, for the chosen sequences in the order given; their chunks follow one another."""
+    offsets, counts = inputs["chunk_offsets"].tolist(), inputs["chunk_lens"].tolist()
+    tokens = torch.cat([torch.arange(offsets[b], offsets[b] + counts[b]) for b in rows])
+    starts = [sum(counts[b] for b in rows[:place]) for place in range(len(rows))]
+    return {
+        "hidden_states": inputs["hidden_states"][tokens],
+        "slot_mapping": inputs["slot_mapping"][tokens],
+        "chunk_offsets": torch.tensor(starts, dtype=torch.int32),
+    }
 
 
 decode_layer = decode_fwd_layers

@@ -14,7 +14,8 @@ import torch
 from conformance.arithmetic import CONTRACT
 from conformance.contract import Dims, Tensors
 from kernels.qwen3 import reference
-from kernels.qwen3.reference import LAYER_WEIGHTS, current_rows, layer_of
+from kernels.qwen3.layout import Layout, layer_of
+from kernels.qwen3.reference import weights_of
 
 #: Rows this close, relative to their size, came from the state in question: honest rounding is ten times closer.
 SAME = 0.06
@@ -31,25 +32,25 @@ class _Guess:
 
 def layers(inputs: Tensors, outputs: Tensors, dims: Dims) -> list[str]:
     """Sentences that say which layers did not see what they should have; empty if the rows give no hint."""
-    one = dims.replace(L=1)
+    layout = Layout.of(inputs, dims)
     states = [inputs["hidden_states"].double()]
     causes: list[str] = []
     for layer in range(dims.L):
-        rows = current_rows(inputs["seq_lens"], dims, layer)
+        rows = layout.rows(layer)
         found = tuple(outputs[name][rows].double() for name in ("k_cache", "v_cache"))
         if all(torch.equal(outputs[name][rows], inputs[name][rows]) for name in ("k_cache", "v_cache")):
             causes.append(f"layer {layer} wrote no cache rows")
             return causes
-        match = next((guess for guess in _guesses(states, layer, dims) if _explains(guess, found, inputs, one, dims)), None)
+        match = next((guess for guess in _guesses(states, layer, dims) if _explains(guess, found, inputs, layout)), None)
         if match is None:
             causes.append(f"layer {layer} is the first whose cache rows follow from no state that it could have read")
             return causes
         if match.text:
             causes.append(f"layer {layer} {match.text}")
-        states.append(_simulate(match, layer, inputs, one, dims))
-    out = outputs["out"].double()
-    if not _close(out, states[-1]):
-        about = _about_out(out, states, dims, seen_before=bool(causes))
+        states.append(_simulate(match, layer, inputs, layout))
+    result, expected = _results(inputs, outputs, states, layout)
+    if not _close(result, expected[-1]):
+        about = _about_result("out" if "out" in outputs else "logits", result, expected, dims, seen_before=bool(causes))
         causes += [about] if about else []
     return causes
 
@@ -82,39 +83,51 @@ def _name(state: int) -> str:
     return "the first input" if state == 0 else f"layer {state - 1}'s output"
 
 
-def _weights(inputs: Tensors, layer: int, dims: Dims) -> dict[str, torch.Tensor]:
-    return {name: layer_of(inputs[name], layer, dims.L) for name in LAYER_WEIGHTS}
-
-
-def _explains(guess: _Guess, found: tuple[torch.Tensor, ...], inputs: Tensors, one: Dims, dims: Dims) -> bool:
-    weights = _weights(inputs, guess.weights_of, dims)
-    (x,) = reference.rms_norm(guess.hidden, weights["input_rms_weight"], dims=one, a=CONTRACT)
+def _explains(guess: _Guess, found: tuple[torch.Tensor, ...], inputs: Tensors, layout: Layout) -> bool:
+    dims = layout.dims
+    weights = weights_of(inputs, guess.weights_of, dims)
+    (x,) = reference.rms_norm(guess.hidden, weights["input_rms_weight"], dims=dims, a=CONTRACT)
     k, v = CONTRACT.matmul(x, weights["wk"]), CONTRACT.matmul(x, weights["wv"])
     # The value row is a projection of the state; the key row went through norm and rotation as well.
-    _, k = reference.qk_norm(k, k, weights["k_norm_weight"], weights["k_norm_weight"], dims=one, a=CONTRACT)
-    _, k = reference.rope(k, k, inputs["seq_lens"], inputs["rope_cos"], inputs["rope_sin"], dims=one, a=CONTRACT)
+    _, k = reference.qk_norm(k, k, weights["k_norm_weight"], weights["k_norm_weight"], dims=dims, a=CONTRACT)
+    _, k = reference.rope(k, k, layout.length, inputs["rope_cos"], inputs["rope_sin"], dims=dims, a=CONTRACT)
     return _close(found[1], v.reshape(-1, dims.D)) and _close(found[0], k.reshape(-1, dims.D))
 
 
-def _simulate(guess: _Guess, layer: int, inputs: Tensors, one: Dims, dims: Dims) -> torch.Tensor:
-    shared = {name: inputs[name] for name in ("seq_lens", "rope_cos", "rope_sin")}
-    caches = {name: layer_of(inputs[name], layer, dims.L) for name in ("k_cache", "v_cache")}
-    weights = _weights(inputs, guess.weights_of, dims)
-    _, _, out = reference.decode_layer(guess.hidden, **weights, **shared, **caches, dims=one, a=CONTRACT)
+def _simulate(guess: _Guess, layer: int, inputs: Tensors, layout: Layout) -> torch.Tensor:
+    dims = layout.dims
+    caches = [layer_of(inputs[name], layer, dims.L) for name in ("k_cache", "v_cache")]
+    weights = weights_of(inputs, guess.weights_of, dims)
+    one = dataclasses.replace(layout, dims=dims.replace(L=1))
+    _, _, out = reference.layer(guess.hidden, weights, inputs, one, *caches, a=CONTRACT)
     return out
 
 
-def _about_out(out: torch.Tensor, states: list[torch.Tensor], dims: Dims, seen_before: bool) -> str:
-    for earlier in range(len(states) - 2, -1, -1):
-        if _close(out, states[earlier]):
-            return f"out is {_name(earlier)}, not layer {dims.L - 1}'s output"
-    for text, mixed in _halves(states, dims):
-        if _close(out, mixed):
-            return f"out holds only {text}"
+def _results(
+    inputs: Tensors, outputs: Tensors, states: list[torch.Tensor], layout: Layout
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What the kernel returned, and what it would be if it came from each of the states: hidden states, or logits of them."""
+    if "out" in outputs:
+        return outputs["out"].double(), states
+    head = {name: inputs[name] for name in ("final_norm_weight", "lm_head_weight")}
+    logits = [reference.lm_head(state[layout.last], **head, dims=layout.dims, a=CONTRACT)[0] for state in states]
+    return outputs["logits"].double(), logits
+
+
+def _about_result(name: str, result: torch.Tensor, expected: list[torch.Tensor], dims: Dims, seen_before: bool) -> str:
+    what = "is" if name == "out" else "follows from"
+    for earlier in range(len(expected) - 2, -1, -1):
+        if _close(result, expected[earlier]):
+            return f"{name} {what} {_name(earlier)}, not layer {dims.L - 1}'s output"
+    if name == "out":
+        for text, mixed in _halves(expected, dims):
+            if _close(result, mixed):
+                return f"out holds only {text}"
     if seen_before:
         return ""
+    behind = "attention, output projection or MLP" if name == "out" else "attention, output projection, MLP or LM head"
     if dims.L == 1:
-        return "the cache rows are right, the fault lies behind them: attention, output projection or MLP"
+        return f"the cache rows are right, the fault lies behind them: {behind}"
     return f"every layer's cache rows are right, the fault lies behind those of layer {dims.L - 1}"
 
 

@@ -1,7 +1,7 @@
 """The Qwen3 decode stages in torch: one function a stage, a layer and a model as their composition.
 
-Every function takes the contract's inputs by name and returns its outputs, in the dtype of ``arithmetic``: with ``EXACT`` the
-float64 oracle, with ``CONTRACT`` the bf16 rounding points as well. Shapes are the contract's; ``D`` is the head dimension.
+Every stage's function takes the contract's inputs by name and returns its outputs, in the dtype of ``arithmetic``: with ``EXACT``
+the float64 oracle, with ``CONTRACT`` the bf16 rounding points as well. Shapes are the contract's; ``D`` is the head dimension.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from conformance.arithmetic import Arithmetic
-from conformance.contract import Dims
+from conformance.contract import Dims, Tensors
+from kernels.qwen3.layout import Layout, layer_of, paged_rows
 
 Tensor = torch.Tensor
 
@@ -86,16 +87,34 @@ def kv_write(
     )
 
 
+def attend(q: Tensor, layout: Layout, k_cache: Tensor, v_cache: Tensor, *, dims: Dims, a: Arithmetic) -> Tensor:
+    """Softmax attention of every token over its rows of one layer's caches; query head ``h`` reads KV head ``h // G``; bf16.
+
+    ``q [N, NH*D]``; the result has its shape.
+    """
+    rows: list[Tensor] = [q.new_empty(0)] * q.shape[0]
+    for b in range(dims.B):
+        keys, values = (a.wide(layout.history(cache, b)) for cache in (k_cache, v_cache))  # [NKV, seq_len, D]
+        for token in torch.nonzero(layout.sequence == b).flatten().tolist():
+            length = int(layout.length[token])
+            grouped = a.wide(q[token]).reshape(dims.NKV, dims.G, dims.D)
+            scores = grouped @ keys[:, :length].transpose(1, 2) * dims.scale  # [NKV, G, length]
+            weights = a.optional(torch.softmax(scores, -1), "probabilities", sequence=b)
+            rows[token] = (weights @ values[:, :length]).reshape(dims.H)
+    return a.round(torch.stack(rows))
+
+
 def attention(q: Tensor, seq_lens: Tensor, k_cache: Tensor, v_cache: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor]:
-    """Softmax attention over the first ``seq_lens[b]`` cache rows; query head ``h`` reads KV head ``h // G``; bf16."""
-    keys, values = contiguous(k_cache, dims)[0], contiguous(v_cache, dims)[0]  # [B, NKV, S, D]
-    heads = []
-    for b, length in enumerate(seq_lens.tolist()):
-        grouped = a.wide(q[b]).reshape(dims.NKV, dims.G, dims.D)
-        scores = grouped @ a.wide(keys[b, :, :length]).transpose(1, 2) * dims.scale  # [NKV, G, length]
-        weights = a.optional(torch.softmax(scores, -1), "probabilities", sequence=b)
-        heads.append((weights @ a.wide(values[b, :, :length])).reshape(dims.H))
-    return (a.round(torch.stack(heads)),)
+    """Softmax attention over the first ``seq_lens[b]`` rows of a contiguous cache; bf16."""
+    return (attend(q, Layout.of({"seq_lens": seq_lens}, dims), k_cache, v_cache, dims=dims, a=a),)
+
+
+def paged_attention(
+    q: Tensor, seq_lens: Tensor, block_table: Tensor, k_cache: Tensor, v_cache: Tensor, *, dims: Dims, a: Arithmetic
+) -> tuple[Tensor]:
+    """Softmax attention over the first ``seq_lens[b]`` rows of the pages that ``block_table`` names; bf16."""
+    layout = Layout.of({"seq_lens": seq_lens, "block_table": block_table}, dims)
+    return (attend(q, layout, k_cache, v_cache, dims=dims, a=a),)
 
 
 def o_proj(attn: Tensor, wo: Tensor, residual: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor]:
@@ -112,123 +131,72 @@ def mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, dims: Dims, 
     return (a.optional(a.matmul(activation, w_down), "branch"),)
 
 
-def decode_layer(
-    hidden_states: Tensor,
-    input_rms_weight: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
-    q_norm_weight: Tensor,
-    k_norm_weight: Tensor,
-    wo: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    post_rms_weight: Tensor,
-    seq_lens: Tensor,
-    rope_cos: Tensor,
-    rope_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    dims: Dims,
-    a: Arithmetic,
+def lm_head(hidden: Tensor, final_norm_weight: Tensor, lm_head_weight: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor]:
+    """``bf16(rn(hidden, final_norm_weight)) @ lm_head_weight.T``, ``[B, V]``."""
+    (normalised,) = rms_norm(hidden, final_norm_weight, dims=dims, a=a)
+    return (a.matmul(normalised, lm_head_weight.T),)
+
+
+def greedy_sample(logits: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor]:
+    """Index of the largest logit, the lowest index on a tie, ``[B]``."""
+    largest = logits == logits.amax(-1, keepdim=True)
+    index = torch.arange(logits.shape[-1]).expand_as(largest)
+    return (a.wide(torch.where(largest, index, logits.shape[-1]).amin(-1)),)
+
+
+def layer(
+    hidden: Tensor, weights: Tensors, tables: Tensors, layout: Layout, k_cache: Tensor, v_cache: Tensor, *, a: Arithmetic
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer on contiguous caches of that layer; returns the updated caches, then the hidden states."""
-    (x,) = rms_norm(hidden_states, input_rms_weight, dims=dims, a=a)
-    q, k, v = qkv_proj(x, wq, wk, wv, dims=dims, a=a)
+    """One layer for the ``N`` tokens of a dispatch; returns the updated caches of that layer, then the hidden states ``[N, H]``.
+
+    ``weights`` holds that layer's, ``tables`` ``rope_cos`` and ``rope_sin``.
+    """
+    dims = layout.dims
+    (x,) = rms_norm(hidden, weights["input_rms_weight"], dims=dims, a=a)
+    q, k, v = qkv_proj(x, weights["wq"], weights["wk"], weights["wv"], dims=dims, a=a)
     q, k, v = (a.optional(tensor, "projection") for tensor in (q, k, v))
-    q, k = qk_norm(q, k, q_norm_weight, k_norm_weight, dims=dims, a=a)
-    q, k = rope(q, k, seq_lens, rope_cos, rope_sin, dims=dims, a=a)
-    rows = current_rows(seq_lens, dims)
+    q, k = qk_norm(q, k, weights["q_norm_weight"], weights["k_norm_weight"], dims=dims, a=a)
+    q, k = rope(q, k, layout.length, tables["rope_cos"], tables["rope_sin"], dims=dims, a=a)
+    rows = layout.rows()
     k_cache = a.wide(k_cache).index_put((rows,), k.reshape(-1, dims.D))
     v_cache = a.wide(v_cache).index_put((rows,), a.round(v).reshape(-1, dims.D))
-    (attn,) = attention(q, seq_lens, k_cache, v_cache, dims=dims, a=a)
-    (residual,) = o_proj(attn, wo, hidden_states, dims=dims, a=a)
+    attn = attend(q, layout, k_cache, v_cache, dims=dims, a=a)
+    (residual,) = o_proj(attn, weights["wo"], hidden, dims=dims, a=a)
     residual = a.optional(residual, "residual")
-    y = a.round(normalise(residual, post_rms_weight, dims.eps, a))
-    (branch,) = mlp(y, w_gate, w_up, w_down, dims=dims, a=a)
+    y = a.round(normalise(residual, weights["post_rms_weight"], dims.eps, a))
+    (branch,) = mlp(y, weights["w_gate"], weights["w_up"], weights["w_down"], dims=dims, a=a)
     return k_cache, v_cache, a.round(branch + residual)
 
 
-def decode_fwd_layers(
-    hidden_states: Tensor,
-    input_rms_weight: Tensor,
-    wq: Tensor,
-    wk: Tensor,
-    wv: Tensor,
-    q_norm_weight: Tensor,
-    k_norm_weight: Tensor,
-    wo: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    post_rms_weight: Tensor,
-    seq_lens: Tensor,
-    rope_cos: Tensor,
-    rope_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    dims: Dims,
-    a: Arithmetic,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``L`` layers, stacked along the first axis of weights and caches."""
-    hidden = a.wide(hidden_states)
+def weights_of(inputs: Tensors, index: int, dims: Dims) -> dict[str, Tensor]:
+    """One layer's weights."""
+    return {name: layer_of(inputs[name], index, dims.L) for name in LAYER_WEIGHTS}
+
+
+def stacked_layers(*, dims: Dims, a: Arithmetic, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``L`` layers, stacked along the first axis of weights and caches; returns the caches, then the hidden states ``[N, H]``.
+
+    Takes the arguments of any stage of layers by name: contiguous or paged, decode or prefill.
+    """
+    layout = Layout.of(inputs, dims.replace(L=1))
+    hidden = a.wide(inputs["hidden_states"])
     k_parts, v_parts = [], []
-    for layer in range(dims.L):
-
-        def of(stacked: Tensor, layer: int = layer) -> Tensor:
-            return layer_of(stacked, layer, dims.L)
-
-        k_part, v_part, hidden = decode_layer(
-            hidden,
-            of(input_rms_weight),
-            of(wq),
-            of(wk),
-            of(wv),
-            of(q_norm_weight),
-            of(k_norm_weight),
-            of(wo),
-            of(w_gate),
-            of(w_up),
-            of(w_down),
-            of(post_rms_weight),
-            seq_lens,
-            rope_cos,
-            rope_sin,
-            of(k_cache),
-            of(v_cache),
-            dims=dims.replace(L=1),
-            a=a,
-        )
+    for index in range(dims.L):
+        caches = (layer_of(inputs[name], index, dims.L) for name in ("k_cache", "v_cache"))
+        k_part, v_part, hidden = layer(hidden, weights_of(inputs, index, dims), inputs, layout, *caches, a=a)
         k_parts.append(k_part)
         v_parts.append(v_part)
     return torch.cat(k_parts), torch.cat(v_parts), hidden
 
 
-def layer_of(stacked: Tensor, layer: int, layers: int) -> Tensor:
-    """The rows of one layer of a tensor whose first axis stacks ``layers`` layers."""
-    rows = stacked.shape[0] // layers
-    return stacked[layer * rows : (layer + 1) * rows]
+def whole_step(*, dims: Dims, a: Arithmetic, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``L`` layers, then the LM head on each sequence's last token; returns the caches, then the logits ``[B, V]``."""
+    k_cache, v_cache, hidden = stacked_layers(dims=dims, a=a, **inputs)
+    last = hidden[Layout.of(inputs, dims).last]
+    (logits,) = lm_head(last, inputs["final_norm_weight"], inputs["lm_head_weight"], dims=dims, a=a)
+    return k_cache, v_cache, logits
 
 
-def contiguous(cache: Tensor, dims: Dims) -> Tensor:
-    """A contiguous cache as ``[L, B, NKV, S, D]``."""
-    return cache.reshape(-1, dims.B, dims.NKV, dims.S, dims.D)
-
-
-def current_rows(seq_lens: Tensor, dims: Dims, layer: int = 0) -> Tensor:
-    """Rows of a contiguous cache that hold each sequence's current position, all KV heads: ``[B * NKV]``, by sequence."""
-    sequence = torch.arange(dims.B).unsqueeze(1)
-    head = torch.arange(dims.NKV).unsqueeze(0)
-    position = (seq_lens.long() - 1).unsqueeze(1)
-    return ((((layer * dims.B + sequence) * dims.NKV + head) * dims.S) + position).reshape(-1)
-
-
-def paged_rows(slot_mapping: Tensor, dims: Dims, layer: int = 0) -> Tensor:
-    """Rows of a paged cache at each sequence's slot, all KV heads: ``[B * NKV]``, by sequence."""
-    slot = slot_mapping.long().unsqueeze(1)
-    page, offset = slot // dims.BS, slot % dims.BS
-    head = torch.arange(dims.NKV).unsqueeze(0)
-    return (((layer * dims.NB + page) * dims.NKV + head) * dims.BS + offset).reshape(-1)
+# One reference a stage, by the stage's name: what differs between them is in their layouts.
+decode_layer = paged_decode_layer = prefill_layer = decode_fwd_layers = stacked_layers
+decode_fwd = paged_decode_fwd = prefill_fwd = whole_step
