@@ -112,13 +112,16 @@ def check(
     lane: str = "auto",
     case: str | None = None,
     timeout: float | None = None,
+    isolated: bool = False,
 ) -> Report:
     """Judge a kernel on ``examples`` cases of a stage, deterministic in ``seed``.
 
     ``function`` takes the contract's arguments (and keyword-only ``dims``, if it asks), or is a ``Kernel``. ``dims`` is the name
     of a preset or overrides of ``tiny``. A torch callable runs in this process, each case twice; a PyPTO kernel goes through the
-    interpreter in a worker process (``lane="auto"``), within ``timeout`` seconds a run. ``case`` is the key of one finding to
-    run again instead. Raises ``UsageError`` for what cannot be judged as asked, ``UnavailableError`` where the lane cannot run.
+    interpreter in a worker process (``lane="auto"``), within ``timeout`` seconds a run. The capabilities that a kernel declares
+    are put to the test as well. ``case`` is the key of one finding to run again instead. ``isolated`` runs a torch callable in a
+    worker process too, as the command does; it must then be an attribute of a module. Raises ``UsageError`` for what cannot be
+    judged as asked, ``UnavailableError`` where the lane cannot run.
     """
     contract = stage_named(stage)
     kernel = as_kernel(stage, function)
@@ -129,8 +132,10 @@ def check(
     replay = RunPlan(repeat=True) if case is not None else None
     runs: list[Judged] = []
     in_process = contextlib.nullcontext(_eager_runner(kernel))
-    with in_process if chosen == "eager" else worker_runner(kernel, chosen, timeout) as run:
+    with in_process if chosen == "eager" and not isolated else worker_runner(kernel, chosen, timeout) as run:
         runs.extend(case_runs(kernel, keys, run, chosen, replay))
+        if case is None:
+            runs.extend(capability_runs(kernel, Space.of(contract, dims), run, chosen, runs))
     return Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys))
 
 
@@ -153,6 +158,18 @@ def case_runs(kernel: Kernel, keys: Iterable[CaseKey], run: Runner, lane: str, p
             yield judged
         if lost >= MOST_LOST:
             return
+
+
+def capability_runs(kernel: Kernel, space: Space, run: Runner, lane: str, before: Iterable[Judged]) -> Iterator[Judged]:
+    """Put the capabilities that the kernel declares to the test, on a lane that executes.
+
+    Not after too many runs that were lost, and not for a kernel that got nothing right: there is nothing to be shown of it.
+    """
+    from conformance.capabilities import prove
+
+    runs = list(before)
+    if lane != "compile_only" and sum(map(is_lost, runs)) < MOST_LOST and any(judged.verdict.ok for judged in runs):
+        yield from prove(kernel, space, run)
 
 
 def is_lost(run: Judged) -> bool:
@@ -319,10 +336,12 @@ def _text(report: Report, width: int = 80, most: int = 6) -> str:
     if report.examples < report.planned:
         left = report.planned - report.examples
         lines.append(f"  {left} cases were not tried after {MOST_LOST} runs that crashed or timed out")
-    groups: dict[tuple[str, str | None], list[Located]] = {}
+    groups: dict[tuple[str, str | None, str], list[Located]] = {}
     for entry in report.findings:
-        groups.setdefault((entry.finding.detector, entry.finding.argument), []).append(entry)
-    for position, ((detector, argument), entries) in enumerate(groups.items()):
+        # Each capability that does not hold is told by itself.
+        what = entry.finding.message if entry.finding.detector == "capability" else ""
+        groups.setdefault((entry.finding.detector, entry.finding.argument, what), []).append(entry)
+    for position, ((detector, argument, _), entries) in enumerate(groups.items()):
         if position == most:
             lines.append(f"  and {len(groups) - most} more kinds of findings")
             break

@@ -1,10 +1,12 @@
 """The ``conformance`` command.
 
-Exit codes: 0 everything that had to run ran and passed; 1 findings; 2 usage; 3 something that had to run could not.
+Exit codes: 0 everything that had to run ran and passed; 1 findings; 2 usage; 3 something that had to run could not; 4 (of
+``diff``) a replacement serves less than what it replaces.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import traceback
@@ -16,8 +18,9 @@ import click
 from conformance.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
-    from conformance.cases import CaseKey
+    from conformance.cases import CaseKey, Space
     from conformance.checking import Judged, Report, RunPlan
+    from conformance.comparison import Standing
     from conformance.declaration import Kernel
     from conformance.session import RunLog, Subject
 
@@ -135,7 +138,7 @@ def check(
     log = RunLog(folder)
     log.start([subject], {"examples": examples, "seed": seed, "dims": dims, "case": case_key or ""})
     try:
-        code = _judge(subject, log, keys, plan, timeout, expected.reason(subject))
+        code = _judge(subject, log, keys, plan, space, timeout, expected.reason(subject))
     except UsageError as error:
         log.could_not_run(subject, str(error))
         log.end(COULD_NOT_RUN if isinstance(error, UnavailableError) else USAGE)
@@ -151,16 +154,19 @@ def _judge(
     log: RunLog,
     keys: list[CaseKey],
     plan: RunPlan | None,
+    space: Space,
     timeout: float | None,
     expected_reason: str | None,
 ) -> int:
     """Judge the cases as they are recorded, print the report, and return the exit code."""
-    from conformance.checking import Report, case_runs, worker_runner
+    from conformance.checking import Report, capability_runs, case_runs, worker_runner
     from conformance.session import is_interactive
 
     runs: list[Judged] = []
     with worker_runner(subject.kernel, subject.lane, timeout) as run:
-        for judged in case_runs(subject.kernel, keys, run, subject.lane, plan):
+        cases = case_runs(subject.kernel, keys, run, subject.lane, plan)
+        proofs = capability_runs(subject.kernel, space, run, subject.lane, runs) if plan is None else iter(())
+        for judged in itertools.chain(cases, proofs):
             log.judged(subject, judged)
             runs.append(judged)
             if is_interactive():
@@ -210,11 +216,18 @@ def _short(folder: Path) -> str:
 def _kernel(stage: str, target: str | None) -> Kernel:
     """The kernel that ``FILE.py:FUNC`` names, or the bundled one of a stage."""
     from conformance.contract import stage_named
-    from conformance.declaration import as_kernel, bundled_kernels, find_kernel, kernels_in, load_module
+    from conformance.declaration import as_kernel, bundled_kernels, find_kernel
 
     stage_named(stage)
     if target is None:
         return find_kernel([kernel for kernel in bundled_kernels() if kernel.stage_name == stage], stage, "the bundled kernels")
+    return as_kernel(stage, _named(target))
+
+
+def _named(target: str) -> Any:
+    """The kernel or function that ``FILE.py:FUNC`` names."""
+    from conformance.declaration import kernels_in, load_module
+
     location, separator, name = target.rpartition(":")
     if not separator:
         raise UsageError(f"expected FILE.py:FUNC, found {target!r}")
@@ -225,7 +238,7 @@ def _kernel(stage: str, target: str | None) -> Kernel:
     if function is None:
         known = ", ".join(kernel.name for kernel in declared) or "none"
         raise UsageError(f"{location} has no kernel or function {name!r}; its kernels: {known}")
-    return as_kernel(stage, function)
+    return function
 
 
 def _dims(text: str) -> str | dict[str, Any]:
@@ -239,6 +252,59 @@ def _dims(text: str) -> str | dict[str, Any]:
             raise UsageError(f"--dims takes a preset or overrides such as B=3,S=64, found {item.strip()!r}")
         overrides[match[1]] = match[2] if match[1] == "preset" else int(match[2])
     return overrides
+
+
+@main.command()
+@click.argument("old", metavar="OLD")
+@click.argument("new", metavar="NEW")
+@click.option("--dims", default="tiny", metavar="PRESET|B=3,S=64", help="a preset, or overrides of tiny (preset=NAME among them)")
+@click.option("--examples", default=12, show_default=True, help="how many cases for each kernel")
+@click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
+@click.option("--lane", default="auto", show_default=True, help="eager, interpret or device")
+@click.option("--timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run")
+def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, timeout: float | None) -> None:
+    """Compare two kernels, NEW in the place of OLD: what is served less, what changed.
+
+    Each is a bundled kernel's name, FILE.py:FUNC, or the folder of a kept run. Exit code 4: a capability is lost.
+    """
+    from conformance import comparison
+
+    standings = [_standings(text, dims, examples, seed, lane, timeout) for text in (old, new)]
+    found = comparison.compare_runs(*standings)
+    for one in found:
+        click.echo(str(one))
+    code = comparison.exit_code(found)
+    lost = sum(len(one.lost) for one in found)
+    summary = {
+        PASSED: "nothing is lost",
+        FINDINGS: "nothing is lost, but the new kernel has findings",
+        COULD_NOT_RUN: "not everything could be judged",
+    }
+    click.echo(summary.get(code, f"serves less: {lost} capabilit{'y' if lost == 1 else 'ies'} lost"))
+    sys.exit(code)
+
+
+def _standings(text: str, dims: str, examples: int, seed: int, lane: str, timeout: float | None) -> dict[str, Standing]:
+    """What is known of the kernels of a run, or of one that is judged now."""
+    from conformance import comparison
+    from conformance.checking import check as judge_kernel
+    from conformance.declaration import Kernel, bundled_kernels, find_kernel
+
+    folder = Path(text)
+    if folder.is_dir():
+        return comparison.of_run(folder)
+    if ":" in text:
+        kernel = _named(text)
+        if not isinstance(kernel, Kernel):
+            raise UsageError(f"{text} is a plain function: decorate it with @conformance.kernel(STAGE, capabilities=[...])")
+    else:
+        kernel = find_kernel(bundled_kernels(), text, "the bundled kernels (and there is no such folder)")
+    if lane == "compile_only":
+        raise UsageError("diff compares what kernels compute: compile_only executes nothing")
+    report = judge_kernel(
+        kernel.stage_name, kernel, dims=_dims(dims), examples=examples, seed=seed, lane=lane, timeout=timeout, isolated=True
+    )
+    return {kernel.name: comparison.of_report(kernel, report)}
 
 
 @main.command()

@@ -94,6 +94,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     full_size = marks.get("full_size")
     if full_size is not None:
         subjects = state.full_size_subjects(full_size.kwargs.get("lane", "interpret"))
+    elif "interpret" in marks and "declares" in marks["interpret"].kwargs:
+        subjects = state.declaring_subjects()
     else:
         subjects = state.subjects(next((name for name in ("compile_only", "device") if name in marks), "interpret"))
     metafunc.parametrize("subject", subjects, ids=[subject.id for subject in subjects])
@@ -269,6 +271,12 @@ class PluginState:
             if kernel.toolchain in takes
             for preset in presets
         ]
+
+    def declaring_subjects(self) -> list[Subject]:
+        """Every kernel that declares a capability, at the first preset: what a kernel serves does not depend on its sizes."""
+        subjects = [subject for subject in self.subjects("interpret") if subject.kernel.capabilities]
+        first = {subject.kernel.name: subject for subject in reversed(subjects)}
+        return [subject for subject in subjects if first[subject.kernel.name] is subject]
 
     def full_size_subjects(self, lane: str) -> list[Subject]:
         """Every PyPTO kernel at the model's real size: the fused loops only compile there, all others execute."""

@@ -68,7 +68,13 @@ class RunLog:
     def start(self, plan: Iterable[Subject], options: Mapping[str, Any]) -> None:
         """The first record: what is planned, with which versions, where and how."""
         planned = [
-            {"kernel": subject.kernel.name, "stage": subject.kernel.stage_name, "lane": subject.lane, "preset": subject.preset}
+            {
+                "kernel": subject.kernel.name,
+                "stage": subject.kernel.stage_name,
+                "lane": subject.lane,
+                "preset": subject.preset,
+                "capabilities": list(subject.kernel.capabilities),
+            }
             for subject in plan
         ]
         versions = {"conformance": conformance.__version__, "python": platform.python_version()}

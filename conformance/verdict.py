@@ -22,6 +22,7 @@ DETECTORS: dict[str, str] = {
     "bias": "errors lean one way: truncation, or a factor that is slightly off",
     "nondeterministic": "two runs of the same case differ",
     "compiler_pass": "a compiler pass changed the result",
+    "capability": "a capability that the kernel declares does not hold",
 }
 
 

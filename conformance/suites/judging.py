@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from conformance.capabilities import prove
 from conformance.cases import CaseKey, Space, keys, stratified_keys
 from conformance.checking import MOST_LOST, Judged, Report, RunPlan, is_lost, judged_runs, plan_for
 from conformance.errors import UnavailableError, UsageError
@@ -98,6 +99,14 @@ class SubjectJudging:
             except BaseException as error:
                 if not _is_only_conformance(error):
                     raise
+        self._conclude()
+
+    def capabilities(self) -> None:
+        """Put what the kernel declares that it serves to the test."""
+        space = self._space(None)
+        with self._usage_errors(), self._process(Limits()) as process:
+            for run in prove(self.subject.kernel, space, process.run):
+                self._keep(run)
         self._conclude()
 
     def full_size(self, dims_overrides: dict[str, int]) -> None:

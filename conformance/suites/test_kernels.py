@@ -24,6 +24,11 @@ def test_agrees_with_its_contract(subject: Any, judging: Any) -> None:
     judging.cases()
 
 
+@pytest.mark.interpret(declares="capabilities")
+def test_holds_what_it_declares(subject: Any, judging: Any) -> None:
+    judging.capabilities()
+
+
 @pytest.mark.device
 def test_agrees_on_the_device(subject: Any, judging: Any) -> None:
     require_npu(judging)

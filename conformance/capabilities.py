@@ -1,0 +1,212 @@
+"""What a kernel declares that it serves, put to the test.
+
+A capability is a mechanism that a serving stack needs and that values alone do not show: a kernel may compute a full batch of one
+size rightly and serve nothing else. Each claim is proven by a number of judged runs. Where one of them fails, or where the stage
+has no means to show it, a finding of the detector ``capability`` says that the claim does not hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+
+from conformance.buffers import bits
+from conformance.cases import Case, CaseKey, Space, make_case, make_inputs
+from conformance.checking import MOST_LOST, Judged, Runner, is_lost
+from conformance.contract import Dims
+from conformance.data import Source
+from conformance.declaration import CAPABILITIES, Kernel
+from conformance.executors.base import Outcome
+from conformance.judge import judge
+from conformance.verdict import Finding, Verdict
+
+#: What the ``check`` of these runs begins with; the names of the capabilities follow, joined by ``+``.
+CHECK_PREFIX = "capability:"
+#: User batches that one build has to serve besides its capacity: one alone, few, and one that fills no tile.
+BATCHES = (1, 3, 7)
+#: Layers of a chain: a first, a middle and a last one.
+LAYERS = 3
+#: How many seeds are tried to find data in which sequences share pages: one case in three has them.
+SEEDS = 40
+
+
+def prove(kernel: Kernel, space: Space, run: Runner) -> Iterator[Judged]:
+    """Put every capability that the kernel declares to the test, on cases of ``space``'s preset.
+
+    ``run`` executes: a capability is nothing that compiling shows. A proof ends with its first run that fails, and all of them
+    end when too many runs crash or time out.
+    """
+    lost = 0
+    for names, proof in _PROOFS.items():
+        claimed = [name for name in names if name in kernel.capabilities]
+        if not claimed:
+            continue
+        check = CHECK_PREFIX + "+".join(claimed)
+        impossible = [name for name in claimed if name not in kernel.stage.capabilities]
+        if impossible:
+            for name in impossible:
+                reason = f"{name} ({CAPABILITIES[name]}): the arguments of {kernel.stage_name} cannot show it"
+                yield _not_held(CHECK_PREFIX + name, space.largest, reason)
+            continue
+        for judged in proof(_Trial(kernel, space, run, check)):
+            lost += is_lost(judged)
+            yield judged
+            if lost >= MOST_LOST:
+                return
+            if not judged.verdict.ok:
+                break
+
+
+def proven(check: str) -> tuple[str, ...]:
+    """The capabilities that a run is evidence of, from its ``check``; none for any other run."""
+    return tuple(check.removeprefix(CHECK_PREFIX).split("+")) if check.startswith(CHECK_PREFIX) else ()
+
+
+def _not_held(check: str, key: CaseKey, reason: str, outcome: Outcome | None = None) -> Judged:
+    return Judged(check, key, Verdict((Finding("capability", reason),)), outcome or Outcome("ok"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """The runs of one proof."""
+
+    kernel: Kernel
+    space: Space
+    run: Runner
+    check: str
+
+    def __call__(self, about: str, case: Case, like: Outcome | None = None) -> tuple[Judged, Outcome]:
+        """Judge one run; what is wrong with it becomes one finding that begins with the claim and ``about``.
+
+        With ``like`` the outputs that the kernel fills must be that outcome's, bit for bit.
+        """
+        claim = " and ".join(proven(self.check))
+        refusal = self.kernel.refusal(case.dims)
+        if refusal is not None:
+            outcome = Outcome("ok")
+            return _not_held(self.check, case.key, f"{claim} is not shown {about}: {refusal}", outcome), outcome
+        outcome = self.run(case, "last")
+        verdict = judge(case, outcome, profile=self.kernel.profile)
+        message = verdict.findings[0].message if verdict.findings else _difference(case, outcome, like)
+        bare = dataclasses.replace(outcome, outputs={})
+        if message:
+            label = f" ({verdict.findings[0].detector})" if verdict.findings else ""
+            return _not_held(self.check, case.key, f"{claim} does not hold {about}{label}: {message}", bare), outcome
+        return Judged(self.check, case.key, verdict, bare), outcome
+
+    def key(self, index: int, batch: int, layers: int, regime: str | None = None, spare_pages: int = 0) -> CaseKey:
+        """A case of mixed lengths; everything follows from ``index``. Sizes that the caller pinned are the proof's to vary."""
+        stage = self.space.stage
+        model = tuple((name, value) for name, value in self.space.pinned if name not in ("B", "L", "NB"))
+        space = dataclasses.replace(self.space, pinned=model)
+        source = Source(f"capability/{stage.name}/{space.preset}/{index}")
+        lengths: tuple[int, ...] = ()
+        chunks: tuple[int, ...] = ()
+        if stage.has_lengths:
+            edges = space.length_boundaries()
+            drawn = source.integers("length", 2, space.limit.S, batch) if space.limit.S > 1 else [1] * batch
+            lengths = tuple(edges[(index + b) % len(edges)] if b % 2 else length for b, length in enumerate(drawn))
+        if stage.has_chunks:
+            chunks = space.chunks(source.integers("chunk", 1, 2 * space.limit.BS, batch), lengths)
+        name = regime or ("normal" if "normal" in stage.regimes else stage.regimes[0])
+        return space.key(name, index, B=batch, L=layers, spare_pages=spare_pages, seq_lens=lengths, chunk_lens=chunks)
+
+
+def _difference(case: Case, outcome: Outcome, like: Outcome | None) -> str:
+    for argument in case.stage.arguments:
+        if like is not None and argument.access == "out":
+            different = bits(outcome.outputs[argument.name]) != bits(like.outputs[argument.name])
+            if bool(different.any()):
+                return f"{int(different.sum())} of {different.numel()} elements of {argument.name} are not the same bits"
+    return ""
+
+
+def _with(key: CaseKey, **overrides: int) -> CaseKey:
+    return dataclasses.replace(key, overrides=tuple({**dict(key.overrides), **overrides}.items()))
+
+
+def _other_pools(trial: _Trial) -> Iterator[Judged]:
+    """The same sequences in another pool, larger and in another order, with pages that sequences share: the same bits."""
+    batch = min(3, trial.space.limit.B)
+    for index in range(SEEDS):
+        key = trial.key(index, batch, 1)
+        case = make_case(key)
+        table = case.inputs.get("block_table", torch.arange(1))
+        owned = table[table >= 0].tolist()
+        if len(set(owned)) < len(owned):
+            break
+    first, outcome = trial("on a pool of pages in random order", case)
+    yield first
+    # Which pages a sequence gets depends on the size of the pool.
+    larger = make_case(_with(key, NB=case.dims.NB + 5))
+    second, _ = trial("when the same sequences lie in other pages", larger, outcome)
+    yield second
+
+
+def _batches(trial: _Trial) -> Iterator[Judged]:
+    """One build for every user batch: 1, 3, 7 and the capacity, with mixed lengths in a pool of one size."""
+    capacity = min(trial.kernel.capacity, trial.space.limit.B)
+    for index, batch in enumerate(sorted({*BATCHES, capacity})):
+        if batch > capacity:
+            continue
+        key = trial.key(index, batch, 1)
+        if "NB" in trial.space.stage.drawn:
+            key = _with(key, NB=1 + capacity * trial.space.limit.MB)
+        judged, _ = trial(f"with a batch of {batch} in the build made for {trial.kernel.capacity}", make_case(key))
+        yield judged
+
+
+def _depths(trial: _Trial) -> Iterator[Judged]:
+    """One layer and several, every layer with weights and a cache of its own."""
+    for layers in (1, LAYERS):
+        about = "with one layer" if layers == 1 else f"with {layers} layers"
+        judged, _ = trial(about, make_case(_with(trial.key(layers, 2, layers), L=layers)))
+        yield judged
+
+
+def _logits(trial: _Trial) -> Iterator[Judged]:
+    judged, _ = trial("from hidden states to logits", make_case(trial.key(0, 2, 1)))
+    yield judged
+
+
+def _chain(trial: _Trial, chunks: tuple[int, ...]) -> Iterator[Judged]:
+    """Chunks of a deeper model one after another, each on its rows of weights and caches and on the result of the one before.
+
+    Each call is judged by what a correct kernel makes of the inputs that it was really given.
+    """
+    stage = trial.space.stage
+    assert stage.chain is not None
+    start, result = stage.chain
+    key = trial.key(0, 2, 1)
+    deep = key.dims.replace(L=sum(chunks))
+    inputs = make_inputs(stage, key, deep)
+    state = inputs[start]
+    for first, count in zip(itertools.accumulate((0, *chunks)), chunks, strict=False):
+        part = {name: _layers(tensor, name, first, count, trial, deep) for name, tensor in inputs.items()}
+        case = Case(key, stage, deep.replace(L=count), {**part, start: state})
+        last = first + count - 1
+        about = f"at layer {first} of {deep.L}" if count == 1 else f"at layers {first} to {last} of {deep.L}"
+        judged, outcome = trial(about, case)
+        yield judged
+        state = outcome.outputs[result]
+
+
+def _layers(tensor: torch.Tensor, name: str, first: int, count: int, trial: _Trial, dims: Dims) -> torch.Tensor:
+    """The rows of some layers, where the first axis stacks layers."""
+    if "L" not in trial.space.stage.argument(name).shape.split()[0].split("*"):
+        return tensor
+    rows = tensor.shape[0] // dims.L
+    return tensor[first * rows : (first + count) * rows].contiguous()
+
+
+_PROOFS: dict[tuple[str, ...], Callable[[_Trial], Iterator[Judged]]] = {
+    ("paged_kv",): _other_pools,
+    ("variable_batch",): _batches,
+    ("stacked_weights", "fused_layers"): _depths,
+    ("fused_lm_head",): _logits,
+    ("chunked_layers",): lambda trial: _chain(trial, (1, LAYERS - 1)),
+    ("host_loop",): lambda trial: _chain(trial, (1,) * LAYERS),
+}
