@@ -340,22 +340,11 @@ STAGES = (
     PREFILL_FWD,
 )
 
-_WITHOUT_KERNEL = (
-    "paged_attention",
-    "lm_head",
-    "greedy_sample",
-    "paged_decode_layer",
-    "decode_fwd",
-    "paged_decode_fwd",
-    "prefill_layer",
-    "prefill_fwd",
-)
-
 MODEL = Model(
     "qwen3",
     STAGES,
     PRESETS,
-    kernel_modules=tuple(f"kernels.qwen3.{stage.name}" for stage in STAGES if stage.name not in _WITHOUT_KERNEL),
+    kernel_modules=tuple(f"kernels.qwen3.{stage.name}" for stage in STAGES),
     suite_presets=("tiny", "awkward"),
     full_size_preset="qwen3_14b",
 )

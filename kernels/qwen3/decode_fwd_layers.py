@@ -9,7 +9,12 @@ from conformance.contract import Dims
 from conformance.declaration import kernel
 
 
-@kernel("decode_fwd_layers", name="decode_fwd_layers", toolchain="pypto", capabilities=("stacked_weights", "fused_layers"))
+@kernel(
+    "decode_fwd_layers",
+    name="decode_fwd_layers",
+    toolchain="pypto",
+    capabilities=("stacked_weights", "fused_layers", "chunked_layers"),
+)
 def decode_fwd_layers(dims: Dims) -> Any:
     """L decoder layers in one program: a loop on the device over stacked weights and caches.
 
@@ -18,7 +23,8 @@ def decode_fwd_layers(dims: Dims) -> Any:
     ``hidden = ...`` would only name another one, and every layer would read the first layer's input again. For the same reason
     the first value is the result of an operation (times one, which keeps every bit): the bare input cannot be assigned.
 
-    Any dimensions.
+    A chunk of a deeper model is the same program, built for as many layers as the chunk has and given the row slices of
+    weights and caches that belong to them; ``out`` of one chunk is ``hidden_states`` of the next. Any dimensions.
     """
     import pypto
 

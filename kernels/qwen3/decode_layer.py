@@ -9,14 +9,16 @@ from conformance.contract import Dims
 from conformance.declaration import kernel
 
 
-@kernel("decode_layer", name="decode_layer", toolchain="pypto")
+@kernel("decode_layer", name="decode_layer", toolchain="pypto", capabilities=("host_loop",))
 def decode_layer(dims: Dims) -> Any:
     """One decoder layer for one new token a sequence, from bf16 hidden states to bf16 hidden states.
 
     The stages are those of the kernels beside this one, joined in ``fragments.decode_layer``, with their tile shapes; only the
     probabilities take an optional rounding (to bf16). Keys and values of the current position are written to the caches first,
-    and attention then reads them from there. Any
-    dimensions.
+    and attention then reads them from there.
+
+    A host drives a deeper model with it layer by layer: each call gets the row slices of that layer's weights and caches, and
+    the ``out`` of the layer before as ``hidden_states``. Any dimensions.
     """
     import pypto
 
