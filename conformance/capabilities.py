@@ -83,25 +83,46 @@ class _Trial:
 
         With ``like`` the outputs that the kernel fills must be that outcome's, bit for bit.
         """
-        claim = " and ".join(proven(self.check))
+        names = proven(self.check)
+        claim, several = " and ".join(names), len(names) > 1
         refusal = self.kernel.refusal(case.dims)
         if refusal is not None:
             outcome = Outcome("ok")
-            return _not_held(self.check, case.key, f"{claim} is not shown {about}: {refusal}", outcome), outcome
+            return _not_held(
+                self.check, case.key, f"{claim} {'are' if several else 'is'} not shown {about}: {refusal}", outcome
+            ), outcome
         outcome = self.run(case, "last")
         verdict = judge(case, outcome, profile=self.kernel.profile)
         message = verdict.findings[0].message if verdict.findings else _difference(case, outcome, like)
         bare = dataclasses.replace(outcome, outputs={})
         if message:
             label = f" ({verdict.findings[0].detector})" if verdict.findings else ""
-            return _not_held(self.check, case.key, f"{claim} does not hold {about}{label}: {message}", bare), outcome
+            verb = "do" if several else "does"
+            return _not_held(self.check, case.key, f"{claim} {verb} not hold {about}{label}: {message}", bare), outcome
         return Judged(self.check, case.key, verdict, bare), outcome
 
-    def key(self, index: int, batch: int, layers: int, regime: str | None = None, spare_pages: int = 0) -> CaseKey:
-        """A case of mixed lengths; everything follows from ``index``. Sizes that the caller pinned are the proof's to vary."""
-        stage = self.space.stage
+    @property
+    def free(self) -> Space:
+        """The model without the sizes that the caller pinned: those are the proof's to vary."""
         model = tuple((name, value) for name, value in self.space.pinned if name not in ("B", "L", "NB"))
-        space = dataclasses.replace(self.space, pinned=model)
+        return dataclasses.replace(self.space, pinned=model)
+
+    @property
+    def capacity(self) -> int:
+        """The largest batch that the kernel serves and a case can have."""
+        return min(self.kernel.capacity, self.free.limit.B)
+
+    def batch(self, wanted: int) -> int:
+        """As many sequences as wanted, or as the kernel takes: one that is made for a full batch has other claims to show."""
+        others: list[int] = [self.space.limit.B, *range(self.free.limit.B, 0, -1)]
+        for batch in [wanted, *others]:
+            if self.kernel.refusal(self.key(0, batch, 1).dims) is None:
+                return batch
+        return wanted
+
+    def key(self, index: int, batch: int, layers: int, regime: str | None = None, spare_pages: int = 0) -> CaseKey:
+        """A case of mixed lengths; everything follows from ``index``."""
+        stage, space = self.space.stage, self.free
         source = Source(f"capability/{stage.name}/{space.preset}/{index}")
         lengths: tuple[int, ...] = ()
         chunks: tuple[int, ...] = ()
@@ -130,7 +151,7 @@ def _with(key: CaseKey, **overrides: int) -> CaseKey:
 
 def _other_pools(trial: _Trial) -> Iterator[Judged]:
     """The same sequences in another pool, larger and in another order, with pages that sequences share: the same bits."""
-    batch = min(3, trial.space.limit.B)
+    batch = trial.batch(3)
     for index in range(SEEDS):
         key = trial.key(index, batch, 1)
         case = make_case(key)
@@ -148,7 +169,7 @@ def _other_pools(trial: _Trial) -> Iterator[Judged]:
 
 def _batches(trial: _Trial) -> Iterator[Judged]:
     """One build for every user batch: 1, 3, 7 and the capacity, with mixed lengths in a pool of one size."""
-    capacity = min(trial.kernel.capacity, trial.space.limit.B)
+    capacity = trial.capacity
     for index, batch in enumerate(sorted({*BATCHES, capacity})):
         if batch > capacity:
             continue
@@ -163,12 +184,12 @@ def _depths(trial: _Trial) -> Iterator[Judged]:
     """One layer and several, every layer with weights and a cache of its own."""
     for layers in (1, LAYERS):
         about = "with one layer" if layers == 1 else f"with {layers} layers"
-        judged, _ = trial(about, make_case(_with(trial.key(layers, 2, layers), L=layers)))
+        judged, _ = trial(about, make_case(_with(trial.key(layers, trial.batch(2), layers), L=layers)))
         yield judged
 
 
 def _logits(trial: _Trial) -> Iterator[Judged]:
-    judged, _ = trial("from hidden states to logits", make_case(trial.key(0, 2, 1)))
+    judged, _ = trial("from hidden states to logits", make_case(trial.key(0, trial.batch(2), 1)))
     yield judged
 
 
@@ -180,7 +201,7 @@ def _chain(trial: _Trial, chunks: tuple[int, ...]) -> Iterator[Judged]:
     stage = trial.space.stage
     assert stage.chain is not None
     start, result = stage.chain
-    key = trial.key(0, 2, 1)
+    key = trial.key(0, trial.batch(2), 1)
     deep = key.dims.replace(L=sum(chunks))
     inputs = make_inputs(stage, key, deep)
     state = inputs[start]

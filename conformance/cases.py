@@ -81,7 +81,8 @@ class CaseKey:
     def dims(self) -> Dims:
         """The dimensions of the case, before ``rows`` selects any."""
         dims = _of_stage(stage_named(self.stage), preset_named(self.preset).replace(**dict(self.overrides)))
-        return dims.replace(T=sum(self.chunk_lens)) if self.chunk_lens else dims
+        tokens = sum(self.chunk_lens)
+        return dims.replace(T=tokens) if tokens else dims  # a chunk of none is for make_case to refuse
 
 
 #: The lists of a key, in the order of its text.
@@ -175,13 +176,12 @@ def take_rows(key: CaseKey, rows: tuple[int, ...]) -> CaseKey:
 
 
 def smallest(key: CaseKey) -> CaseKey:
-    """A case like this one with at most two sequences and two layers: what is dear is done on it."""
-    limits = {"B": 2, "L": 2}
+    """A case like this one with one layer and at most two sequences of a page and a token: what is dear is done on it."""
+    limits = {"B": 2, "L": 1}
     overrides = tuple((name, min(value, limits.get(name, value))) for name, value in key.overrides)
-    batch = dict(overrides).get("B", key.dims.B)
-    return dataclasses.replace(
-        key, overrides=overrides, rows=(), seq_lens=key.seq_lens[:batch], chunk_lens=key.chunk_lens[:batch]
-    )
+    batch, longest = dict(overrides).get("B", key.dims.B), key.dims.BS + 1
+    seq_lens, chunk_lens = (tuple(min(n, longest) for n in lens[:batch]) for lens in (key.seq_lens, key.chunk_lens))
+    return dataclasses.replace(key, overrides=overrides, rows=(), seq_lens=seq_lens, chunk_lens=chunk_lens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +251,22 @@ class Space:
         lengths = (limit.S,) * limit.B if self.stage.has_lengths else ()
         chunks = self.chunks([limit.S] * limit.B, lengths) if self.stage.has_chunks else ()
         return self.key(self.stage.regimes[0], 0, B=limit.B, L=limit.L, spare_pages=0, seq_lens=lengths, chunk_lens=chunks)
+
+    def with_longest(self, key: CaseKey) -> CaseKey:
+        """The key with its first sequence as long as the model allows."""
+        if not key.seq_lens:
+            return key
+        lengths = (self.limit.S, *key.seq_lens[1:])
+        drawn = dict(key.overrides)
+        return self.key(
+            key.regime,
+            key.seed,
+            B=drawn.get("B", self.limit.B),
+            L=drawn.get("L", self.limit.L),
+            spare_pages=0,
+            seq_lens=lengths,
+            chunk_lens=key.chunk_lens,
+        )
 
     def chunks(self, wanted: Iterable[int], seq_lens: Sequence[int]) -> tuple[int, ...]:
         """Chunk lengths as near to the wanted ones as sequences allow, and ``T`` tokens for all of them together."""

@@ -269,7 +269,11 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
     """
     from conformance import comparison
 
-    standings = [_standings(text, dims, examples, seed, lane, timeout) for text in (old, new)]
+    if lane == "compile_only":
+        raise UsageError("diff compares what kernels compute: compile_only executes nothing")
+    # Both are looked up before either is judged, which takes its time.
+    subjects = [_subject_of_diff(text) for text in (old, new)]
+    standings = [_standings(subject, dims, examples, seed, lane, timeout) for subject in subjects]
     found = comparison.compare_runs(*standings)
     for one in found:
         click.echo(str(one))
@@ -284,27 +288,35 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
     sys.exit(code)
 
 
-def _standings(text: str, dims: str, examples: int, seed: int, lane: str, timeout: float | None) -> dict[str, Standing]:
-    """What is known of the kernels of a run, or of one that is judged now."""
+def _subject_of_diff(text: str) -> dict[str, Standing] | Kernel:
+    """What is known of the kernels of a kept run, or a kernel that is to be judged: of a file or a bundled one."""
     from conformance import comparison
-    from conformance.checking import check as judge_kernel
     from conformance.declaration import Kernel, bundled_kernels, find_kernel
 
     folder = Path(text)
     if folder.is_dir():
         return comparison.of_run(folder)
-    if ":" in text:
-        kernel = _named(text)
-        if not isinstance(kernel, Kernel):
-            raise UsageError(f"{text} is a plain function: decorate it with @conformance.kernel(STAGE, capabilities=[...])")
-    else:
-        kernel = find_kernel(bundled_kernels(), text, "the bundled kernels (and there is no such folder)")
-    if lane == "compile_only":
-        raise UsageError("diff compares what kernels compute: compile_only executes nothing")
+    if ":" not in text:
+        return find_kernel(bundled_kernels(), text, "the bundled kernels (and there is no such folder)")
+    kernel = _named(text)
+    if not isinstance(kernel, Kernel):
+        raise UsageError(f"{text} is a plain function: decorate it with @conformance.kernel(STAGE, capabilities=[...])")
+    return kernel
+
+
+def _standings(
+    subject: dict[str, Standing] | Kernel, dims: str, examples: int, seed: int, lane: str, timeout: float | None
+) -> dict[str, Standing]:
+    """What is known of the kernels of a run, or of one that is judged now."""
+    from conformance import comparison
+    from conformance.checking import check as judge_kernel
+
+    if isinstance(subject, dict):
+        return subject
     report = judge_kernel(
-        kernel.stage_name, kernel, dims=_dims(dims), examples=examples, seed=seed, lane=lane, timeout=timeout, isolated=True
+        subject.stage_name, subject, dims=_dims(dims), examples=examples, seed=seed, lane=lane, timeout=timeout, isolated=True
     )
-    return {kernel.name: comparison.of_report(kernel, report)}
+    return {subject.name: comparison.of_report(subject, report)}
 
 
 @main.command()

@@ -19,6 +19,8 @@ from reports.summary import Fault, Reason, Row, RunSummary
 MOST_FAULTS = 20
 MOST_ROWS = 400
 MOST_REASONS = 20
+#: Kernels whose process took as much as this, at real size, are listed with what they took.
+HEAVY_BYTES = 10**9
 
 _STYLES: dict[str, str] = {
     "failed": "bold red",
@@ -57,6 +59,12 @@ def render(summary: RunSummary, width: int = 80, *, colour: bool = False) -> str
     if summary.rows:
         page.blank()
         _table(page, summary)
+    heavy = [cell for cell in summary.cells if (cell.peak_memory or 0) >= HEAVY_BYTES]
+    if heavy:
+        page.section("Time and peak memory of what took more than 1 GB")
+        for cell in heavy[:MOST_ROWS]:
+            name = f"{text.one_line(cell.kernel, 60)} {_short(cell.lane)} [{text.one_line(cell.preset, 40)}]"
+            page.wrapped(f"{name}: {text.seconds(cell.seconds)}, {text.memory(cell.peak_memory)}", indent=2)
     if summary.faults:
         cases = text.number(sum(fault.failed_cases for fault in summary.faults), "case")
         page.section(f"{text.number(len(summary.faults), 'fault')} in {cases}, worst first")

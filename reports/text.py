@@ -130,7 +130,10 @@ def replay_command(stage: str, source: str, kernel: str, case: str, lane: str = 
         words += ["--lane", lane]
     if detector == "compiler_pass":
         words += ["--all-passes"]
-    if case:
+    if detector == "capability":
+        # A claim is shown by several runs beside the cases: only the whole check makes them again.
+        words += ["--dims", case.split(":")[1]] if case.count(":") else []
+    elif case:
         words += ["--case", case]
     command = " ".join(shlex.quote(word) for word in words)
     if len(command) > LONGEST_COMMAND or command != one_line(command):

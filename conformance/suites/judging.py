@@ -112,7 +112,7 @@ class SubjectJudging:
     def full_size(self, dims_overrides: dict[str, int]) -> None:
         """Judge the kernel on one case at real geometry; compiler passes are not compared, which would take minutes."""
         space = self._space(dims_overrides)
-        key = next(iter(stratified_keys(space, SEED)))
+        key = space.with_longest(next(iter(stratified_keys(space, SEED))))
         self._require_accepted([key])
         with self._usage_errors(), self._process(FULL_SIZE_LIMITS) as process:
             for run in judged_runs(self.subject.kernel, key, process.run, RunPlan(passes="none")):

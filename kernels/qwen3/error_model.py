@@ -119,14 +119,15 @@ def mlp(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
     return {"out": _mlp_of(gate, up, inputs["w_down"], profile)}
 
 
-def _head(hidden: Bounds, inputs: Tensors, dims: Dims, profile: Profile) -> Bounds:
+def head(hidden: Bounds, inputs: Tensors, dims: Dims, profile: Profile) -> Bounds:
+    """Logits ``[N, V]`` of hidden states ``[N, H]``, before their cast to fp32."""
     (logits,) = bounds.norm_and_projections(hidden, inputs["final_norm_weight"], [inputs["lm_head_weight"].T], dims.eps, profile)
     return logits
 
 
 def lm_head(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
     """``logits``: final norm and vocabulary projection."""
-    return {"logits": _head(bounds.exact(inputs["hidden"]), inputs, dims, profile)}
+    return {"logits": head(bounds.exact(inputs["hidden"]), inputs, dims, profile)}
 
 
 def greedy_sample(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
@@ -198,7 +199,7 @@ def decode_fwd_layers(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str
     if "lm_head_weight" not in inputs:
         return {**found, "out": hidden}
     last = bounds.rounding(hidden[layout.last], profile)
-    return {**found, "logits": _head(last, inputs, dims, profile)}
+    return {**found, "logits": head(last, inputs, dims, profile)}
 
 
 # As in the reference, the layouts say what differs; one layer is a chain of one.

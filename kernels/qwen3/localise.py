@@ -115,7 +115,7 @@ def _results(
 
 
 def _about_result(name: str, result: torch.Tensor, expected: list[torch.Tensor], dims: Dims, seen_before: bool) -> str:
-    what = "is" if name == "out" else "follows from"
+    what = "is" if name == "out" else "follow from"
     for earlier in range(len(expected) - 2, -1, -1):
         if _close(result, expected[earlier]):
             return f"{name} {what} {_name(earlier)}, not layer {dims.L - 1}'s output"
