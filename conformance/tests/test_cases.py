@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 import conformance
 from conformance.buffers import same_bits
 from conformance.cases import Case, CaseKey, Space, keys, make_case, stratified_keys, take_rows
-from conformance.contract import stage_named
+from conformance.contract import preset_named, stage_named
 from conformance.errors import UsageError
-from kernels.qwen3.layout import contiguous
+from kernels.qwen3.layout import Layout, contiguous, layer_of
 
 STAGES = list(conformance.stages())
 WITH_LENGTHS = [name for name, stage in conformance.stages().items() if stage.has_lengths]
+WITH_CHUNKS = [name for name, stage in conformance.stages().items() if stage.has_chunks]
+#: Stages that read a paged cache; ``kv_write`` only writes one.
+PAGED = [name for name, stage in conformance.stages().items() if any(one.name == "block_table" for one in stage.arguments)]
 #: A few milliseconds a case: short sequences, one case small.
 SMALL = {"S": 40, "BS": 8, "L": 2}
 
@@ -46,14 +49,56 @@ def require_valid(case: Case) -> None:
         assert tuple(tensor.shape) == argument.size(dims)
         assert tensor.dtype == argument.dtype
         assert tensor.is_contiguous()
-        if argument.access == "in" and tensor.is_floating_point():
+        is_cache = argument.name in ("k_cache", "v_cache")  # a paged one holds NaN in pages that nobody owns
+        if not is_cache and tensor.is_floating_point():
             assert bool(torch.isfinite(tensor).all()), f"{case.key}: {argument.name} is not finite"
     if case.stage.has_lengths and "seq_lens" in case.inputs:
         assert bool(((case.inputs["seq_lens"] >= 1) & (case.inputs["seq_lens"] <= dims.S)).all())
     if "slot_mapping" in case.inputs:
         slots = case.inputs["slot_mapping"].tolist()
-        assert len({slot // dims.BS for slot in slots}) == len(slots), "two sequences share a page"
         assert all(0 <= slot < (dims.NB - 1) * dims.BS for slot in slots), "the last page belongs to nobody"
+        assert len(set(slots)) == len(slots), "two tokens share a slot"
+        if not case.stage.has_chunks:
+            assert len({slot // dims.BS for slot in slots}) == len(slots), "two sequences share a page"
+    if "block_table" in case.inputs:
+        require_valid_pages(case)
+
+
+def chunk_lens_of(case: Case) -> list[int]:
+    """How many tokens each sequence brings; 0 where nothing is written."""
+    if case.stage.has_chunks:
+        return case.inputs["chunk_lens"].tolist()
+    return [int("slot_mapping" in case.inputs)] * case.dims.B
+
+
+def require_valid_pages(case: Case) -> None:
+    """What the contract says of a block table, of slots and of packed chunks."""
+    dims, inputs = case.dims, case.inputs
+    table = inputs["block_table"].view(dims.B, dims.MB).tolist()
+    lengths, chunks = inputs["seq_lens"].tolist(), chunk_lens_of(case)
+    for b, pages in enumerate(table):
+        count = -(-lengths[b] // dims.BS)
+        assert all(0 <= page < dims.NB - 1 for page in pages[:count]), "the last page belongs to nobody"
+        assert len(set(pages[:count])) == count, "a sequence has a page twice"
+        assert pages[count:] == [-1] * (dims.MB - count)
+    for (a, one), (b, other) in itertools.combinations(enumerate(table), 2):
+        common = (set(one) & set(other)) - {-1}
+        # Shared are whole pages that start both histories, below whatever this step writes.
+        assert one[: len(common)] == other[: len(common)]
+        assert set(one[: len(common)]) == common
+        for sequence in (a, b):
+            assert len(common) * dims.BS <= lengths[sequence] - chunks[sequence]
+    if "chunk_offsets" in inputs:
+        starts = inputs["chunk_offsets"].tolist()
+        rows = [row for start, count in zip(starts, chunks, strict=True) for row in range(start, start + count)]
+        assert sorted(rows) == list(range(dims.T)), "chunks leave a gap or overlap"
+    else:
+        starts = list(range(dims.B))
+    if "slot_mapping" in inputs:
+        for b, (start, count) in enumerate(zip(starts, chunks, strict=True)):
+            positions = range(lengths[b] - count, lengths[b])
+            expected = [table[b][position // dims.BS] * dims.BS + position % dims.BS for position in positions]
+            assert inputs["slot_mapping"][start : start + count].tolist() == expected
 
 
 def test_a_dimension_that_stands_twice_is_refused() -> None:
@@ -77,6 +122,7 @@ counts = st.integers(0, 10**9)
     ),
     seq_lens=st.lists(counts, max_size=5).map(tuple),
     rows=st.lists(counts, max_size=5).map(tuple),
+    chunk_lens=st.lists(counts, max_size=5).map(tuple),
 )
 def test_a_key_survives_its_text(
     stage: str,
@@ -86,8 +132,9 @@ def test_a_key_survives_its_text(
     overrides: tuple[tuple[str, int], ...],
     seq_lens: tuple[int, ...],
     rows: tuple[int, ...],
+    chunk_lens: tuple[int, ...],
 ) -> None:
-    key = CaseKey(stage, preset, regime, seed, overrides, seq_lens, rows)
+    key = CaseKey(stage, preset, regime, seed, overrides, seq_lens, rows, chunk_lens)
     assert CaseKey.parse(str(key)) == key
     assert CaseKey.parse(f"  {key}\n") == key
 
@@ -124,6 +171,14 @@ def test_a_bad_key_is_refused_in_one_line_with_an_example(text: str) -> None:
         ("rms_norm:tiny:B=0:normal:0", "dimension B must be a positive whole number, found 0"),
         ("rms_norm:tiny:B=2,rows=0+2:normal:0", "rows must be below B=2"),
         ("kv_write:tiny:B=2,NB=3,seq_lens=16+17:normal:0", "4 pages are needed (one more than are in use), found NB=3"),
+        ("paged_attention:tiny:B=2,NB=2,seq_lens=16+1:normal:0", "3 pages are needed (one more than are in use), found NB=2"),
+        ("prefill_layer:tiny:B=2,seq_lens=5+9:normal:0", "takes 2 chunk lengths, found 0"),
+        ("prefill_layer:tiny:B=2,seq_lens=5+9,chunk_lens=5:normal:0", "takes 2 chunk lengths, found 1"),
+        ("prefill_fwd:tiny:B=2,seq_lens=5+9,chunk_lens=1+10:normal:0", "chunk length 10 is outside 1..9, the length of its"),
+        ("prefill_fwd:tiny:B=2,seq_lens=5+9,chunk_lens=0+9:normal:0", "chunk length 0 is outside 1..5, the length of its"),
+        ("prefill_fwd:tiny:B=1,seq_lens=5,chunk_lens=0:normal:0", "chunk length 0 is outside 1..5, the length of its"),
+        ("decode_layer:tiny:B=1,seq_lens=5,chunk_lens=1:normal:0", "takes no chunk lengths, found 1"),
+        ("prefill_layer:tiny:B=1,chunk_lens=1:normal:0", "takes 1 sequence lengths, found 0"),
     ],
 )
 def test_a_key_that_does_not_fit_says_why(text: str, message: str) -> None:
@@ -150,6 +205,16 @@ PINNED = {
     "decode_layer:tiny:B=2,seq_lens=16+100:needle:20": "7c5b61d24d6838dc",
     "decode_fwd_layers:awkward:B=2,L=3,seq_lens=7+76:small:21": "9360210d55cddd3c",
     "decode_fwd_layers:awkward:B=4,L=2,seq_lens=7+76+8+9,rows=2+0:mixed_rows:22": "2dfbc7012023b91f",
+    "paged_attention:awkward:B=3,NB=15,seq_lens=8+76+1:needle:23": "bdc302d1e2c01ffc",
+    "paged_attention:tiny:B=3,NB=19,seq_lens=40+128+97,rows=2+0:normal:0": "abbb7ad83e9c9328",
+    "lm_head:awkward:B=3:outlier:24": "d12c1d09df09ff2e",
+    "greedy_sample:awkward:B=3:ties:25": "401fc1cb653fbe04",
+    "greedy_sample:tiny:B=4:near_ties:26": "6f2bddc519ed6774",
+    "paged_decode_layer:tiny:B=2,NB=9,seq_lens=16+100:small:27": "0c14965be5f66d19",
+    "decode_fwd:awkward:B=2,L=2,seq_lens=7+76:outlier:28": "25cf243f4f162ca3",
+    "paged_decode_fwd:awkward:B=3,L=2,NB=20,seq_lens=9+76+40,rows=1:needle:29": "63c0d8833be9e8dc",
+    "prefill_layer:awkward:B=3,NB=14,seq_lens=8+76+9,chunk_lens=8+5+1:normal:30": "f617702c9075e93f",
+    "prefill_fwd:tiny:B=3,L=2,NB=13,seq_lens=17+100+33,chunk_lens=2+40+17,rows=2+1:mixed_rows:31": "09b5ef4a14800eda",
 }
 
 
@@ -267,6 +332,190 @@ def test_dims_that_make_no_sense_are_refused_in_one_line(dims: object, message: 
     assert "\n" not in str(error.value)
 
 
+# -- paged caches and chunks ----------------------------------------------------------------------------------------------------
+
+
+#: For what depends on neither heads nor weights.
+THIN = {"NH": 2, "NKV": 1, "D": 8, "I": 16, "V": 16, "S": 40, "BS": 8, "L": 2}
+
+
+def paged_cases(stage: str, count: int = 18) -> list[Case]:
+    return [make_case(key) for key in itertools.islice(stratified_keys(space_of(stage, THIN), 0), count)]
+
+
+def by_page(case: Case, name: str) -> torch.Tensor:
+    """A paged cache as ``[NB, L, NKV, BS, D]``, in float64."""
+    dims = case.dims
+    return case.inputs[name].double().view(dims.L, dims.NB, dims.NKV, dims.BS, dims.D).transpose(0, 1)
+
+
+@pytest.mark.parametrize("stage", [*PAGED, "kv_write"])
+def test_a_page_of_nobody_holds_nan_and_an_owned_one_does_not(stage: str) -> None:
+    for case in paged_cases(stage, 6):
+        if "block_table" in case.inputs:
+            owned = {page for page in case.inputs["block_table"].tolist() if page >= 0}
+        else:
+            owned = {slot // case.dims.BS for slot in case.inputs["slot_mapping"].tolist()}
+        for name in ("k_cache", "v_cache"):
+            pages = by_page(case, name)
+            nan = pages.isnan()
+            assert bool(nan[-1].all())
+            for page in range(case.dims.NB):
+                if page in owned:
+                    assert not bool(nan[page].any())
+                elif "block_table" in case.inputs:
+                    assert bool(nan[page].all())
+
+
+@pytest.mark.parametrize("stage", PAGED)
+@pytest.mark.parametrize("preset", ["tiny", "awkward"])
+def test_rows_past_a_length_hold_garbage_and_the_rows_before_it_do_not(stage: str, preset: str) -> None:
+    """At both ends of a page; at ``awkward`` the last page goes on past ``S``."""
+    dims = preset_named(preset)
+    lengths = (dims.BS + 1, dims.S - 1, dims.S)
+    chunks = (2, 3, 1) if stage in WITH_CHUNKS else ()
+    case = make_case(CaseKey(stage, preset, "normal", 0, (("B", 3), ("NB", 40)), lengths, chunk_lens=chunks))
+    table = case.inputs["block_table"].view(3, -1)
+    for name, honest, garbage in (("k_cache", 12, 30), ("v_cache", 6, 3000)):
+        pages = by_page(case, name)
+        for b, (length, new) in enumerate(zip(lengths, chunk_lens_of(case), strict=True)):
+            mine = pages[table[b][table[b] >= 0].long()]  # [pages, L, NKV, BS, D]
+            rows = mine.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [L, NKV, pages * BS, D]
+            largest = rows.abs().amax(-1)
+            assert bool((largest[:, :, : length - new] < honest).all())
+            assert bool((largest[:, :, length - new :] > garbage).all())
+
+
+@pytest.mark.parametrize("stage", PAGED)
+def test_pages_are_in_random_order(stage: str) -> None:
+    cases = [case for case in paged_cases(stage) if case.dims.NB > 8]
+    tables = [case.inputs["block_table"].view(case.dims.B, -1).tolist() for case in cases]
+    lists = [[page for page in pages if page >= 0] for table in tables for pages in table]
+    several = [pages for pages in lists if len(pages) > 1]
+    assert len(several) > 20
+    ascending = sum(pages == sorted(pages) for pages in several)
+    assert ascending < len(several) / 2
+    assert not any(pages == list(range(len(pages))) for pages in several if len(pages) > 2)
+
+
+@pytest.mark.parametrize("stage", PAGED)
+def test_sequences_share_pages_in_some_cases(stage: str) -> None:
+    shared = 0
+    possible = 0
+    for case in paged_cases(stage, 40):
+        owned = [page for page in case.inputs["block_table"].tolist() if page >= 0]
+        shared += len(set(owned)) < len(owned)
+        before = [length - new for length, new in zip(case.key.seq_lens, chunk_lens_of(case), strict=True)]
+        possible += sum(past >= case.dims.BS for past in before) > 1
+    assert 0 < shared < possible
+
+
+@pytest.mark.parametrize("stage", ["paged_attention", "paged_decode_fwd"])
+def test_a_paged_history_is_the_contiguous_one_cut_into_pages(stage: str) -> None:
+    """Drawn from the same source; a page that sequences share holds the rows of the first of them."""
+    from conformance.data import Source
+    from kernels.qwen3 import inputs
+
+    whole = {"paged_attention": inputs.attention, "paged_decode_fwd": inputs.decode_fwd}[stage]
+    seen = set()
+    for seed in range(6):
+        lengths = (24, 25, 40)
+        key = CaseKey(stage, "tiny", "normal", seed, (("B", 3), ("NB", 20), ("S", 40), ("BS", 8)), lengths)
+        case = make_case(key)
+        expected = whole(case.dims, lengths, "normal", Source(f"{stage}/normal/{seed}"))
+        table = case.inputs["block_table"].view(3, -1)
+        layout = Layout.of(case.inputs, case.dims)
+        for name in ("k_cache", "v_cache"):
+            for layer in range(case.dims.L):
+                rows = contiguous(expected[name], case.dims)[layer]
+                for b, length in enumerate(lengths):
+                    common = int((table[b] == table[0]).int().cumprod(0).sum()) * case.dims.BS if b else 0
+                    seen.add(common > 0)
+                    history = layout.history(layer_of(case.inputs[name], layer, case.dims.L), b)
+                    assert same_bits(history[:, :common].contiguous(), rows[0, :, :common].contiguous())
+                    assert same_bits(history[:, common:].contiguous(), rows[b, :, common:length].contiguous())
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("stage", WITH_CHUNKS)
+def test_chunks_are_packed_in_other_orders_too(stage: str) -> None:
+    orders = []
+    for case in paged_cases(stage):
+        starts = case.inputs["chunk_offsets"].tolist()
+        orders.append(starts == sorted(starts))
+    assert 2 <= sum(orders) < len(orders)  # a batch of one has but one order
+
+
+@pytest.mark.parametrize("stage", WITH_CHUNKS)
+def test_fifty_keys_hold_chunks_of_one_token_whole_prompts_and_page_edges(stage: str) -> None:
+    kinds: set[str] = set()
+    for key in itertools.islice(stratified_keys(space_of(stage), 0), 50):
+        page = key.dims.BS
+        assert key.dims.T == sum(key.chunk_lens) <= 64
+        for length, chunk in zip(key.seq_lens, key.chunk_lens, strict=True):
+            kinds.add("one" if chunk == 1 else "more")
+            kinds.add("whole" if chunk == length > 1 else "part")
+            if 1 < chunk < length:
+                kinds.add("starts at an edge" if (length - chunk) % page == 0 else "starts inside a page")
+                kinds.add("ends at an edge" if length % page == 0 else "ends inside a page")
+                kinds.add("over an edge" if (length - 1) // page > (length - chunk) // page else "within a page")
+    assert len(kinds) == 10, kinds
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_first_sequence_can_be_made_as_long_as_the_model_allows(stage: str) -> None:
+    space = space_of(stage, THIN)
+    for key in itertools.islice(stratified_keys(space, 4), 5):
+        longest = space.with_longest(key)
+        if stage not in WITH_LENGTHS:
+            assert longest == key
+            continue
+        assert longest.seq_lens == (40, *key.seq_lens[1:])
+        assert (longest.dims.B, longest.dims.L, longest.chunk_lens) == (key.dims.B, key.dims.L, key.chunk_lens)
+        require_valid(make_case(longest))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_largest_case_is_a_full_one_of_full_sequences(stage: str) -> None:
+    space = space_of(stage, THIN)
+    largest = make_case(space.largest)
+    require_valid(largest)
+    assert largest.dims.B == 16
+    assert set(largest.key.seq_lens) == ({40} if stage in WITH_LENGTHS else set())
+    assert (64 if stage in WITH_CHUNKS else 1) == largest.dims.T
+
+
+def test_a_pool_has_room_for_any_batch() -> None:
+    with pytest.raises(UsageError, match="NB=10 is too few pages for B=2 sequences of S=128: at least 17 are needed") as error:
+        Space.of(stage_named("paged_attention"), {"B": 2, "NB": 10})
+    assert "\n" not in str(error.value)
+    pinned = space_of("paged_attention", {"B": 2, "NB": 17})
+    assert {key.dims.NB for key in itertools.islice(stratified_keys(pinned, 0), 5)} == {17}
+
+
+def test_tokens_are_limited_by_t_and_only_a_prefill_has_them() -> None:
+    limited = list(itertools.islice(stratified_keys(space_of("prefill_layer", {"B": 3, "T": 7}), 0), 20))
+    assert max(key.dims.T for key in limited) == 7
+    with pytest.raises(UsageError, match="stage decode_layer has no dimension T to set"):
+        Space.of(stage_named("decode_layer"), {"T": 7})
+    with pytest.raises(UsageError, match="T=2 is too few tokens for B=3 sequences: each brings one at least"):
+        Space.of(stage_named("prefill_fwd"), {"B": 3, "T": 2})
+
+
+def test_logits_have_their_regimes_in_them() -> None:
+    def logits(regime: str, seed: int) -> torch.Tensor:
+        return make_case(CaseKey("greedy_sample", "awkward", regime, seed, (("B", 8),))).inputs["logits"]
+
+    for seed in range(3):
+        ties = logits("ties", seed)
+        assert bool(((ties == ties.amax(-1, keepdim=True)).sum(-1) > 1).all())
+        near = logits("near_ties", seed).topk(2).values
+        assert bool((near[:, 0] == torch.nextafter(near[:, 1], torch.tensor(torch.inf))).all())
+        assert bool((logits("negative", seed) < 0).all())
+    columns = torch.cat([logits("edges", seed).argmax(-1) for seed in range(3)]).tolist()
+    assert {0, 499} < set(columns)
+
+
 # -- rows of a case -------------------------------------------------------------------------------------------------------------
 
 ROW_KEYS = {
@@ -274,6 +523,23 @@ ROW_KEYS = {
     "kv_write": "kv_write:tiny:B=5,NB=30,seq_lens=1+16+17+40+128:normal:3",
     "attention": "attention:tiny:B=5,S=40,seq_lens=1+16+17+40+3:needle:3",
     "decode_fwd_layers": "decode_fwd_layers:tiny:B=5,L=2,S=40,seq_lens=1+16+17+40+3:normal:3",
+    "lm_head": "lm_head:tiny:B=5:outlier:3",
+    "greedy_sample": "greedy_sample:tiny:B=5:ties:3",
+}
+#: To be completed by a seed: of the two, sequences share pages with the second only.
+PAGED_ROW_KEYS = {
+    "paged_attention": "paged_attention:tiny:B=5,NB=20,S=80,seq_lens=70+16+35+40+3:normal",
+    "paged_decode_layer": "paged_decode_layer:tiny:B=5,NB=20,S=80,seq_lens=70+16+35+40+3:normal",
+    "paged_decode_fwd": "paged_decode_fwd:tiny:B=5,L=2,NB=20,S=80,seq_lens=70+16+35+40+3:mixed_rows",
+    "prefill_layer": "prefill_layer:tiny:B=5,NB=20,S=80,seq_lens=70+16+35+40+3,chunk_lens=4+16+1+20+3:normal",
+    "prefill_fwd": "prefill_fwd:tiny:B=5,L=2,NB=20,S=80,seq_lens=70+16+35+40+3,chunk_lens=4+16+1+20+2:mixed_rows",
+}
+SEEDS = {
+    "paged_attention": (1, 3),
+    "paged_decode_layer": (1, 2),
+    "paged_decode_fwd": (1, 2),
+    "prefill_layer": (1, 2),
+    "prefill_fwd": (1, 0),
 }
 ORDER = (4, 0, 2)
 
@@ -319,3 +585,48 @@ def test_results_of_rows_are_rows_of_results(text: str) -> None:
             # A shared paged cache: the slots of the sequences that were left out keep their rows.
             continue
         assert torch.allclose(after, before, rtol=1e-9, atol=1e-9, equal_nan=True), argument.name
+
+
+def of_sequence(case: Case, tensors: dict[str, torch.Tensor], sequence: int) -> dict[str, torch.Tensor]:
+    """Everything that belongs to one sequence of a paged case, in the order of its positions, wherever it lies."""
+    dims, layout = case.dims, Layout.of(case.inputs, case.dims)
+    mine = torch.nonzero(layout.sequence == sequence).flatten()
+    mine = mine[layout.length[mine].argsort()]
+    parts = {"length": layout.length[mine]}
+    for name, tensor in tensors.items():
+        axis = case.stage.argument(name).shape.split()[0]
+        if name in ("k_cache", "v_cache"):
+            layers = [layout.history(layer_of(tensor, layer, dims.L), sequence) for layer in range(dims.L)]
+            parts[name] = torch.stack(layers)
+        elif name == "block_table":
+            parts[name] = tensor.view(dims.B, -1)[sequence]
+        elif axis == "T":
+            parts[name] = tensor[mine]
+        elif axis == "B" and name != "chunk_offsets":
+            parts[name] = tensor[sequence]
+    return {name: tensor.contiguous() for name, tensor in parts.items()}
+
+
+@pytest.mark.parametrize("rows", [ORDER, (3,), (1,)], ids=["permuted", "lone", "lone with an edge"])
+@pytest.mark.parametrize("stage", PAGED)
+def test_rows_of_a_paged_case_are_the_same_sequences(stage: str, rows: tuple[int, ...]) -> None:
+    """Their histories bit for bit, their tokens, and what the reference makes of them."""
+    from conformance.arithmetic import EXACT
+
+    for seed, shares in zip(SEEDS[stage], (False, True), strict=True):
+        whole = make_case(CaseKey.parse(f"{PAGED_ROW_KEYS[stage]}:{seed}"))
+        part = make_case(take_rows(whole.key, rows))
+        require_valid(part)
+        chunks = whole.key.chunk_lens
+        tokens = sum(chunks[row] for row in rows) if chunks else 1
+        assert part.dims == whole.dims.replace(B=len(rows), T=tokens)
+        owned = [page for page in whole.inputs["block_table"].tolist() if page >= 0]
+        assert (len(set(owned)) < len(owned)) is shares
+        everything, some = (case.stage.reference(case.inputs, case.dims, EXACT) for case in (whole, part))
+        for place, row in enumerate(rows):
+            before, after = of_sequence(whole, whole.inputs, row), of_sequence(part, part.inputs, place)
+            for name, tensor in before.items():
+                assert same_bits(after[name], tensor), name
+            before, after = of_sequence(whole, everything, row), of_sequence(part, some, place)
+            for name, tensor in before.items():
+                assert torch.allclose(after[name].double(), tensor.double(), rtol=1e-9, atol=1e-9), name

@@ -29,6 +29,11 @@ def gain(x, weight, out):
     out.mul_(1.005)
 
 
+@conformance.kernel("rms_norm", capabilities=["variable_batch"])
+def serving(x, weight, out):
+    plain(x, weight, out)
+
+
 @conformance.kernel("rms_norm")
 def segfault(x, weight, out):
     ctypes.string_at(0)
@@ -113,6 +118,8 @@ def test_a_kernel_that_takes_its_process_down_is_a_finding(
         (["check", "rms_norm", "mine.py:plain", "--all-passes"], "--all-passes goes with --case"),
         (["check", "rms_norm", "mine.py:plain", "--out", "mine.py"], "mine.py is a file"),
         (["report", "nowhere"], "no run in nowhere"),
+        (["diff", "mine.py:gain", "mine.py:plain"], "mine.py:plain is a plain function"),
+        (["diff", "mine.py:gain", "nowhere"], "no kernel 'nowhere' in the bundled kernels (and there is no such folder)"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -156,14 +163,32 @@ def test_doctor_names_what_the_lanes_need(folder: Path) -> None:
         assert any(line[3:].lstrip().startswith(name) for line in done.stdout.splitlines()), done.stdout
 
 
-def test_list_shows_every_stage_with_its_kernel(folder: Path) -> None:
+def test_list_shows_every_stage_with_its_arguments_and_its_kernels(folder: Path) -> None:
     done = run_command(folder, "list", "--kernels", "mine.py")
     assert done.returncode == 0
-    lines = done.stdout.splitlines()
     from conformance.contract import stages
+    from conformance.declaration import bundled_kernels
 
-    for stage in stages():
-        position = next(index for index, line in enumerate(lines) if line.startswith(f"{stage}: "))
-        following = [line for line in lines[position + 1 : position + 12] if line.startswith("  - ")]
-        assert following[0].startswith(f"  - {stage} (pypto: compile_only interpret device")
-    assert any(line.startswith("  - gain (torch: eager") for line in lines)
+    sections: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        if not line.startswith(" "):
+            sections[line.split(":")[0]] = []
+        else:
+            next(reversed(sections.values())).append(line)
+    assert list(sections) == list(stages())
+    for stage in stages().values():
+        arguments = " ".join(line.strip() for line in sections[stage.name] if line.startswith("    "))
+        assert arguments == ", ".join(argument.describe() for argument in stage.arguments)
+    for kernel in bundled_kernels():
+        able = f"; {' '.join(kernel.capabilities)}" if kernel.capabilities else ""
+        assert f"  - {kernel.name} (pypto: compile_only interpret device{able})" in sections[kernel.stage_name]
+    assert "  - gain (torch: eager)" in sections["rms_norm"]
+    assert "  - serving (torch: eager; variable_batch)" in sections["rms_norm"]
+
+
+def test_diff_has_an_exit_code_for_what_is_lost(folder: Path) -> None:
+    """More of it in ``test_comparison.py``."""
+    done = run_command(folder, "diff", "mine.py:serving", "mine.py:gain", "--examples", "2")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "serves less: 1 capability lost"
+    assert "lost: variable_batch" in done.stdout

@@ -34,11 +34,19 @@ def kernel(x, weight, out):
 report = conformance.check("rms_norm", kernel, examples=9)
 assert report.ok, report
 assert not conformance.check("rms_norm", lambda x, weight, out: out.zero_() and None, examples=9).ok
+
+@conformance.kernel("greedy_sample", capabilities=["variable_batch"])
+def sample(logits, token_ids):
+    token_ids.copy_(logits.argmax(-1))
+
+report = conformance.check("greedy_sample", sample, examples=9)
+assert report.ok, report
+assert any(run.check == "capability:variable_batch" for run in report.runs)
 print(len(conformance.stages()))
 """
-    done = run({"pypto", "pytest", "_pytest", "hypothesis", "xdist"}, program)
+    done = run({"pypto", "pytest", "_pytest", "hypothesis", "xdist", "transformers"}, program)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "10"
+    assert done.stdout.strip() == "18"
 
 
 def test_importing_the_package_does_not_import_torch() -> None:

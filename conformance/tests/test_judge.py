@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import conformance
-from conformance.arithmetic import CONTRACT
+from conformance.arithmetic import CONTRACT, Arithmetic
 from conformance.buffers import GUARD_ALIGNMENT, GUARD_BYTES, Guarded, bits, poison, poisoned, same_bits
 from conformance.cases import Case, CaseKey, make_case
 from conformance.errors import UsageError
@@ -204,6 +204,57 @@ def test_a_constant_row_says_nothing_about_spread_or_bias() -> None:
     assert judged(case, perfect(case)).ok
 
 
+# -- integers -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sample_case() -> Case:
+    return make_case(CaseKey.parse("greedy_sample:awkward:B=4:ties:1"))
+
+
+def test_the_right_integers_pass_and_use_nothing(sample_case: Case) -> None:
+    verdict = judged(sample_case, perfect(sample_case))
+    assert verdict.ok
+    assert verdict.share == 0
+    assert verdict.shares == {"token_ids": 0}
+
+
+@pytest.mark.parametrize(("added", "many"), [(1, False), (-500, False), (1, True)])
+def test_a_wrong_integer_is_an_element_with_its_place_and_both_values(sample_case: Case, added: int, many: bool) -> None:
+    outputs = perfect(sample_case)
+    expected = outputs["token_ids"].tolist()
+    outputs["token_ids"][2 if not many else slice(None)] += added
+    verdict = judged(sample_case, outputs)
+    assert detectors(verdict) == ["element"]
+    (finding,) = verdict.findings
+    row = 0 if many else 2
+    extent = "all 4 elements" if many else "1 of 4 elements"
+    assert finding.message == f"token_ids[{row}] is {expected[row] + added}, expected {expected[row]}; {extent}"
+    assert (finding.argument, finding.index, finding.where) == ("token_ids", (row,), {"row": row})
+    assert (finding.count, finding.total, finding.share) == (4 if many else 1, 4, math.inf)
+    assert verdict.share == math.inf
+
+
+def test_zeros_are_a_token_like_any_other() -> None:
+    case = make_case(CaseKey.parse("greedy_sample:awkward:B=1:normal:1"))
+    case.inputs["logits"][0, 0] = 100
+    assert judged(case, {"token_ids": torch.zeros(1, dtype=torch.int32)}).ok
+    case.inputs["logits"][0, 1] = 101
+    assert detectors(judged(case, {"token_ids": torch.zeros(1, dtype=torch.int32)})) == ["element"]
+
+
+def test_an_integer_that_was_not_written_is_found_and_told_once(sample_case: Case) -> None:
+    outputs = perfect(sample_case)
+    poison(outputs["token_ids"][3:])
+    verdict = judged(sample_case, outputs)
+    assert detectors(verdict) == ["unwritten"]
+    (finding,) = verdict.findings
+    assert finding.message == "token_ids was not written: 1 of 4 elements, the first at token_ids[3] (row 3)"
+    assert (finding.index, finding.where) == ((3,), {"row": 3})
+    poison(outputs["token_ids"])
+    assert "all 4 elements" in judged(sample_case, outputs).findings[0].message
+
+
 # -- caches ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +385,88 @@ def test_composite_runs_are_localised_only_when_wrong() -> None:
     outputs["out"] = outputs["out"] * 2
     assert "Cause: the cache rows are right" in judged(case, outputs).findings[0].message
     assert conformance.stages()["decode_layer"].localise is not None
+
+
+# -- several tokens a sequence --------------------------------------------------------------------------------------------------
+
+
+class EveryRounding(Arithmetic):
+    """A legal kernel that makes every optional rounding."""
+
+    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
+        return self.round(tensor)
+
+
+PREFILL = "prefill_layer:tiny:B=2,NH=2,NKV=1,D=32,I=64,S=40,NB=8,seq_lens=20+33,chunk_lens=6+4"
+
+
+def rounded_everywhere(case: Case) -> dict[str, torch.Tensor]:
+    results = case.stage.reference(case.inputs, case.dims, EveryRounding(torch.float32, rounds=True))
+    return {argument.name: results[argument.name].to(argument.dtype) for argument in case.stage.outputs}
+
+
+@pytest.mark.parametrize("end", ["normal:2", "small:14", "needle:22"])
+def test_errors_that_a_tokens_roundings_share_do_not_reject_a_prefill(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the errors of a row independent of one another, these would be too large together."""
+    case = make_case(CaseKey.parse(f"{PREFILL}:{end}"))
+    outputs = rounded_everywhere(case)
+    assert judged(case, outputs).ok
+    monkeypatch.setattr(Oracle, "independent_errors", lambda self, argument, profile: torch.tensor(math.inf))
+    assert detectors(judged(case, outputs)) == ["spread"]
+
+
+def test_a_prefill_of_one_token_a_sequence_has_the_correlations_of_a_decode_step() -> None:
+    key = CaseKey.parse("prefill_layer:tiny:B=3,S=40,NB=9,seq_lens=5+17+40,chunk_lens=1+1+1,rows=0+1+2:normal:1")
+    prefill = make_case(key)  # rows: packed in the order of the sequences
+    decode_stage = conformance.stages()["paged_decode_layer"]
+    inputs = {argument.name: prefill.inputs[argument.name] for argument in decode_stage.inputs}
+    decode = Case(key, decode_stage, prefill.dims.replace(T=1), inputs)
+    for name in ("k_cache", "v_cache", "out"):
+        one, other = (Oracle(case).independent_errors(name, case.stage.profiles[0]) for case in (prefill, decode))
+        assert one.shape == other.shape
+        assert torch.allclose(one, other, rtol=1e-3)
+
+
+def test_the_correlation_of_a_token_does_not_depend_on_where_it_is_packed() -> None:
+    """What a token's roundings share is told from eight random directions: to about a quarter, and more where few modes rule."""
+    whole = make_case(CaseKey.parse(f"{PREFILL}:normal:3"))
+    turned = make_case(CaseKey.parse(f"{PREFILL},rows=1+0:normal:3"))
+    counts = []
+    for case in (whole, turned):
+        found = Oracle(case).independent_errors("out", case.stage.profiles[0])
+        starts, lengths = case.inputs["chunk_offsets"].tolist(), case.inputs["chunk_lens"].tolist()
+        counts.append([found[start : start + length] for start, length in zip(starts, lengths, strict=True)])
+    first, second = counts[0], list(reversed(counts[1]))
+    assert [len(part) for part in first] == [len(part) for part in second] == [6, 4]
+    ratio = torch.cat(first) / torch.cat(second)
+    assert bool(((ratio > 0.4) & (ratio < 2.5)).all())
+    assert 0.8 < float(ratio.log().mean().exp()) < 1.25
+
+
+@pytest.mark.parametrize(("deviations", "detector"), [(20.0, "element"), (4.5, "spread")])
+def test_a_wrong_token_of_a_chunk_is_named(deviations: float, detector: str) -> None:
+    case = make_case(CaseKey.parse(f"{PREFILL}:normal:3"))
+    outputs = perfect(case)
+    assert judged(case, outputs).ok
+    estimate = Oracle(case).bounds(case.stage.profiles[0])["out"]
+    signs = torch.tensor([1.0, -1.0] * 32, dtype=torch.float64)
+    outputs["out"][7] = (estimate.value[7] + signs * deviations * estimate.variance[7].sqrt()).to(BF16)
+    finding = judged(case, outputs).findings[0]
+    assert finding.detector == detector
+    assert finding.index is not None
+    assert finding.index[0] == finding.where["token"] == 7
+    assert ("out[7, " if detector == "element" else "errors of out in row 7 are") in finding.message
+
+
+def test_a_prefills_stale_row_is_named_by_page_and_offset() -> None:
+    case = make_case(CaseKey.parse(f"{PREFILL}:normal:3"))
+    outputs = perfect(case)
+    slot = int(case.inputs["slot_mapping"][4])
+    outputs["v_cache"][slot] = case.inputs["v_cache"][slot]  # one KV head: a row is a slot
+    verdict = judged(case, outputs)
+    assert detectors(verdict) == ["stale_row"]
+    where = verdict.findings[0].where
+    assert (where["page"], where["offset"]) == divmod(slot, case.dims.BS)
 
 
 def test_rounding_that_had_to_lean_is_no_bias() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
@@ -36,8 +38,8 @@ def assert_legal(key: CaseKey, choices: Choices) -> None:
     assert verdict.share is not None
 
 
-def keys_of(stage: str, dims: str | dict[str, int], count: int, seed: int) -> list[CaseKey]:
-    return list(itertools.islice(stratified_keys(Space.of(stage_named(stage), dims), seed), count))  # type: ignore[arg-type]
+def keys_of(stage: str, dims: str | Mapping[str, Any], count: int, seed: int) -> list[CaseKey]:
+    return list(itertools.islice(stratified_keys(Space.of(stage_named(stage), dims), seed), count))
 
 
 @pytest.mark.parametrize("stage", SINGLE_STAGES)
@@ -55,18 +57,46 @@ def test_random_combinations_pass(stage: str, preset: str) -> None:
         assert_legal(key, random_choices(stage, seed))
 
 
+def small_dims(stage: str, preset: str = "tiny") -> dict[str, str | int]:
+    """Dimensions of a stage of layers that take well below a second a case."""
+    contract = stage_named(stage)
+    dims: dict[str, str | int] = {"preset": preset, "S": 48}
+    if "L" in contract.drawn:
+        dims["L"] = 2
+    if contract.has_chunks:
+        dims["T"] = 24
+    return dims
+
+
 @pytest.mark.parametrize("stage", COMPOSITE_STAGES)
 def test_random_combinations_of_layers_pass(stage: str) -> None:
-    dims = {"S": 48, "L": 2} if stage == "decode_fwd_layers" else {"S": 48}
-    for seed, key in enumerate(keys_of(stage, dims, 18, seed=200)):
+    count = 18 if stage in ("decode_layer", "decode_fwd_layers") else 9
+    for seed, key in enumerate(keys_of(stage, small_dims(stage), count, seed=200)):
         assert_legal(key, random_choices(stage, seed))
 
 
 @pytest.mark.parametrize("preset", ["tiny", "awkward"])
-@pytest.mark.parametrize("stage", ["attention", *COMPOSITE_STAGES])
+@pytest.mark.parametrize("stage", ["attention", "decode_layer", "decode_fwd_layers"])
 def test_all_of_hugging_faces_roundings_pass(stage: str, preset: str) -> None:
     for key in keys_of(stage, preset, 12 if stage == "attention" else 5, seed=300):
         assert_legal(key, HUGGING_FACE_LIKE)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "awkward"])
+@pytest.mark.parametrize("stage", ["paged_decode_layer", "decode_fwd", "paged_decode_fwd", "prefill_layer", "prefill_fwd"])
+def test_all_of_hugging_faces_roundings_pass_in_small_layers(stage: str, preset: str) -> None:
+    for key in keys_of(stage, small_dims(stage, preset), 3, seed=300):
+        assert_legal(key, HUGGING_FACE_LIKE)
+
+
+@pytest.mark.parametrize("visit", ["forward", "backward", "shuffled"])
+@pytest.mark.parametrize("whole_page", ["no", "add", "replace"])
+@pytest.mark.parametrize("queries", [1, 3, 0])
+def test_prefill_may_go_by_tokens_or_by_blocks_of_queries(queries: int, whole_page: str, visit: str) -> None:
+    """Block by block under a causal mask, pages in any order, the last one read to its end or not."""
+    choices = Choices(queries=queries, whole_page=whole_page, visit=visit, block=16)
+    (key,) = keys_of("prefill_layer", small_dims("prefill_layer"), 1, seed=400 + queries)
+    assert_legal(key, choices)
 
 
 #: Runs that earlier versions of the error model rejected, and what it left out.
@@ -110,15 +140,21 @@ def test_a_declared_profile_suffices_for_the_kernel_that_has_it(stage: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("stage", "declared", "made"),
-    [("qk_norm", "contract", "before_rope"), ("mlp", "contract", "gate_up"), ("o_proj", "contract", "branch")],
+    ("stage", "made", "profile"),
+    [
+        ("qk_norm", "before_rope", "before_rope"),
+        ("mlp", "gate_up", "gate_up"),
+        ("o_proj", "branch", "branch"),
+        ("lm_head", "normalised", "normalised"),
+        ("lm_head", "deferred_final_norm", "deferred_norm"),
+    ],
 )
-def test_a_rounding_that_was_not_declared_is_found(stage: str, declared: str, made: str) -> None:
+def test_a_rounding_that_was_not_declared_is_found(stage: str, made: str, profile: str) -> None:
     case = make_case(keys_of(stage, "tiny", 1, seed=0)[0])
     outcome = run_eager(torch_kernel(stage, Choices(**{made: True})), case)  # type: ignore[arg-type]
     assert judge(case, outcome).ok
-    assert judge(case, outcome).profile == made
-    assert not judge(case, outcome, profile=declared).ok
+    assert judge(case, outcome).profile == profile
+    assert not judge(case, outcome, profile="contract").ok
 
 
 def test_a_rounding_that_belongs_inside_a_layer_is_no_stages_own() -> None:

@@ -133,6 +133,192 @@ def test_layers(text: str) -> None:
         assert torch.allclose(found[name], cache.reshape(-1, dims.D), rtol=1e-5, atol=1e-5)
 
 
+# -- pages, chunks and heads ----------------------------------------------------------------------------------------------------
+
+
+def gathered(case: Case, name: str, layer: int = 0) -> Tensor:
+    """One layer of a paged cache as ``[B, NKV, MB * BS, D]`` in float64, page by page; zeros where the table has no page."""
+    dims = case.dims
+    pages = case.inputs[name].double().view(dims.L, dims.NB, dims.NKV, dims.BS, dims.D)[layer]
+    table = case.inputs["block_table"].view(dims.B, dims.MB)
+    rows = torch.zeros(dims.B, dims.NKV, dims.MB * dims.BS, dims.D, dtype=torch.float64)
+    for b in range(dims.B):
+        for index, page in enumerate(table[b].tolist()):
+            if page >= 0:
+                rows[b, :, index * dims.BS : (index + 1) * dims.BS] = pages[page]
+    return rows
+
+
+@pytest.mark.parametrize("regime", ["normal", "needle", "big"])
+@pytest.mark.parametrize("preset", ["tiny", "awkward"])
+def test_paged_attention(preset: str, regime: str) -> None:
+    case = case_of(f"paged_attention:{preset}:B=4,NB=30,seq_lens=1+16+17+76:{regime}:1")
+    dims = case.dims
+    query = case.inputs["q"].double().view(dims.B, dims.NH, 1, dims.D)
+    seen = torch.arange(dims.MB * dims.BS) < case.inputs["seq_lens"].view(-1, 1, 1, 1)
+    keys, values = gathered(case, "k_cache"), gathered(case, "v_cache")
+    expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=True)
+    assert_same(exact(case)["out"], expected.reshape(dims.B, dims.H))
+
+
+@pytest.mark.parametrize("regime", ["normal", "small"])
+@pytest.mark.parametrize("preset", ["tiny", "awkward"])
+def test_lm_head(preset: str, regime: str) -> None:
+    case = case_of(f"lm_head:{preset}:B=3:{regime}:1")
+    assert_same(exact(case)["logits"], head_of(case, case.inputs["hidden"].double()))
+
+
+def head_of(case: Case, hidden: Tensor) -> Tensor:
+    normalised = F.rms_norm(hidden, (case.dims.H,), case.inputs["final_norm_weight"][0].double(), case.dims.eps)
+    return F.linear(normalised, case.inputs["lm_head_weight"].double())
+
+
+@pytest.mark.parametrize("regime", ["normal", "ties", "near_ties", "edges", "negative", "big", "constant"])
+def test_greedy_sample(regime: str) -> None:
+    case = case_of(f"greedy_sample:awkward:B=6:{regime}:1")
+    logits = case.inputs["logits"]
+    lowest = [row.index(max(row)) for row in logits.tolist()]  # the first of equals
+    assert exact(case)["token_ids"].tolist() == lowest == logits.numpy().argmax(-1).tolist()
+    several = bool(((logits == logits.amax(-1, keepdim=True)).sum(-1) > 1).any())
+    assert several is (regime in ("ties", "constant"))
+
+
+def with_other_inputs(case: Case, stage: str, inputs: dict[str, Tensor], **dims: int) -> Case:
+    other = conformance.stages()[stage]
+    return Case(case.key, other, case.dims.replace(**dims), {argument.name: inputs[argument.name] for argument in other.inputs})
+
+
+def as_contiguous(case: Case) -> dict[str, Tensor]:
+    """A paged case's inputs with contiguous caches of the same histories."""
+    dims = case.dims
+    caches = {
+        name: torch.stack([gathered(case, name, layer)[:, :, : dims.S] for layer in range(dims.L)]).reshape(-1, dims.D)
+        for name in ("k_cache", "v_cache")
+    }
+    return {**case.inputs, **caches}
+
+
+@pytest.mark.parametrize(
+    ("text", "contiguous"),
+    [
+        ("paged_decode_layer:tiny:B=3,NB=12,seq_lens=1+17+128:normal:2", "decode_layer"),
+        ("paged_decode_layer:awkward:B=3,NB=20,seq_lens=8+76+9:needle:1", "decode_layer"),
+        ("paged_decode_fwd:tiny:B=3,L=2,NB=12,seq_lens=1+17+128:normal:2", "decode_fwd"),
+        ("paged_decode_fwd:awkward:B=2,L=3,NB=20,seq_lens=16+76:small:1", "decode_fwd"),
+    ],
+)
+def test_a_step_over_pages_is_the_step_over_contiguous_histories(text: str, contiguous: str) -> None:
+    """The one over contiguous caches is held against torch's own functions above."""
+    case = case_of(text)
+    dims = case.dims
+    flat = with_other_inputs(case, contiguous, as_contiguous(case))
+    paged, expected = exact(case), exact(flat)
+    result = case.stage.outputs[-1].name
+    assert_same(paged[result], expected[result])
+    for name in ("k_cache", "v_cache"):
+        after = Case(case.key, case.stage, dims, {**case.inputs, name: paged[name]})
+        rows = expected[name].view(dims.L, dims.B, dims.NKV, dims.S, dims.D)
+        for layer in range(dims.L):
+            for b, length in enumerate(case.key.seq_lens):
+                assert_same(gathered(after, name, layer)[b, :, :length], rows[layer, b, :, :length])
+        slots = case.inputs["slot_mapping"].tolist()
+        written = {slot // dims.BS: slot % dims.BS for slot in slots}
+        before = case.inputs[name].double().view(dims.L, dims.NB, dims.NKV, dims.BS, dims.D)
+        kept = paged[name].view_as(before).clone()
+        for page, offset in written.items():
+            kept[:, page, :, offset] = before[:, page, :, offset]
+        assert torch.equal(kept.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(
+    "text", ["decode_fwd:tiny:B=3,L=2,seq_lens=1+17+128:normal:1", "decode_fwd:awkward:B=2,L=3,seq_lens=9+76:small:1"]
+)
+def test_a_whole_step_is_its_layers_and_the_head(text: str) -> None:
+    case = case_of(text)
+    layers = exact(with_other_inputs(case, "decode_fwd_layers", case.inputs))
+    assert_same(exact(case)["logits"], head_of(case, layers["out"]))
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(exact(case)[name], layers[name])
+
+
+PREFILLS = (
+    "prefill_layer:tiny:B=3,NB=13,seq_lens=5+33+128,chunk_lens=5+18+1:normal:1",
+    "prefill_layer:awkward:B=4,NB=20,seq_lens=8+76+9+17,chunk_lens=1+13+9+10:mixed_rows:2",
+    "prefill_layer:awkward:B=2,NB=20,seq_lens=40+24,chunk_lens=16+8:needle:3",
+)
+
+
+@pytest.mark.parametrize("text", PREFILLS)
+def test_a_chunk_is_its_tokens_one_after_another(text: str) -> None:
+    """Each a decode step of one sequence alone: what the step before wrote is in the cache, what comes later is not."""
+    case = case_of(text)
+    dims, found = case.dims, exact(case)
+    caches = {name: case.inputs[name].double() for name in ("k_cache", "v_cache")}
+    table = case.inputs["block_table"].view(dims.B, dims.MB)
+    starts = case.inputs["chunk_offsets"].tolist()
+    seen = 0
+    for b, (length, count, start) in enumerate(zip(case.key.seq_lens, case.key.chunk_lens, starts, strict=True)):
+        for index in range(count):
+            token = start + index
+            inputs = {
+                **case.inputs,
+                **caches,
+                "hidden_states": case.inputs["hidden_states"][token : token + 1],
+                "seq_lens": torch.tensor([length - count + index + 1], dtype=torch.int32),
+                "block_table": table[b],
+                "slot_mapping": case.inputs["slot_mapping"][token : token + 1],
+            }
+            step = exact(with_other_inputs(case, "paged_decode_layer", inputs, B=1, T=1))
+            assert_same(found["out"][token], step["out"][0])
+            caches = {name: step[name] for name in caches}
+            seen += 1
+    assert seen == dims.T
+    for name, cache in caches.items():
+        assert torch.allclose(found[name], cache, rtol=1e-11, atol=1e-12, equal_nan=True)
+
+
+def test_a_prefill_of_one_token_a_sequence_is_a_decode_step() -> None:
+    case = case_of("prefill_fwd:awkward:B=3,L=2,NB=20,seq_lens=1+17+76,chunk_lens=1+1+1:normal:1")
+    order = case.inputs["chunk_offsets"].long()
+    assert order.tolist() != [0, 1, 2]
+    packed = {name: case.inputs[name][order] for name in ("hidden_states", "slot_mapping")}
+    step = exact(with_other_inputs(case, "paged_decode_fwd", {**case.inputs, **packed}, T=1))
+    found = exact(case)
+    for name in ("k_cache", "v_cache", "logits"):
+        assert torch.allclose(found[name], step[name], rtol=1e-11, atol=1e-12, equal_nan=True)
+
+
+def test_a_prefill_in_two_chunks_is_one_prefill() -> None:
+    """The second chunk starts from the caches that the first one left, in every layer."""
+    case = case_of("prefill_fwd:tiny:B=2,L=2,NB=9,seq_lens=21+40,chunk_lens=21+17:normal:1")
+    lengths, chunks = torch.tensor(case.key.seq_lens), torch.tensor(case.key.chunk_lens)
+    starts = case.inputs["chunk_offsets"].long()
+    first_part = torch.tensor([7, 16])
+    caches: dict[str, Tensor] = {}
+    for done, new in ((0 * first_part, first_part), (first_part, chunks - first_part)):
+        tokens = torch.cat(
+            [torch.arange(int(count)) + start + before for count, start, before in zip(new, starts, done, strict=True)]
+        )
+        inputs = {
+            **case.inputs,
+            **caches,
+            "hidden_states": case.inputs["hidden_states"][tokens],
+            "slot_mapping": case.inputs["slot_mapping"][tokens],
+            "seq_lens": (lengths - chunks + done + new).int(),
+            "chunk_lens": new.int(),
+            "chunk_offsets": torch.tensor([0, int(new[0])], dtype=torch.int32),
+        }
+        part = exact(with_other_inputs(case, "prefill_fwd", inputs, T=len(tokens)))
+        caches = {name: part[name] for name in ("k_cache", "v_cache")}
+    found = exact(case)
+    assert_same(found["logits"], part["logits"])
+    for name, cache in caches.items():
+        assert torch.allclose(found[name], cache, rtol=1e-11, atol=1e-12, equal_nan=True)
+
+
+# -- roundings ------------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("stage", list(conformance.stages()))
 def test_fp32_and_float64_agree_up_to_rounding(stage: str) -> None:
     from conformance.cases import Space, stratified_keys

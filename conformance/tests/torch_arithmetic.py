@@ -1,0 +1,381 @@
+"""The arithmetic of the torch kernels that the harness is examined with, and what a legal kernel is free to choose in it.
+
+Written from the contract in plain fp32, and apart from ``kernels/qwen3/reference.py``, so that a mistake of one is not shared by
+the other. What a kernel gets wrong here is named by its ``fault``; the faults are listed in ``torch_kernels.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+from typing import Any
+
+import torch
+
+from conformance.contract import Dims
+
+Tensor = torch.Tensor
+
+BF16 = torch.bfloat16
+#: What an additive mask adds to a score that must not be seen.
+HIDDEN = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a legal kernel is free to choose. The defaults are the contract's own rounding points and torch's sums."""
+
+    #: How a sum over K is ordered; ``shuffled`` adds single products in a random order, ``double`` accumulates in fp64.
+    order: str = "torch"
+    #: How fp32 values are cast to bf16: ``half_even`` or ``half_away``.
+    cast: str = "half_even"
+    #: ``rsqrt(x)``, ``1 / sqrt(x)`` times the value, or the value over ``sqrt(x)``.
+    root: str = "rsqrt"
+    #: ``exp`` or ``exp2`` with the scale folded into one factor.
+    exponential: str = "exp"
+    #: Keys per block of an online softmax; 0 for one softmax over all keys.
+    block: int = 0
+    #: Parts of the keys that are attended to independently and merged.
+    splits: int = 1
+    #: In which order pages of keys are visited: ``forward``, ``backward`` or ``shuffled``.
+    visit: str = "forward"
+    #: Whether the last page is read to its end and masked: a large negative number is added to the scores past the sequence's
+    #: end (``add``) or takes their place (``replace``).
+    whole_page: str = "no"
+    #: Prefill only: queries of one chunk that are attended for together, under a causal mask; 0 for the whole chunk.
+    queries: int = 1
+    #: bf16 probabilities: ``no``, ``after`` normalisation, ``before`` with the unrounded denominator, ``both`` rounded.
+    probabilities: str = "no"
+    #: ``sigmoid``, ``exp`` (``x / (1 + exp(-x))``) or ``tanh``.
+    silu: str = "sigmoid"
+    #: Optional bf16 roundings.
+    normalised: bool = False
+    before_rope: bool = False
+    gate_up: bool = False
+    branch: bool = False
+    #: Optional inside a layer only: projections of the norm's output, and the residual after attention.
+    projection: bool = False
+    residual: bool = False
+    #: Inside a layer only: the norms' 1/rms is applied after the projections.
+    deferred_input_norm: bool = False
+    deferred_post_norm: bool = False
+    #: The same for the final norm, before the LM head.
+    deferred_final_norm: bool = False
+    #: How the largest logit is looked for: all at once, tile by tile from either end, or by pairs.
+    scan: str = "whole"
+
+
+ORDERS = ("torch", "sequential", "reversed", "split4", "tile32", "tile64", "shuffled", "double")
+
+#: Rounds where the Hugging Face implementation does (its RoPE apart, which the contract keeps in fp32).
+HUGGING_FACE_LIKE = Choices(
+    probabilities="after", normalised=True, before_rope=True, gate_up=True, branch=True, projection=True, residual=True
+)
+
+_ATTENTION = ("order", "cast", "exponential", "block", "splits", "visit", "whole_page", "probabilities")
+
+
+def _of_layers(stage: str) -> tuple[str, ...]:
+    """Every choice, but for those that belong to other stages."""
+    ends_in_logits = stage.endswith("_fwd")
+    without = {"scan"} if ends_in_logits else {"scan", "deferred_final_norm"}
+    if not stage.startswith("prefill_"):
+        without.add("queries")
+    return tuple(field.name for field in dataclasses.fields(Choices) if field.name not in without)
+
+
+#: Which choices mean anything to a stage.
+RELEVANT: dict[str, tuple[str, ...]] = {
+    "rms_norm": ("order", "cast", "root", "normalised"),
+    "qkv_proj": ("order",),
+    "qk_norm": ("order", "cast", "root", "normalised", "before_rope"),
+    "rope": ("order", "cast", "before_rope"),
+    "kv_write": ("cast",),
+    "attention": _ATTENTION,
+    "paged_attention": _ATTENTION,
+    "o_proj": ("order", "cast", "branch"),
+    "mlp": ("order", "cast", "silu", "gate_up", "branch"),
+    "lm_head": ("order", "cast", "root", "normalised", "deferred_final_norm"),
+    "greedy_sample": ("scan",),
+    **{
+        stage: _of_layers(stage)
+        for stage in (
+            "decode_layer",
+            "paged_decode_layer",
+            "decode_fwd_layers",
+            "decode_fwd",
+            "paged_decode_fwd",
+            "prefill_layer",
+            "prefill_fwd",
+        )
+    },
+}
+
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "order": ORDERS,
+    "cast": ("half_even", "half_away"),
+    "root": ("rsqrt", "inverse", "division"),
+    "exponential": ("exp", "exp2"),
+    "block": (0, 16, 32, 64),
+    "splits": (1, 2, 4),
+    "visit": ("forward", "backward", "shuffled"),
+    "whole_page": ("no", "add", "replace"),
+    "queries": (1, 3, 16, 0),
+    "probabilities": ("no", "after", "before", "both"),
+    "silu": ("sigmoid", "exp", "tanh"),
+    "scan": ("whole", "tiles", "backward", "pairs"),
+}
+
+
+def random_choices(stage: str, seed: int) -> Choices:
+    """A random legal combination for a stage, the same for the same seed."""
+    draw = random.Random(f"{stage}/{seed}")
+    return Choices(**{name: draw.choice(_VALUES.get(name, (False, True))) for name in RELEVANT[stage]})
+
+
+def single_choices(stage: str) -> list[Choices]:
+    """The default, then each choice that matters to a stage changed by itself."""
+    found = [Choices()]
+    for name in RELEVANT[stage]:
+        default = getattr(Choices(), name)
+        found += [Choices(**{name: value}) for value in _VALUES.get(name, (False, True)) if value != default]
+    return found
+
+
+@dataclasses.dataclass
+class Maker:
+    """One kernel's arithmetic: its choices, its fault, and how often it was called."""
+
+    choices: Choices
+    fault: str
+    calls: int = 0
+
+    def has(self, fault: str) -> bool:
+        return self.fault == fault
+
+    # -- arithmetic ---------------------------------------------------------------------------------------------------------
+
+    def cast(self, x: Tensor) -> Tensor:
+        """fp32 values on the bf16 grid."""
+        if self.choices.cast == "half_away":
+            # Adding half a ULP to the magnitude's bits carries into the next value up; the low half is then dropped.
+            raised = x.contiguous().view(torch.int32) + 0x8000
+            return torch.where(torch.isfinite(x), (raised & -0x10000).view(torch.float32), x)
+        return x.to(BF16).float()
+
+    def maybe(self, rounds: bool, x: Tensor) -> Tensor:
+        return self.cast(x) if rounds else x
+
+    def products(self, terms: Tensor) -> Tensor:
+        """Sum of fp32 ``terms[..., K]`` over the last axis, in the chosen order."""
+        count = terms.shape[-1]
+        order = self.choices.order
+        if order == "torch":
+            return terms.sum(-1)
+        if order == "double":
+            return terms.double().sum(-1).float()
+        if order == "split4":
+            parts = [terms[..., start::4].sum(-1) for start in range(4)]
+            return (parts[3] + parts[1]) + (parts[0] + parts[2])
+        if order in ("tile32", "tile64"):
+            width = int(order[4:])
+            parts = [terms[..., start : start + width].sum(-1) for start in range(0, count, width)]
+        else:
+            parts = [terms[..., index] for index in self._sequence(count)]
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def _sequence(self, count: int) -> list[int]:
+        indices = list(range(count))
+        if self.choices.order == "reversed":
+            indices.reverse()
+        if self.choices.order == "shuffled":
+            random.Random(count).shuffle(indices)
+        return indices
+
+    def matmul(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x[M, K] @ weight[K, N]`` of bf16 values, accumulated in fp32 in the chosen order."""
+        x, weight = x.float(), weight.float()
+        depth = x.shape[1]
+        if self.has("bf16_accumulation"):
+            total = torch.zeros(x.shape[0], weight.shape[1], dtype=BF16)
+            for low in range(0, depth, 32):
+                total = (total.float() + x[:, low : low + 32] @ weight[low : low + 32]).to(BF16)
+            return total.float()
+        if self.has("last_k_tile_missing"):
+            x, weight = x[:, : depth - 32], weight[: depth - 32]
+            depth -= 32
+        order = self.choices.order
+        if order == "torch":
+            return x @ weight
+        if order == "double":
+            return (x.double() @ weight.double()).float()
+        if order == "split4":
+            bounds = [depth * part // 4 for part in range(5)]
+            parts = [x[:, start:stop] @ weight[start:stop] for start, stop in itertools.pairwise(bounds)]
+            return (parts[2] + parts[0]) + (parts[3] + parts[1])
+        if order in ("tile32", "tile64"):
+            tile = int(order[4:])
+            parts = [x[:, start : start + tile] @ weight[start : start + tile] for start in range(0, depth, tile)]
+            total = parts[0]
+            for part in parts[1:]:
+                total = total + part
+            return total
+        total = torch.zeros(x.shape[0], weight.shape[1])
+        for k in self._sequence(depth):
+            total += x[:, k : k + 1] * weight[k]
+        return total
+
+    # -- stages: fp32 in, fp32 out, before the last cast ----------------------------------------------------------------------
+
+    def inverse_rms(self, x: Tensor, eps: float) -> Tensor:
+        eps = 1e-5 if self.has("eps_1e-5") else eps
+        mean = self.products(x * x).unsqueeze(-1) / x.shape[-1]
+        if self.has("row0_scale"):
+            mean = mean[:1].expand_as(mean)
+        if self.choices.root == "rsqrt":
+            return torch.rsqrt(mean + eps)
+        return 1.0 / torch.sqrt(mean + eps)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """``x[M, n]`` normalised by row, times ``weight[n]``."""
+        if self.choices.root == "division" and not (self.has("eps_1e-5") or self.has("row0_scale")):
+            normalised = x / torch.sqrt(self.products(x * x).unsqueeze(-1) / x.shape[-1] + eps)
+        else:
+            normalised = x * self.inverse_rms(x, eps)
+        normalised = self.maybe(self.choices.normalised, normalised)
+        return normalised if self.has("missing_gamma") else normalised * weight
+
+    def heads_normalised(self, x: Tensor, weight: Tensor, dims: Dims) -> Tensor:
+        if self.has("normalised_by_row"):
+            count = x.shape[1] // dims.D
+            return self.norm(x, weight.repeat(count), dims.eps)
+        per_head = self.norm(x.reshape(-1, dims.D), weight, dims.eps).view(x.shape)
+        return self.maybe(self.choices.before_rope, per_head)
+
+    def angle(self, position: int, dims: Dims) -> int:
+        """The row of the RoPE tables for a position."""
+        if self.has("position_off_by_one"):
+            return position + 1 if position + 1 < dims.S else position - 1
+        return position
+
+    def rotated(self, x: Tensor, angles: list[int], cos: Tensor, sin: Tensor, dims: Dims) -> Tensor:
+        """Every head of ``x[N, heads*D]`` rotated by the tables' row ``angles[i]``."""
+        half = dims.D // 2
+        result = torch.empty_like(x)
+        for b, position in enumerate(angles):
+            c, s = cos[position], sin[position]
+            if self.has("bf16_tables"):
+                c, s = c.to(BF16).float(), s.to(BF16).float()
+            if self.has("wrong_sign"):
+                s = -s
+            for head in range(x.shape[1] // dims.D):
+                start = head * dims.D
+                if self.has("interleaved_pairs"):
+                    even, odd = x[b, start : start + dims.D : 2], x[b, start + 1 : start + dims.D : 2]
+                    result[b, start : start + dims.D : 2] = even * c[:half] - odd * s[:half]
+                    result[b, start + 1 : start + dims.D : 2] = odd * c[:half] + even * s[:half]
+                    continue
+                low, high = x[b, start : start + half], x[b, start + half : start + dims.D]
+                if self.choices.order == "double":
+                    low, high, c, s = low.double(), high.double(), c.double(), s.double()
+                result[b, start : start + half] = (low * c[:half] - high * s[:half]).float()
+                result[b, start + half : start + dims.D] = (high * c[half:] + low * s[half:]).float()
+        return result
+
+    def softmax_values(self, scores: Tensor, values: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Unnormalised result ``[M, D]``, denominator ``[M, 1]`` and maximum ``[M, 1]`` of unscaled ``scores[M, n]``.
+
+        Scores where ``hidden[M, n]`` is true are masked.
+        """
+        if self.choices.exponential == "exp2":
+            factor, exponential = scale * math.log2(math.e), torch.exp2
+        else:
+            factor, exponential = scale, torch.exp
+        z = scores * factor
+        if self.has("bf16_scores"):
+            z = z.to(BF16).float()
+        if bool(hidden.any()):
+            adds = self.choices.whole_page == "add"
+            replacement = 0.0 if self.has("masked_scores_are_zero") else torch.finfo(z.dtype).min
+            z = z + hidden * HIDDEN if adds else torch.where(hidden, replacement, z)
+        groups = z.shape[0]
+        block = self.choices.block or z.shape[1]
+        top = torch.full((groups, 1), 0.0 if self.has("maximum_starts_at_zero") else -math.inf)
+        denominator, result = torch.zeros(groups, 1), torch.zeros(groups, values.shape[1])
+        for start in range(0, z.shape[1], block):
+            part = z[:, start : start + block]
+            new_top = torch.maximum(top, part.amax(1, keepdim=True))
+            if self.has("no_maximum"):
+                new_top = torch.zeros_like(top)
+            shrink = exponential(top - new_top)
+            if self.has("no_rescale") and start:
+                shrink = torch.ones_like(shrink)
+            p = exponential(part - new_top)
+            in_sum = p
+            if self.choices.probabilities in ("before", "both"):
+                p = self.cast(p)
+            if self.choices.probabilities == "both":
+                in_sum = p
+            denominator = denominator * shrink + self.products(in_sum).unsqueeze(1)
+            result = result * shrink + self.matmul(p, values[start : start + block])
+            top = new_top
+        return result, denominator, top
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, dims: Dims) -> Tensor:
+        """Queries ``[M, D]`` of one KV head over ``keys[n, D]``, ``values[n, D]``, but for those that are ``hidden[M, n]``."""
+        scale = 1.0 if self.has("scale_missing") else dims.D**-0.5
+        scores = self.matmul(q, keys.T)
+        length = keys.shape[0]
+        if self.choices.probabilities == "after":
+            p, denominator, _ = self.softmax_values(scores, torch.eye(length), hidden, scale)
+            return self.matmul(self.cast(p / denominator), values)
+        bounds = [length * part // self.choices.splits for part in range(self.choices.splits + 1)]
+        parts = [
+            self.softmax_values(scores[:, low:high], values[low:high], hidden[:, low:high], scale)
+            for low, high in itertools.pairwise(bounds)
+            if high > low
+        ]
+        exponential = torch.exp2 if self.choices.exponential == "exp2" else torch.exp
+        top = torch.stack([part[2] for part in parts]).amax(0)
+        result = sum((part[0] * exponential(part[2] - top) for part in parts), torch.zeros(1))
+        denominator = sum((part[1] * exponential(part[2] - top) for part in parts), torch.zeros(1))
+        return result / denominator
+
+    def silu(self, x: Tensor) -> Tensor:
+        if self.has("relu"):
+            return torch.relu(x)
+        if self.choices.silu == "tanh":
+            return x * (0.5 * torch.tanh(0.5 * x) + 0.5)
+        if self.choices.silu == "exp":
+            return x / (1 + torch.exp(-x))
+        return x * torch.sigmoid(x)
+
+    def gated(self, gate: Tensor, up: Tensor, w_down: Tensor) -> Tensor:
+        gate, up = self.maybe(self.choices.gate_up, gate), self.maybe(self.choices.gate_up, up)
+        if self.has("gate_and_up_exchanged"):
+            gate, up = up, gate
+        activation = self.silu(gate) * up
+        if not self.has("activation_not_rounded"):
+            activation = self.cast(activation)
+        return self.maybe(self.choices.branch, self.matmul(activation, w_down))
+
+    def normalised_projections(self, x: Tensor, gamma: Tensor, weights: list[Tensor], eps: float, deferred: bool) -> list[Tensor]:
+        """``bf16(rn(x, gamma))`` by each weight ``[in, out]``, or the same with the factor 1/rms applied afterwards."""
+        if not deferred:
+            normalised = self.norm(x, gamma, eps)
+            if not self.has("normalised_not_rounded"):
+                normalised = self.cast(normalised)
+            return [self.matmul(normalised, weight) for weight in weights]
+        weighted = self.cast(x * gamma)
+        inverse = torch.ones(1) if self.has("deferred_norm_dropped") else self.inverse_rms(x, eps)
+        return [self.matmul(weighted, weight) * inverse for weight in weights]
+
+
+def truncated(x: Tensor) -> Tensor:
+    """fp32 values with the bits that bf16 does not keep cut off."""
+    return (x.contiguous().view(torch.int32) & -0x10000).view(torch.float32)
