@@ -1,0 +1,203 @@
+"""Whether generated tokens are the reference's, and where one is not, whether rounding can be the reason.
+
+Every sequence is followed by its own tokens: one pass of the fp64 reference over the whole of it gives the exact logits of each
+new token given those before, so that a token that differs is counted once and not in all that follow. There the error model of
+the same pass says how far the two logits can be off in a correct bf16 kernel.
+
+The bound is that of every legal kernel, so tokens alone prove little where the reference itself is nearly undecided: at ``tiny``
+with two layers it decides about three tokens in five. Faults smaller than that are for ``conformance check`` to find.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from conformance import bounds
+from conformance.arithmetic import EXACT
+from conformance.contract import Dims, Tensors, stage_named
+from conformance.judge import FLUSHED, HALF_ULP_SLACK, kappa
+from conformance.ulp import spacing
+from kernels.qwen3 import error_model, reference
+from kernels.qwen3.drivers import Model, Request
+
+Tensor = torch.Tensor
+
+#: How far float64's own rounding may move two logits, as a part of the larger: all that a float64 executor is forgiven.
+FLOAT64_NOISE = 1e-12
+
+#: ``tie``: rounding can be the reason; ``wrong``: it cannot; ``missampled``: it is not even the largest of the logits it was
+#: chosen from.
+Kind = Literal["tie", "wrong", "missampled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A generated token that is not the reference's, or that was not chosen rightly.
+
+    ``place`` counts the new tokens of ``sequence`` from 0, ``position`` its prompt too. ``margin`` is by how much the exact logit
+    of ``expected`` exceeds that of ``token``, ``allowed`` what the errors of the two can add up to.
+    """
+
+    kind: Kind
+    sequence: int
+    place: int
+    position: int
+    token: int
+    expected: int
+    margin: float
+    allowed: float | None = None
+
+    def __str__(self) -> str:
+        where = f"prompt {self.sequence}, new token {self.place} (position {self.position}): {self.token}"
+        if self.kind == "missampled":
+            return f"{where}, but the largest logit is that of {self.expected}: wrong, sampling allows no error"
+        verdict = "a tie within the error bound" if self.kind == "tie" else "wrong"
+        return f"{where}, reference {self.expected}; margin {self.margin:.3g}, allowed {self.allowed:.3g}: {verdict}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Every token that is not the reference's, of ``tokens`` in all.
+
+    ``margins`` holds, by sequence and new token, how much the reference's largest logit exceeds its second.
+    """
+
+    tokens: int
+    differences: tuple[Difference, ...]
+    margins: tuple[tuple[float, ...], ...]
+
+    @property
+    def ties(self) -> int:
+        """How many differences rounding can explain."""
+        return sum(difference.kind == "tie" for difference in self.differences)
+
+    @property
+    def wrong(self) -> int:
+        """How many differences it cannot."""
+        return len(self.differences) - self.ties
+
+    def __str__(self) -> str:
+        same = self.tokens - len(self.differences)
+        ties = f"{self.ties} tie{'' if self.ties == 1 else 's'} within the error bound"
+        return f"{self.tokens} tokens: {same} as the fp64 reference, {ties}, {self.wrong} wrong"
+
+
+class Oracle:
+    """The exact logits of whole sequences of a model; kept, since drivers that agree ask for the same ones."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._known: dict[tuple[tuple[int, ...], ...], Tensor] = {}
+
+    def judge(self, requests: Sequence[Request]) -> Agreement:
+        """Compare every new token of some sequences with the reference's."""
+        self._learn(requests)
+        found: list[Difference] = []
+        margins = []
+        for request in requests:
+            logits = self._known[_key(request)]
+            largest = logits.topk(min(2, logits.shape[-1]), -1).values
+            margins.append(tuple((largest[:, 0] - largest[:, -1]).tolist()))
+            (expected,) = reference.greedy_sample(logits, dims=self._model.dims, a=EXACT)
+            for place, (token, right) in enumerate(zip(request.tokens, map(int, expected.tolist()), strict=True)):
+                kind: Kind = "missampled" if place in request.missampled else "wrong"
+                right = request.missampled.get(place, right)
+                if token != right:
+                    margin = float(logits[place, right] - logits[place, token])
+                    found.append(Difference(kind, request.number, place, len(request.prompt) + place, token, right, margin))
+        tokens = sum(len(request.tokens) for request in requests)
+        return Agreement(tokens, self._told_apart(found, requests, tokens), tuple(margins))
+
+    def _learn(self, requests: Sequence[Request]) -> None:
+        """One pass over all sequences that are not known yet."""
+        new = list({_key(request): request for request in requests if _key(request) not in self._known}.values())
+        if not new:
+            return
+        whole = _Whole.of(self._model, new, [len(request.tokens) for request in new])
+        _, _, hidden = reference.stacked_layers(dims=whole.dims, a=EXACT, **whole.inputs)
+        head = {name: self._model.weights[name] for name in ("final_norm_weight", "lm_head_weight")}
+        for request, rows in zip(new, whole.places, strict=True):
+            (self._known[_key(request)],) = reference.lm_head(hidden[rows], **head, dims=whole.dims, a=EXACT)
+
+    def _told_apart(self, found: list[Difference], requests: Sequence[Request], tokens: int) -> tuple[Difference, ...]:
+        """The differences with what is allowed, those within it called ties."""
+        last: dict[int, int] = {}
+        for difference in found:
+            if difference.kind == "wrong":
+                last[difference.sequence] = difference.place
+        concerned = [request for request in requests if request.number in last]
+        allowed = self.allowances(concerned, [last[request.number] + 1 for request in concerned], tokens) if concerned else {}
+        told = []
+        for difference in found:
+            if difference.kind == "wrong":
+                errors = allowed[difference.sequence][difference.place]
+                most = float(errors[difference.token] + errors[difference.expected])
+                kind: Kind = "tie" if difference.margin <= most else "wrong"
+                difference = dataclasses.replace(difference, kind=kind, allowed=most)
+            told.append(difference)
+        return tuple(told)
+
+    def allowances(self, requests: Sequence[Request], counts: Sequence[int], tokens: int) -> dict[int, Tensor]:
+        """How far a correct kernel's logits can be off, ``[count, V]`` for the first ``counts`` new tokens of each.
+
+        As ``conformance.judge`` tests an element, ``tokens * V`` of them in all: under each profile, and the larger counts.
+        """
+        if self._model.exact:
+            noise = {}
+            for request in requests:
+                logits = self._known[_key(request)]
+                noise[request.number] = FLOAT64_NOISE * logits.abs().amax(-1, keepdim=True).expand_as(logits)
+            return noise
+        whole = _Whole.of(self._model, requests, counts)
+        most = [torch.zeros(())] * len(requests)
+        for profile in stage_named("prefill_fwd").profiles:
+            hidden = error_model.prefill_fwd(whole.inputs, whole.dims, profile)["out"]
+            for index, rows in enumerate(whole.places):
+                last = bounds.rounding(hidden[rows], profile)
+                estimate = error_model.head(last, self._model.weights, whole.dims, profile)
+                likely = kappa(tokens * estimate.value.shape[-1]) * estimate.variance.sqrt()
+                errors = torch.minimum(likely, estimate.worst.nan_to_num(torch.inf))
+                errors += spacing(estimate.value, torch.float32) * (0.5 * HALF_ULP_SLACK) + FLUSHED
+                most[index] = torch.maximum(most[index], errors)
+        return {request.number: errors for request, errors in zip(requests, most, strict=True)}
+
+
+def _key(request: Request) -> tuple[tuple[int, ...], ...]:
+    return request.prompt, tuple(request.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Whole:
+    """One prefill of whole sequences, each up to the token before its ``counts``-th new one, without the head."""
+
+    dims: Dims
+    inputs: Tensors
+    #: The tokens after which the new ones come: ``[count]`` for each sequence.
+    places: list[Tensor]
+
+    @classmethod
+    def of(cls, model: Model, requests: Sequence[Request], counts: Sequence[int]) -> _Whole:
+        """With a page for each sequence."""
+        histories = [[*request.prompt, *request.tokens[: count - 1]] for request, count in zip(requests, counts, strict=True)]
+        lengths = torch.tensor([len(history) for history in histories])
+        ends = lengths.cumsum(0)
+        most = int(lengths.max())
+        dims = model.dims.replace(B=len(requests), T=int(ends[-1]), S=most, BS=most, NB=len(requests))
+        cache = torch.zeros(dims.L * dims.NB * dims.NKV * dims.BS, dims.D, dtype=torch.bfloat16)
+        inputs = {
+            **{name: model.weights[name] for name in (*reference.LAYER_WEIGHTS, "rope_cos", "rope_sin")},
+            "hidden_states": model.embedding[[token for history in histories for token in history]],
+            "seq_lens": lengths,
+            "chunk_lens": lengths,
+            "chunk_offsets": ends - lengths,
+            "block_table": torch.arange(dims.B),
+            "slot_mapping": torch.cat([b * most + torch.arange(int(length)) for b, length in enumerate(lengths)]),
+            "k_cache": cache,
+            "v_cache": cache,
+        }
+        places = [torch.arange(int(end) - count, int(end)) for end, count in zip(ends, counts, strict=True)]
+        return cls(dims, inputs, places)

@@ -1,0 +1,296 @@
+"""``python -m kernels.qwen3.generate``: prompts through prefill and greedy decode, by any driver on any executor, verified.
+
+Exit codes are those of the ``conformance`` command: 0 every token is the fp64 reference's or a tie within the error bound; 1 one
+is not, or a kernel failed; 2 usage; 3 something that had to run could not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from conformance.cli import COULD_NOT_RUN, FINDINGS, PASSED, USAGE
+from conformance.contract import Dims, preset_named
+from conformance.declaration import LARGEST_BATCH
+from conformance.errors import UnavailableError, UsageError
+from conformance.executors.process import Limits
+from conformance.session import is_interactive
+from kernels.qwen3.agreement import Agreement, Oracle
+from kernels.qwen3.checkpoint import Checkpoint, random_checkpoint
+from kernels.qwen3.drivers import (
+    DRIVERS,
+    EXECUTORS,
+    Driver,
+    Executor,
+    Model,
+    Request,
+    StageError,
+    open_executor,
+    requests_for,
+)
+
+
+class _Command(click.Command):
+    """Turns ``UsageError`` into one line and exit code 2, and what else goes wrong into one line and exit code 3."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            click.echo(f"generate: {error}", err=True)
+            ctx.exit(COULD_NOT_RUN if isinstance(error, UnavailableError) else USAGE)
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})".replace("\n", " ")
+            click.echo(f"generate: this should not have happened, please report it: {text}", err=True)
+            ctx.exit(COULD_NOT_RUN)
+
+
+_DRIVERS = "; ".join(f"{name}: {plan.summary}" for name, plan in DRIVERS.items())
+_EXECUTORS = "; ".join(f"{name}: {summary}" for name, summary in EXECUTORS.items())
+
+
+@click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="a Hugging Face Qwen3 checkpoint")
+@click.option("--random", "seed", type=int, metavar="SEED", help="instead: a small model with random weights")
+@click.option("--dims", default=None, metavar="PRESET|L=2,S=64", help="of the random model: a preset, or overrides of tiny")
+@click.option("--prompt", "prompts", multiple=True, metavar="1,2,3", help="token ids; once for each sequence")
+@click.option("--new", default=16, show_default=True, metavar="N", help="how many tokens to generate from each")
+@click.option("--end", type=int, default=None, metavar="TOKEN", help="a token that ends its sequence early")
+@click.option("--driver", default="paged", show_default=True, help=f"{_DRIVERS}; all: one after the other")
+@click.option("--executor", default="interpret", show_default=True, help=_EXECUTORS)
+@click.option("--kernels", "locations", multiple=True, metavar="FILE.py[:NAME]", help="use these in place of the bundled kernels")
+@click.option("--batch", type=int, default=None, metavar="N", help="sequences served at a time; all, up to 16, by default")
+@click.option("--context", type=int, default=None, metavar="S", help="length to serve; by default whole pages for what is asked")
+@click.option("--page-size", type=int, default=None, metavar="BS", help="tokens of a page; 128, or what --dims says, by default")
+@click.option("--pages", type=int, default=None, metavar="NB", help="pages of the paged driver; enough for the batch by default")
+@click.option("--chunk", type=int, default=None, metavar="L", help="layers a dispatch of the chunked driver; half by default")
+@click.option("--prefill-chunk", type=int, default=None, metavar="N", help="tokens of a prompt a prefill; all by default")
+@click.option("--timeout", type=float, default=Limits.seconds, show_default=True, metavar="SECONDS", help="limit of one dispatch")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="hold the tokens against the fp64 reference")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="write tokens and differences here")
+def main(
+    checkpoint: Path | None,
+    seed: int | None,
+    dims: str | None,
+    prompts: tuple[str, ...],
+    new: int,
+    end: int | None,
+    driver: str,
+    executor: str,
+    locations: tuple[str, ...],
+    batch: int | None,
+    context: int | None,
+    page_size: int | None,
+    pages: int | None,
+    chunk: int | None,
+    prefill_chunk: int | None,
+    timeout: float,
+    verify: bool,
+    json_path: Path | None,
+) -> None:
+    """Generate greedily from prompts of token ids, driver by driver, and say of every token whether it is the reference's."""
+    names = list(DRIVERS) if driver == "all" else [driver]
+    for option, value, needed in (("--chunk", chunk, "chunked"), ("--pages", pages, "paged")):
+        if value is not None and needed not in names:
+            raise UsageError(f"{option} goes with the {needed} driver")
+    if json_path is not None and not json_path.parent.is_dir():
+        raise UsageError(f"cannot write {json_path}: no such folder")
+    ids = [_token_ids(text) for text in prompts]
+    with contextlib.ExitStack() as stack:
+        places = min(max(len(ids), 1), LARGEST_BATCH) if batch is None else batch
+        opened = stack.enter_context(_opened(checkpoint, seed, dims, places, page_size))
+        served = _served(opened.dims, ids, new, end, context, pages)
+        running = open_executor(executor, locations, timeout)
+        stack.callback(running.close)
+        model = Model.of(dataclasses.replace(opened, dims=served), exact=running.exact)
+        oracle = Oracle(model) if verify else None
+        runs = [_run(name, model, running, oracle, ids, new, end, chunk, prefill_chunk) for name in names]
+    agree = _compared(runs)
+    if json_path is not None:
+        _write_json(json_path, executor, served, runs)
+    sys.exit(PASSED if agree and all(run.ok for run in runs) else FINDINGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What one driver gave; ``error`` is why it did not come to its end."""
+
+    driver: str
+    requests: list[Request]
+    seconds: float
+    agreement: Agreement | None = None
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None and (self.agreement is None or self.agreement.wrong == 0)
+
+
+def _run(
+    name: str,
+    model: Model,
+    executor: Executor,
+    oracle: Oracle | None,
+    prompts: list[list[int]],
+    new: int,
+    end: int | None,
+    chunk: int | None,
+    prefill_chunk: int | None,
+) -> _Run:
+    """Generate with one driver and print what came of it."""
+    done, total = 0, new * len(prompts)
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        click.echo(f"\r\033[K{name} {done}/{total} tokens", nl=False, err=True)
+
+    driver = Driver(
+        name, model, executor, chunk=chunk, prefill_chunk=prefill_chunk, progress=progress if is_interactive() else None
+    )
+    began = time.monotonic()
+    try:
+        requests = driver.generate(prompts, new, end)
+        run = _Run(name, requests, time.monotonic() - began)
+    except StageError as error:
+        run = _Run(name, [], time.monotonic() - began, error=str(error))
+    finally:
+        if is_interactive():
+            click.echo("\r\033[K", nl=False, err=True)
+    if run.error is not None:
+        click.echo(f"generate: {name}: {run.error}", err=True)
+        return run
+    click.echo(f"{name}: {sum(len(request.tokens) for request in run.requests)} tokens in {run.seconds:.1f} s")
+    for request in run.requests:
+        click.echo(f"  prompt {request.number} ({len(request.prompt)} tokens): {','.join(map(str, request.tokens))}")
+    if oracle is None:
+        return run
+    agreement = oracle.judge(run.requests)
+    for difference in agreement.differences:
+        click.echo(f"  {difference}")
+    click.echo(f"  {agreement}")
+    return dataclasses.replace(run, agreement=agreement)
+
+
+def _compared(runs: list[_Run]) -> bool:
+    """Say whether drivers gave the same tokens; false if they did not and nothing explains why."""
+    ended = [run for run in runs if run.error is None]
+    if len(ended) < 2:
+        return True
+    parted = []
+    first = ended[0]
+    for run in ended[1:]:
+        for one, other in zip(first.requests, run.requests, strict=True):
+            if one.tokens != other.tokens:
+                pairs = enumerate(zip(one.tokens, other.tokens, strict=False))
+                place = next((place for place, (left, right) in pairs if left != right), min(len(one.tokens), len(other.tokens)))
+                parted.append(f"{run.driver} from {first.driver} in prompt {one.number} at new token {place}")
+    if not parted:
+        click.echo(f"{len(ended)} drivers: identical tokens")
+        return True
+    # Up to where two drivers part they have the same history, so that one of them differs from the reference there.
+    explained = all(run.agreement is not None for run in ended)
+    click.echo(f"{len(ended)} drivers differ{', for the reasons above' if explained else ''}: {'; '.join(parted)}")
+    return explained
+
+
+@contextlib.contextmanager
+def _opened(
+    checkpoint: Path | None, seed: int | None, dims: str | None, batch: int, page_size: int | None
+) -> Iterator[Checkpoint]:
+    """The checkpoint that is named, or a random one that lasts as long as it is read."""
+    if (checkpoint is None) == (seed is None):
+        raise UsageError("name a model: --checkpoint DIR, or --random SEED for one with random weights, and not both")
+    if checkpoint is not None:
+        if dims is not None:
+            raise UsageError("--dims goes with --random: a checkpoint has dimensions of its own")
+        yield Checkpoint.open(checkpoint, B=batch, BS=128 if page_size is None else page_size)
+        return
+    assert seed is not None
+    wanted = _dims(dims or "tiny")
+    with tempfile.TemporaryDirectory() as folder:
+        random_checkpoint(folder, wanted, seed)
+        yield Checkpoint.open(folder, B=batch, BS=wanted.BS if page_size is None else page_size)
+
+
+def _served(
+    dims: Dims, prompts: Sequence[Sequence[int]], new: int, end: int | None, context: int | None, pages: int | None
+) -> Dims:
+    """The dimensions that are served: the context, and pages for it; raises ``UsageError`` for what cannot be."""
+    if context is not None and not 1 <= context <= dims.S:
+        raise UsageError(f"--context is 1 to {dims.S}, which the model was made for, found {context}")
+    limit = dims.replace(S=dims.S if context is None else context)
+    requests = requests_for(prompts, new, limit, end)
+    longest = max(len(request.prompt) for request in requests) + new
+    # No larger than needed: what a kernel is built for and what an interpreter copies grows with it.
+    served = limit if context is not None else limit.replace(S=min(limit.S, -(-longest // dims.BS) * dims.BS))
+    return served.replace(NB=served.B * served.MB + 1 if pages is None else pages)
+
+
+def _dims(text: str) -> Dims:
+    """A preset's name, or ``L=2,S=64`` as overrides of tiny (``preset=NAME`` among them)."""
+    if "=" not in text:
+        return preset_named(text)
+    overrides: dict[str, int] = {}
+    preset = "tiny"
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\w+)\s*", item)
+        if match is None or (match[1] != "preset" and not match[2].isdigit()):
+            raise UsageError(f"--dims takes a preset or overrides such as L=2,S=64, found {item.strip()!r}")
+        if match[1] == "preset":
+            preset = match[2]
+        else:
+            overrides[match[1]] = int(match[2])
+    return preset_named(preset).replace(**overrides)
+
+
+def _token_ids(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    for part in parts:
+        if not re.fullmatch(r"-?\d+", part):
+            raise UsageError(f"--prompt takes token ids such as 1,2,3, found {part!r}")
+    return [int(part) for part in parts]
+
+
+def _write_json(path: Path, executor: str, dims: Dims, runs: list[_Run]) -> None:
+    """Everything that was printed, and the reference's margins, for a program to read."""
+    kept = []
+    for run in runs:
+        margins = run.agreement.margins if run.agreement else [None] * len(run.requests)
+        sequences = [
+            {"prompt": list(request.prompt), "tokens": request.tokens, "reference_margins": margin}
+            for request, margin in zip(run.requests, margins, strict=True)
+        ]
+        differences = [dataclasses.asdict(difference) for difference in run.agreement.differences] if run.agreement else None
+        kept.append(
+            {
+                "driver": run.driver,
+                "seconds": round(run.seconds, 3),
+                "error": run.error,
+                "sequences": sequences,
+                "differences": differences,
+            }
+        )
+    content = {"executor": executor, "dims": dataclasses.asdict(dims), "runs": kept}
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    main()
