@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from conformance.buffers import bits
 from conformance.cases import Case, CaseKey, Space, make_case, smallest, stratified_keys, take_rows
-from conformance.contract import stage_named
+from conformance.contract import Stage, stage_named
 from conformance.data import Source
 from conformance.declaration import Kernel, as_kernel
 from conformance.errors import UsageError
@@ -24,6 +24,8 @@ DEFAULT_EXAMPLES = 50
 #: Every so many examples one is judged again with its sequences in another order, and one with a sequence alone; prime to the
 #: number of regimes of every stage, so that all of them come up.
 ROW_CHECK_PERIOD = 5
+#: Of a layer or a chain the last compiler pass is compared at every so manieth case: it takes ten times as long as the run itself.
+PASS_PERIOD = 4
 #: After so many runs that crashed or timed out the rest is not tried: each costs a process, or the whole time limit.
 MOST_LOST = 2
 
@@ -153,7 +155,7 @@ def case_runs(kernel: Kernel, keys: Iterable[CaseKey], run: Runner, lane: str, p
     """Judge case by case, with the lane's own plan unless one is given; end early when too many runs are lost."""
     lost = 0
     for index, key in enumerate(keys):
-        for judged in judged_runs(kernel, key, run, plan or plan_for(index, lane)):
+        for judged in judged_runs(kernel, key, run, plan or plan_for(index, lane, kernel.stage)):
             lost += is_lost(judged)
             yield judged
         if lost >= MOST_LOST:
@@ -231,11 +233,13 @@ class RunPlan:
     passes: Passes = "last"
 
 
-def plan_for(index: int, lane: str) -> RunPlan:
-    """Eager runs are cheap: repeat each, rearrange the rows of every tenth. Elsewhere once per kernel and dimensions."""
+def plan_for(index: int, lane: str, stage: Stage) -> RunPlan:
+    """Eager runs are cheap: repeat each, rearrange the rows of every fifth. Elsewhere once per kernel and dimensions."""
     if lane == "eager":
         return RunPlan(True, index % ROW_CHECK_PERIOD == 0, index % ROW_CHECK_PERIOD == 2)
-    return RunPlan(True, True, True, all_passes=True) if index == 0 else RunPlan()
+    if index == 0:
+        return RunPlan(True, True, True, all_passes=True)
+    return RunPlan(passes="none" if stage.composite and index % PASS_PERIOD else "last")
 
 
 def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan) -> Iterator[Judged]:
@@ -252,7 +256,7 @@ def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan) -> Ite
         return
     fine = verdict.ok
     if plan.repeat:
-        again = run(case)
+        again = run(case, "none")  # what the passes do to the same case has been seen
         verdict = judge(case, again, profile=kernel.profile, oracle=oracle)
         if again.status == "ok":
             verdict = dataclasses.replace(verdict, findings=worst_first([*verdict.findings, *_differences(first, again)]))

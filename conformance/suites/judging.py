@@ -84,7 +84,7 @@ class SubjectJudging:
             def one(key: CaseKey) -> None:
                 if self._refused(key) or sum(map(is_lost, self.runs)) >= MOST_LOST:
                     return
-                plan = plan_for(next(judged_cases), self.subject.lane)
+                plan = plan_for(next(judged_cases), self.subject.lane, self.subject.kernel.stage)
                 before = len(self.runs)
                 for run in judged_runs(self.subject.kernel, key, process.run, plan):
                     self._keep(run)
