@@ -24,7 +24,7 @@ DEFAULT_EXAMPLES = 50
 #: Every so many examples one is judged again with its sequences in another order, and one with a sequence alone; prime to the
 #: number of regimes of every stage, so that all of them come up.
 ROW_CHECK_PERIOD = 5
-#: Of a layer or a chain the last compiler pass is compared at every so manieth case: it takes ten times as long as the run itself.
+#: Of a layer or a chain the last compiler pass is compared once in so many cases: that takes ten times as long as the run itself.
 PASS_PERIOD = 4
 #: After so many runs that crashed or timed out the rest is not tried: each costs a process, or the whole time limit.
 MOST_LOST = 2

@@ -1,7 +1,7 @@
 """Torch kernels made of the reference in fp32, whose inputs and outputs a test may spoil: what declarations are examined with.
 
 The values are right by construction; what is in question is how a kernel is called. Kernels written apart from the reference
-are in ``torch_kernels.py``.
+are in ``kernels.py``.
 """
 
 from __future__ import annotations

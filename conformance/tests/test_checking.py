@@ -11,7 +11,7 @@ import torch
 import conformance
 from conformance.cases import Space, stratified_keys
 from conformance.checking import ROW_CHECK_PERIOD
-from conformance.tests.torch_kernels import Choices, torch_kernel
+from conformance.faults.kernels import Choices, torch_kernel
 
 Tensor = torch.Tensor
 

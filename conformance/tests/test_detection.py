@@ -1,4 +1,4 @@
-"""Every known fault is found, by a detector that says what it is. The faults are in ``torch_kernels.py``."""
+"""Every known fault is found, by a detector that says what it is. The faults are in ``kernels.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 import conformance
 from conformance.contract import stage_named
-from conformance.tests.torch_kernels import FAULTS, torch_kernel
+from conformance.faults.kernels import FAULTS, torch_kernel
 
 #: The detector that tells a fault first. Those that are not listed compute a wrong value: ``element``.
 FIRST_DETECTOR: dict[str, str] = {

@@ -15,7 +15,7 @@ from conformance.cases import Case, CaseKey
 from conformance.contract import Dims, Tensors, stage_named
 from conformance.declaration import Kernel
 from conformance.executors.eager import run_eager
-from conformance.tests.torch_kernels import HUGGING_FACE_LIKE, Choices, random_choices, torch_kernel
+from conformance.faults.kernels import HUGGING_FACE_LIKE, Choices, random_choices, torch_kernel
 from conformance.tests.transformers_models import qwen3_model
 from kernels.qwen3.agreement import Oracle
 from kernels.qwen3.checkpoint import Checkpoint, random_checkpoint

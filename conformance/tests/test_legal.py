@@ -12,8 +12,7 @@ import conformance
 from conformance.cases import CaseKey, Space, make_case, stratified_keys
 from conformance.contract import stage_named
 from conformance.executors.eager import run_eager
-from conformance.judge import judge
-from conformance.tests.torch_kernels import (
+from conformance.faults.kernels import (
     HUGGING_FACE_LIKE,
     RELEVANT,
     Choices,
@@ -21,6 +20,7 @@ from conformance.tests.torch_kernels import (
     single_choices,
     torch_kernel,
 )
+from conformance.judge import judge
 from conformance.verdict import Verdict
 
 SINGLE_STAGES = [name for name, stage in conformance.stages().items() if not stage.composite]

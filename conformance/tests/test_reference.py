@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812  the name torch's documentation us
 import conformance
 from conformance.arithmetic import CONTRACT, EXACT, SINGLE, RoundingSites
 from conformance.cases import Case, CaseKey, make_case
-from conformance.tests.torch_kernels import LAYER_WEIGHTS
+from conformance.faults.kernels import LAYER_WEIGHTS
 from conformance.ulp import distance
 
 Tensor = torch.Tensor

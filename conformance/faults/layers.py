@@ -12,7 +12,7 @@ import random
 import torch
 
 from conformance.contract import Dims
-from conformance.tests.torch_arithmetic import BF16, Maker
+from conformance.faults.arithmetic import BF16, Maker
 
 Tensor = torch.Tensor
 Arguments = dict[str, Tensor]

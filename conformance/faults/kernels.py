@@ -1,6 +1,6 @@
 """Torch kernels of every stage, right and wrong: what the harness is examined with.
 
-``torch_arithmetic.py`` has their arithmetic and ``Choices``, what a legal kernel is free to do; ``torch_layers.py`` the layers.
+``arithmetic.py`` has their arithmetic and ``Choices``, what a legal kernel is free to do; ``layers.py`` the layers.
 ``FAULTS`` are what a kernel is not free to do. A kernel is made by ``torch_kernel(stage, choices, fault)`` and takes the
 contract's arguments and ``dims``.
 """
@@ -15,8 +15,8 @@ import torch
 
 from conformance.contract import Dims
 from conformance.declaration import Kernel, kernel
-from conformance.tests import torch_layers
-from conformance.tests.torch_arithmetic import (
+from conformance.faults import layers as torch_layers
+from conformance.faults.arithmetic import (
     BF16,
     HUGGING_FACE_LIKE,
     RELEVANT,
@@ -26,7 +26,7 @@ from conformance.tests.torch_arithmetic import (
     single_choices,
     truncated,
 )
-from conformance.tests.torch_layers import LAYER_WEIGHTS, Arguments, Step
+from conformance.faults.layers import LAYER_WEIGHTS, Arguments, Step
 
 __all__ = [
     "FAULTS",

@@ -1,7 +1,7 @@
 """The arithmetic of the torch kernels that the harness is examined with, and what a legal kernel is free to choose in it.
 
 Written from the contract in plain fp32, and apart from ``kernels/qwen3/reference.py``, so that a mistake of one is not shared by
-the other. What a kernel gets wrong here is named by its ``fault``; the faults are listed in ``torch_kernels.py``.
+the other. What a kernel gets wrong here is named by its ``fault``; the faults are listed in ``kernels.py``.
 """
 
 from __future__ import annotations
