@@ -112,7 +112,7 @@ def _outliers(compared: Compared, tolerance: float, share: float) -> bool:
 def _pass_rate(compared: Compared, tolerance: float, share: float) -> bool:
     """A NaN or an infinity is one wrong element like any other."""
     close = torch.isclose(compared.found, compared.golden, tolerance, tolerance)
-    return float(close.float().mean()) > share
+    return float(close.float().mean()) >= share
 
 
 def _argmax(compared: Compared) -> bool:
