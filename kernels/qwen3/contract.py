@@ -181,7 +181,7 @@ KV_WRITE = _stage(
     has_lengths=True,
     capabilities=("paged_kv", "variable_batch"),
 )
-_ATTENTION_REGIMES = (*_VALUE_REGIMES, "cancel", "length_one", "long", "needle")
+_ATTENTION_REGIMES = (*_VALUE_REGIMES, "cancel", "length_one", "long", "needle", "low")
 _ATTENTION_PROFILES = tuple(
     profile
     for profile in _profiles("probabilities", "denominator_of_rounded")

@@ -32,7 +32,8 @@ REGIMES: dict[str, str] = {
     "ties": "the largest logit at several places: the lowest index is right",
     "near_ties": "two largest logits one step of fp32 apart: a comparison in a narrower format shows",
     "edges": "the largest logit in the first or last column, or beside a tile's edge",
-    "negative": "all logits negative: a padded column that holds zero would win",
+    "negative": "all logits negative, some rows near -1e4 or -1e31: a padded column, or where a maximum starts, would win",
+    "low": "every score of some heads far below zero: a running maximum that starts at zero or at -100 makes all of them vanish",
     "big": "values near 1e5 or scores over 88: overflow, and softmax without subtracting the maximum",
 }
 
@@ -172,6 +173,12 @@ def attention(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source
         q = q * 40
     elif regime in ("small", "heavy_tail", "mixed_rows"):
         q = _shaped(q, regime, source, "q")
+    if regime == "low":
+        # Keys have a common part, and every other head asks for its opposite: scores near -340 (D = 32) or -680 (D = 128).
+        common = 1.5 * (source.grid("common", (dims.D,), 1.0).double().sign() + 0.5).sign()
+        k_cache = (k_cache.double() + common).to(BF16)
+        heads = q.view(dims.B, dims.NH, dims.D)
+        heads[:, 1::2] = -40 * common.sign() * (1 + 0.1 * heads[:, 1::2])
     if regime == "cancel" and dims.S > 1:
         # Neighbouring positions share a key and carry opposite values; only an odd last one is left over.
         keys, values = (contiguous(cache, dims) for cache in (k_cache, v_cache))
@@ -318,8 +325,9 @@ def greedy_sample(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: So
         for b in range(dims.B):
             logits[b, spots[(b + shift) % len(spots)]] = largest[b] + 1
     elif regime == "negative":
-        # What a padded column holds, zero, would be larger than any of them.
-        logits = -logits.abs() - 1
+        # What a padded column holds, zero, would be larger than any of them, and so would a maximum that starts at some -1e30.
+        magnitude = torch.tensor([(1.0, 1e4, 1e31)[b % 3] for b in range(dims.B)])
+        logits = -(logits.abs() + 1) * magnitude.unsqueeze(1)
     return {"logits": logits}
 
 
