@@ -253,10 +253,13 @@ class Space:
         return self.key(self.stage.regimes[0], 0, B=limit.B, L=limit.L, spare_pages=0, seq_lens=lengths, chunk_lens=chunks)
 
     def with_longest(self, key: CaseKey) -> CaseKey:
-        """The key with its first sequence as long as the model allows."""
+        """The key with its first sequence as long as the model allows, and the others within a page and a token.
+
+        One such sequence shows what there is to see; an interpreter copies the whole cache for every page that is read.
+        """
         if not key.seq_lens:
             return key
-        lengths = (self.limit.S, *key.seq_lens[1:])
+        lengths = (self.limit.S, *(min(length, self.limit.BS + 1) for length in key.seq_lens[1:]))
         drawn = dict(key.overrides)
         return self.key(
             key.regime,
@@ -265,7 +268,7 @@ class Space:
             L=drawn.get("L", self.limit.L),
             spare_pages=0,
             seq_lens=lengths,
-            chunk_lens=key.chunk_lens,
+            chunk_lens=tuple(min(chunk, length) for chunk, length in zip(key.chunk_lens, lengths, strict=False)),
         )
 
     def chunks(self, wanted: Iterable[int], seq_lens: Sequence[int]) -> tuple[int, ...]:
