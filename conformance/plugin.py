@@ -21,7 +21,7 @@ MARKERS = {
     "interpret": "runs kernels through PyPTO's CPU interpreter and judges the results; no NPU needed",
     "device": "runs kernels on an NPU; skipped where none is usable, unless --require-device",
     "browser": "needs a Chromium or Chrome binary; skipped without one",
-    "full_size": "runs at real Qwen3-14B geometry and needs 12 GB of memory; skipped with less",
+    "full_size": "runs at real Qwen3-14B geometry and needs 14 GB of memory; skipped with less",
 }
 
 _STATE = pytest.StashKey["PluginState"]()
