@@ -209,7 +209,7 @@ PINNED = {
     "paged_attention:tiny:B=3,NB=19,seq_lens=40+128+97,rows=2+0:normal:0": "abbb7ad83e9c9328",
     "lm_head:awkward:B=3:outlier:24": "d12c1d09df09ff2e",
     "greedy_sample:awkward:B=3:ties:25": "401fc1cb653fbe04",
-    "greedy_sample:tiny:B=4:near_ties:26": "6f2bddc519ed6774",
+    "greedy_sample:tiny:B=4:near_ties:26": "a6fab84b0e11c7b3",
     "paged_decode_layer:tiny:B=2,NB=9,seq_lens=16+100:small:27": "0c14965be5f66d19",
     "decode_fwd:awkward:B=2,L=2,seq_lens=7+76:outlier:28": "25cf243f4f162ca3",
     "paged_decode_fwd:awkward:B=3,L=2,NB=20,seq_lens=9+76+40,rows=1:needle:29": "63c0d8833be9e8dc",

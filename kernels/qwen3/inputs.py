@@ -34,7 +34,7 @@ REGIMES: dict[str, str] = {
     "edges": "the largest logit in the first or last column, or beside a tile's edge",
     "negative": "all logits negative, some rows near -1e4 or -1e31: a padded column, or where a maximum starts, would win",
     "low": "every score of some heads far below zero: a running maximum that starts at zero or at -100 makes all of them vanish",
-    "big": "values near 1e5 or scores over 88: overflow, and softmax without subtracting the maximum",
+    "big": "values near 1e5, scores or a layer's gates over 88: overflow, clamps, softmax without subtracting the maximum",
 }
 
 BF16 = torch.bfloat16
@@ -238,6 +238,11 @@ def _layer_weights(dims: Dims, regime: str, source: Source) -> Inputs:
     L, H, D = dims.L, dims.H, dims.D
     # Attention averages values and so shrinks them; wo makes up for it.
     small = 1e-3 if regime == "small" else 1.0
+    w_gate, w_down = _weight(source, "w_gate", H, dims.I, 1.0, L), _weight(source, "w_down", dims.I, H, 2.0, L)
+    if regime == "big":
+        # Norms keep whatever comes before them small: only the gates can become large, and what follows makes up for it.
+        w_gate[:, ::8] *= 64
+        w_down[::8] /= 64
     return {
         "input_rms_weight": _norm_weight(source, "input_rms_weight", (L, H)),
         "wq": _weight(source, "wq", H, dims.NH * D, small, L),
@@ -246,9 +251,9 @@ def _layer_weights(dims: Dims, regime: str, source: Source) -> Inputs:
         "q_norm_weight": _norm_weight(source, "q_norm_weight", (L, D)),
         "k_norm_weight": _norm_weight(source, "k_norm_weight", (L, D)),
         "wo": _weight(source, "wo", H, H, 2.0, L),
-        "w_gate": _weight(source, "w_gate", H, dims.I, 1.0, L),
+        "w_gate": w_gate,
         "w_up": _weight(source, "w_up", H, dims.I, 1.0, L),
-        "w_down": _weight(source, "w_down", dims.I, H, 2.0, L),
+        "w_down": w_down,
         "post_rms_weight": _norm_weight(source, "post_rms_weight", (L, H)),
         **_rope_tables(dims),
     }
@@ -312,7 +317,10 @@ def greedy_sample(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: So
             places += [edges[pick % len(edges)] for pick in source.integers(f"ties.edge/{b}", 0, 1 << 20, 2)] if edges else []
             logits[b, places] = largest[b]
     elif regime == "near_ties":
-        # One step of fp32 apart: whoever compares in a narrower format takes the first of them.
+        # One step of fp32 apart: whoever compares in a narrower format takes the first of them; and where logits are small, whoever
+        # compares probabilities.
+        logits[1::2] *= 1e-3
+        largest = logits.amax(-1)
         places = source.integers("near_ties", 0, dims.V - 1, 2 * dims.B)
         for b, (first, second) in enumerate(zip(places[::2], places[1::2], strict=True)):
             low, high = sorted((first, second))
