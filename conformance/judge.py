@@ -45,6 +45,9 @@ TIE_ULPS = 1e-5
 PROBES = 8
 #: A row with fewer different magnitudes than this says nothing statistical.
 FEWEST_DISTINCT = 8
+#: Elements looked at together: few enough that their float64 temporaries (256 KB each) stay in a core's cache, which is several
+#: times faster than passes over whole tensors, and add nothing to speak of to the memory that an output takes.
+BLOCK = 1 << 15
 
 BF16 = torch.bfloat16
 
@@ -237,17 +240,35 @@ def _matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
 
 
+def _blocks(matrix: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of pieces of at most ``BLOCK`` elements that cover a matrix."""
+    rows, columns = matrix.shape
+    width = max(1, min(columns, BLOCK))
+    height = max(1, BLOCK // width)
+    for row, column in itertools.product(range(0, rows, height), range(0, columns, width)):
+        yield slice(row, min(rows, row + height)), slice(column, min(columns, column + width))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The judged rows of one output: as found, widened, and where they stand in the argument."""
+    """The judged rows of one output, and where they stand in the argument."""
 
     argument: Argument
     raw: torch.Tensor
-    value: torch.Tensor
     rows: torch.Tensor | None
 
+    @property
+    def found(self) -> torch.Tensor:
+        """As a matrix, in the output's own dtype."""
+        return _matrix(self.raw)
+
+    @functools.cached_property
+    def value(self) -> torch.Tensor:
+        """As a matrix of float64: four times an output in bf16, so only for tests that look at it as a whole."""
+        return self.found.to(torch.float64)
+
     def index(self, flat: int) -> tuple[int, ...]:
-        row, column = divmod(flat, self.value.shape[1])
+        row, column = divmod(flat, self.found.shape[1])
         if self.raw.dim() == 1:
             return (column,)
         return (row if self.rows is None else int(self.rows[row]), column)
@@ -256,34 +277,29 @@ class _Part:
 def _part(case: Case, outcome: Outcome, name: str, estimate: Bounds) -> _Part:
     found = outcome.outputs[name]
     raw = found if estimate.rows is None else found[estimate.rows]
-    return _Part(case.stage.argument(name), raw, _matrix(raw.to(torch.float64)), estimate.rows)
+    return _Part(case.stage.argument(name), raw, estimate.rows)
 
 
 def _structure(case: Case, outcome: Outcome, bounds: dict[str, Bounds]) -> tuple[list[Finding], dict[str, torch.Tensor]]:
-    """What is wrong with an output as a whole, and which elements (a mask by argument) that already explains."""
+    """What is wrong with an output as a whole, and which elements that already explains: a mask by argument, if any."""
     findings: list[Finding] = []
     explained: dict[str, torch.Tensor] = {}
     for name, estimate in bounds.items():
         part = _part(case, outcome, name, estimate)
-        value = _matrix(estimate.value)
-        mask = torch.zeros_like(value, dtype=torch.bool)
-        found_everywhere = outcome.outputs[name]
         if part.argument.access == "io":
-            findings += _untouched(case, name, found_everywhere, estimate)
+            findings += _untouched(case, name, outcome.outputs[name], estimate)
+            value = _matrix(estimate.value)
             before = case.inputs[name] if estimate.rows is None else case.inputs[name][estimate.rows]
             same = (bits(part.raw) == bits(before)).all(-1)
             expected_same = (rounded(value, part.argument.dtype) == before.to(torch.float64)).all(-1)
-            stale = same & ~expected_same
-            if bool(stale.any()):
-                mask |= stale.unsqueeze(1)
-                what = "still holds what it held before the run"
-                findings.append(_extent(case, part, stale.unsqueeze(1).expand_as(value), "stale_row", what))
+            mask = (same & ~expected_same).unsqueeze(1).expand_as(value)
+            detector, what = "stale_row", "still holds what it held before the run"
         else:
-            blank = _matrix(poisoned(part.raw))
-            if bool(blank.any()):
-                mask |= blank
-                findings.append(_extent(case, part, blank, "unwritten", "was not written"))
-        explained[name] = mask
+            mask = _matrix(poisoned(part.raw))
+            detector, what = "unwritten", "was not written"
+        if bool(mask.any()):
+            explained[name] = mask
+            findings.append(_extent(case, part, mask, detector, what))
     return findings, explained
 
 
@@ -302,18 +318,19 @@ def _in_one_word(case: Case, outcome: Outcome, findings: list[Finding], bounds: 
 
 def _untouched(case: Case, name: str, found: torch.Tensor, estimate: Bounds) -> list[Finding]:
     before = case.inputs[name]
-    # A NaN that changed its payload on the way through another dtype is still the same NaN.
-    different = (bits(found) != bits(before)) & ~(found.isnan() & before.isnan())
-    rows = different.any(-1)
+    rows = (bits(found) != bits(before)).any(-1)
     if estimate.rows is not None:
-        rows = rows.clone()
         rows[estimate.rows] = False
     touched = torch.nonzero(rows).flatten()
+    # A NaN that changed its payload on the way through another dtype is still the same NaN.
+    same_nan = found[touched].isnan() & before[touched].isnan()
+    different = (bits(found)[touched] != bits(before)[touched]) & ~same_nan
+    changed = different.any(-1)
+    touched, different = touched[changed], different[changed]
     if not len(touched):
         return []
     argument = case.stage.argument(name)
-    first = int(touched[0])
-    column = int(torch.nonzero(different[first])[0])
+    first, column = int(touched[0]), int(torch.nonzero(different[0])[0])
     where = argument.where((first, column), case.dims)
     return [
         Finding(
@@ -333,15 +350,15 @@ def _degenerate(case: Case, part: _Part, value: torch.Tensor) -> Finding | None:
     name, dtype = part.argument.name, part.argument.dtype
     if not dtype.is_floating_point:
         return None
-    if not bool(part.value.any()):
+    if not bool(part.found.any()):
         smallest = 2.0**-126
-        if bool((value.abs() > smallest).any()):
+        if any(bool((value[block].abs() > smallest).any()) for block in _blocks(value)):
             return Finding("all_zeros", f"{name} is all zeros", name, (0, 0), count=value.numel(), total=value.numel())
         return None
     for other in case.stage.arguments:
-        if other.access == "in" and case.inputs[other.name].numel() == value.numel() > 1:
+        if other.access == "in" and _matrix(case.inputs[other.name]).shape == value.shape and value.numel() > 1:
             source = rounded(_matrix(case.inputs[other.name].to(torch.float64)), dtype)
-            if source.shape == value.shape and torch.equal(part.value, source):
+            if torch.equal(part.value, source):
                 if torch.equal(rounded(value, dtype), source):
                     return None
                 return Finding(
@@ -373,8 +390,8 @@ def _numeric(case: Case, outcome: Outcome, oracle: Oracle, profile: Profile, exp
     for name, estimate in oracle.bounds(profile).items():
         part = _part(case, outcome, name, estimate)
         flat = Bounds(_matrix(estimate.value), _matrix(estimate.variance), _matrix(estimate.worst))
-        skip = explained[name]
-        if bool(skip.all()):
+        skip = explained.get(name)
+        if skip is not None and bool(skip.all()):
             continue
         if not part.argument.dtype.is_floating_point:
             result.shares[name] = _integers(case, part, flat, skip, result)
@@ -394,40 +411,106 @@ def kappa(count: int) -> float:
     return math.sqrt(2 * math.log(2 * count / FALSE_ALARM))
 
 
-def _finite_and_element(case: Case, part: _Part, estimate: Bounds, skip: torch.Tensor, result: _Numeric) -> float:
-    argument, out, value = part.argument, part.value, estimate.value
-    oracle = rounded(value, argument.dtype) if argument.dtype != torch.float32 else value
-    # Bit-equal infinities and NaNs of both are agreement; one-sided ones are not.
-    agree = (out == oracle) | (out.isnan() & oracle.isnan())
-    broken = ~torch.isfinite(out) & ~agree & ~skip
+@dataclasses.dataclass(frozen=True, order=True)
+class _Worst:
+    """The element that is told of: the one of the largest share; of those that allow nothing, the largest error; the first."""
+
+    rank: float
+    error: float
+    minus_flat: int
+    share: float
+
+
+def _finite_and_element(case: Case, part: _Part, estimate: Bounds, skip: torch.Tensor | None, result: _Numeric) -> float:
+    """Judges block by block, most of them in passing, and returns the worst share of its allowance that an element uses."""
+    found, dtype = part.found, part.argument.dtype
+    deviations = kappa(found.numel())
+    broken, beyond = (torch.zeros(found.shape, dtype=torch.bool) for _ in range(2))
+    highest = 0.0
+    worst: _Worst | None = None
+    for block in _blocks(found):
+        out, near = found[block], estimate[block]
+        # Forgiving the half ULP of the last rounding only makes a share smaller. Where even without it no element uses more of
+        # its allowance than one did before, the block has nothing to tell. What is not a number is never that little.
+        error = (out - near.value).abs_()
+        unforgiven = error.div_(torch.minimum(near.variance.sqrt().mul_(deviations), near.worst))
+        if float(unforgiven.max()) <= min(highest, 1.0):
+            continue
+        out = out.to(torch.float64)
+        wanted = None if skip is None else ~skip[block]
+        strange = _not_finite(out, near.value, dtype, wanted)
+        if strange is not None:
+            broken[block] = strange
+        share = _shares(out, near, dtype, deviations, wanted)
+        most = float(share.max())
+        if math.isnan(most) or most > highest:
+            highest = most
+        over = ~(share <= 1)
+        if bool(over.any()):
+            beyond[block] = over
+            here = _worst_of(out - near.value, share, over, block, found.shape[1])
+            worst = here if worst is None else max(worst, here)
     if bool(broken.any()):
-        result.wrong += int(broken.sum())
+        result.wrong += _count(broken)
         result.findings.append(_extent(case, part, broken, "not_finite", "is not finite"))
-    half = spacing(torch.maximum(out.abs(), value.abs()), argument.dtype) * (0.5 * HALF_ULP_SLACK) + FLUSHED
-    # A copy of an exact value (a cache row, a bf16 key) is bit-exact: there is no last rounding to forgive.
-    copied = (estimate.worst == 0) & (rounded(value, argument.dtype) == value)
-    excess = (out - value).abs() - torch.where(copied, torch.zeros_like(half), half)
-    worst = torch.nan_to_num(estimate.worst, nan=math.inf, posinf=math.inf)
-    allowance = torch.minimum(kappa(out.numel()) * estimate.variance.sqrt(), worst)
-    usable = torch.isfinite(out) & torch.isfinite(value) & ~skip
-    share = torch.where(usable & (excess > 0), excess / allowance, torch.zeros_like(excess))
-    beyond = usable & (excess > 0) & ~(share <= 1)
-    highest = float(share.max())
-    if bool(beyond.any()):
-        result.wrong += int(beyond.sum())
-        result.findings.append(_element_finding(case, part, estimate, share, beyond))
+    if worst is not None:
+        result.wrong += _count(beyond)
+        result.findings.append(_element_finding(case, part, estimate, worst, beyond))
     return highest
 
 
-def _integers(case: Case, part: _Part, estimate: Bounds, skip: torch.Tensor, result: _Numeric) -> float:
+def _not_finite(out: torch.Tensor, value: torch.Tensor, dtype: torch.dtype, wanted: torch.Tensor | None) -> torch.Tensor | None:
+    """Which elements are NaN or infinite where the oracle is not the same; ``None`` if all are finite."""
+    strange = ~torch.isfinite(out)
+    if not bool(strange.any()):
+        return None
+    oracle = rounded(value, dtype) if dtype != torch.float32 else value
+    # Bit-equal infinities and NaNs of both are agreement; one-sided ones are not.
+    strange &= ~((out == oracle) | (out.isnan() & oracle.isnan()))
+    return strange if wanted is None else strange & wanted
+
+
+def _shares(
+    out: torch.Tensor, estimate: Bounds, dtype: torch.dtype, deviations: float, wanted: torch.Tensor | None
+) -> torch.Tensor:
+    """What part of its allowance the error of each element uses; 0 for one that is not finite, or not wanted."""
+    value = estimate.value
+    half = spacing(torch.maximum(out.abs(), value.abs()), dtype).mul_(0.5 * HALF_ULP_SLACK).add_(FLUSHED)
+    certain = estimate.worst == 0
+    if bool(certain.any()):
+        # A copy of an exact value (a cache row, a bf16 key) is bit-exact: there is no last rounding to forgive.
+        half.masked_fill_(certain & (rounded(value, dtype) == value), 0.0)
+    excess = (out - value).abs_().sub_(half)
+    worst = torch.nan_to_num(estimate.worst, nan=math.inf, posinf=math.inf)
+    allowance = torch.minimum(estimate.variance.sqrt().mul_(deviations), worst)
+    usable = torch.isfinite(out) & torch.isfinite(value) & (excess > 0)
+    if wanted is not None:
+        usable &= wanted
+    return torch.where(usable, excess / allowance, 0.0)
+
+
+def _worst_of(error: torch.Tensor, share: torch.Tensor, over: torch.Tensor, block: tuple[slice, slice], columns: int) -> _Worst:
+    """The worst of a block's elements that are ``over``, and where it stands among all rows of that many ``columns``."""
+    rank = torch.where(over, torch.nan_to_num(share, nan=math.inf), -1.0)
+    highest = rank.max()
+    size = torch.where(rank == highest, error.abs(), -1.0)
+    place = int(size.argmax())
+    row, column = divmod(place, error.shape[1])
+    flat = (block[0].start + row) * columns + block[1].start + column
+    return _Worst(float(highest), float(size.flatten()[place]), -flat, float(share.flatten()[place]))
+
+
+def _integers(case: Case, part: _Part, estimate: Bounds, skip: torch.Tensor | None, result: _Numeric) -> float:
     """Integers are right or wrong; returns the share of the allowance, of which there is none."""
-    wrong = (part.value != estimate.value) & ~skip
+    wrong = part.value != estimate.value
+    if skip is not None:
+        wrong &= ~skip
     if not bool(wrong.any()):
         return 0.0
     flat = int(torch.nonzero(wrong.flatten())[0])
     index = part.index(flat)[-len(part.argument.size(case.dims)) :]
     found, expected = int(part.value.flatten()[flat]), int(estimate.value.flatten()[flat])
-    result.wrong += int(wrong.sum())
+    result.wrong += _count(wrong)
     result.findings.append(
         Finding(
             "element",
@@ -436,25 +519,22 @@ def _integers(case: Case, part: _Part, estimate: Bounds, skip: torch.Tensor, res
             index,
             part.argument.where(index, case.dims),
             share=math.inf,
-            count=int(wrong.sum()),
+            count=_count(wrong),
             total=wrong.numel(),
         )
     )
     return math.inf
 
 
-def _element_finding(case: Case, part: _Part, estimate: Bounds, share: torch.Tensor, beyond: torch.Tensor) -> Finding:
-    masked = torch.where(beyond, torch.nan_to_num(share, nan=math.inf), torch.full_like(share, -1.0))
-    error = (part.value - estimate.value).abs()
-    # Among elements that allow nothing, the largest error is the worst.
-    worst = masked == masked.max()
-    flat = int(torch.where(worst, error, torch.full_like(error, -1.0)).argmax())
-    index = part.index(flat)
+def _element_finding(case: Case, part: _Part, estimate: Bounds, worst: _Worst, beyond: torch.Tensor) -> Finding:
     argument = part.argument
+    flat = -worst.minus_flat
+    index = part.index(flat)
     where = argument.where(index[-len(argument.size(case.dims)) :], case.dims)
-    found, expected = float(part.value.flatten()[flat]), float(estimate.value.flatten()[flat])
-    ulps = float(distance(part.value, estimate.value, argument.dtype).flatten()[flat])
-    amount = float(share.flatten()[flat])
+    row, column = divmod(flat, part.found.shape[1])
+    at_worst, value = part.found[row, column].to(torch.float64), estimate.value[row, column]
+    found, expected, ulps = float(at_worst), float(value), float(distance(at_worst, value, argument.dtype))
+    amount = worst.share
     used = "where no error is allowed" if math.isinf(amount) else f"{amount:.3g} times its allowance"
     return Finding(
         "element",
@@ -465,7 +545,7 @@ def _element_finding(case: Case, part: _Part, estimate: Bounds, share: torch.Ten
         where,
         share=amount,
         ulps=ulps,
-        count=int(beyond.sum()),
+        count=_count(beyond),
         total=beyond.numel(),
     )
 
@@ -481,7 +561,7 @@ class _Statistics:
         part: _Part,
         flat: Bounds,
         estimate: Bounds,
-        skip: torch.Tensor,
+        skip: torch.Tensor | None,
     ) -> None:
         self.case, self.oracle, self.profile, self.part = case, oracle, profile, part
         self.estimate = estimate
@@ -489,7 +569,9 @@ class _Statistics:
         self.deviation = (flat.variance + error_bounds.rounding_variance(self.ulp)).sqrt()
         self.error = part.value - flat.value
         self.value, self.variance = flat.value, flat.variance
-        counted = torch.isfinite(self.error) & torch.isfinite(self.deviation) & ~skip
+        counted = torch.isfinite(self.error) & torch.isfinite(self.deviation)
+        if skip is not None:
+            counted &= ~skip
         # Values that agree in magnitude to 12 bits are rounded alike: their errors are one and the same.
         magnitudes = flat.value.abs().view(torch.int64) >> 40
         self.distinct = _count_distinct(magnitudes)
@@ -641,8 +723,12 @@ def spread_limit(independent: torch.Tensor) -> torch.Tensor:
     return SPREAD_SLACK * (1 - variance + SPREAD_SIGMAS * variance.sqrt()) ** 3
 
 
+def _count(mask: torch.Tensor) -> int:
+    return int(mask.count_nonzero())  # a sum would widen the mask to int64 first
+
+
 def _extent(case: Case, part: _Part, mask: torch.Tensor, detector: str, what: str) -> Finding:
-    first = int(torch.nonzero(mask.flatten())[0])
+    first = int(mask.flatten().view(torch.uint8).argmax())  # a list of all places would take eight times the mask
     index = part.index(first)
     argument = part.argument
     where = argument.where(index[-len(argument.size(case.dims)) :], case.dims)
@@ -652,7 +738,7 @@ def _extent(case: Case, part: _Part, mask: torch.Tensor, detector: str, what: st
         argument.name,
         index,
         where,
-        count=int(mask.sum()),
+        count=_count(mask),
         total=mask.numel(),
     )
 
@@ -675,14 +761,13 @@ def _area(part: _Part, row: int | None, columns: slice, width: int) -> str:
 
 def _pattern(case: Case, part: _Part, mask: torch.Tensor) -> str:
     """How much is wrong and in what shape: all of it, whole rows, a block of columns, or scattered elements."""
-    count, total = int(mask.sum()), mask.numel()
+    count, total = _count(mask), mask.numel()
     if count == total:
         return f"all {total} elements"
     rows = torch.nonzero(mask.any(1)).flatten()
     columns = torch.nonzero(mask.any(0)).flatten()
-    block = mask[rows][:, columns]
     text = f"{count} of {total} elements"
-    if not bool(block.all()) or count == 1:
+    if count < len(rows) * len(columns) or count == 1:
         return f"{text}, in {len(rows)} of {mask.shape[0]} rows" if mask.shape[0] > 1 else text
     names = rows if part.rows is None else part.rows[rows]
     down = "every row" if len(rows) == mask.shape[0] else f"rows {_ranges(names.tolist())}"

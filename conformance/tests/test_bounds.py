@@ -90,6 +90,45 @@ def test_projection_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.allclose(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=0)
 
 
+def _projection_in_float64(x: Bounds, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, variance and worst case as the numerics document writes them, everything in float64."""
+    wide, depth = weight.double(), weight.shape[0]
+    value, total = x.value @ wide, x.value.abs() @ wide.abs()
+    of_squares = bounds.SUM_OF_SQUARES * math.sqrt(depth) * (x.value.square() @ wide.square()).sqrt()
+    deviation = torch.maximum(bounds.SUM_OF_MAGNITUDES * total, of_squares)
+    own = (bounds.U * (deviation + bounds.SUM_OF_RESULT * math.sqrt(depth) * value.abs())) ** 2
+    return value, own + x.variance @ wide.square(), bounds.U * depth * total + x.worst @ wide.abs()
+
+
+#: Activations ``[4, K]`` that make sums in fp32 hard, by name: wide ranges in a row, few terms that rule, all terms alike.
+HARD_ROWS: dict[str, Callable[[int], Tensor]] = {
+    "normal": lambda depth: normal(4, depth),
+    "alike": lambda depth: torch.ones(4, depth, dtype=torch.float64),
+    "outliers": lambda depth: normal(4, depth) * torch.where(torch.arange(depth) % 50 == 0, 100.0, 1.0),
+    "heavy tail": lambda depth: normal(4, depth) / (torch.arange(1, depth + 1) / depth).sqrt(),
+    "tiny": lambda depth: 1e-12 * normal(4, depth) * 10.0 ** -torch.arange(4).unsqueeze(1),
+    "twelve decades": lambda depth: normal(4, depth) * 10.0 ** (-12 * torch.arange(depth) / depth),
+}
+
+
+@pytest.mark.parametrize("doubt", ["everywhere", "in few places"])
+@pytest.mark.parametrize("rows", HARD_ROWS)
+@pytest.mark.parametrize("depth", [5120, 17408])  # of the projections of Qwen3-14B
+def test_variance_and_worst_case_are_summed_well_enough_in_fp32(depth: int, rows: str, doubt: str) -> None:
+    """An error of 2e-6 in a variance moves a share of 1 by 1e-6; the model's own constants are good to a tenth."""
+    value, weight = HARD_ROWS[rows](depth).to(BF16).double(), bf16(depth, 48, seed=2, scale=depth**-0.5)
+    x = uncertain(value, 2.0**-9, 3)
+    if doubt == "in few places":  # as after a rounding that is reproduced
+        near_a_tie = torch.arange(depth) % 97 == 5
+        x = Bounds(value, x.variance * near_a_tie, x.worst * near_a_tie)
+    found = bounds.projection(x, weight)
+    value, variance, worst = _projection_in_float64(x, weight)
+    # Of the value itself fp32 would leave 1e-7.
+    assert torch.allclose(found.value, value, rtol=0, atol=1e-12 * float(value.abs().max()))
+    assert torch.allclose(found.variance, variance, rtol=2e-6, atol=0)
+    assert torch.allclose(found.worst, worst, rtol=2e-6, atol=0)
+
+
 def test_rms_norm_carries_errors_of_its_input() -> None:
     x, weight = uncertain(normal(4, 32), 1e-3, 1), 1 + 0.3 * normal(32, seed=2).float()
     estimate = bounds.rms_norm(x, weight, 1e-6, PLAIN)
