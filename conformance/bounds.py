@@ -31,6 +31,9 @@ NORM_ROUNDINGS = 6
 SUM_OF_MAGNITUDES = 0.5
 SUM_OF_SQUARES = 0.3
 SUM_OF_RESULT = 0.33
+#: One rounding of a sum is uniform within half a ULP: at most 0.58 u of the sum's size (just above a power of two) in standard
+#: deviation. A sum that begins with a large value makes K of them at that value's size.
+SUM_ONTO = 0.58
 #: Memory that the chunks of one projection may take, in bytes.
 CHUNK_BYTES = 32 << 20
 
@@ -208,6 +211,13 @@ def projection(x: Bounds, weight: torch.Tensor) -> Bounds:
         variance += squares_of[batch:]
         worst += magnitudes[batch:] * scale[2 * batch :]
     return Bounds(value, variance, worst)
+
+
+def accumulated_onto(start: Bounds, product: Bounds, depth: int) -> Bounds:
+    """``start + product``, where the accumulator of the ``depth`` products may have begun with ``start``."""
+    result, size = add(product, start), start.value.abs()
+    variance = result.variance + (U * SUM_ONTO * math.sqrt(depth) * size) ** 2
+    return Bounds(result.value, variance, result.worst + U * depth * size)
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:

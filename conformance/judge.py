@@ -43,6 +43,12 @@ BIAS_SLACK = 0.02
 TIE_ULPS = 1e-5
 #: Random directions from which the correlation of a row's errors is estimated: 28 pairs, so to about a quarter.
 PROBES = 8
+#: The same for one tile of a row: 120 pairs, so to an eighth.
+TILE_PROBES = 16
+#: However few roundings steer a tile, beyond so many times the limit it is wrong: ``spread_limit(2)`` is 4.6 times that of 16.
+MOST_TILE_SHARE = 4.7
+#: How many tiles that are too far off are looked at by themselves before they are believed.
+MOST_TILES = 8
 #: A row with fewer different magnitudes than this says nothing statistical.
 FEWEST_DISTINCT = 8
 #: Elements looked at together: few enough that their float64 temporaries (256 KB each) stay in a core's cache, which is several
@@ -58,7 +64,7 @@ class Oracle:
     def __init__(self, case: Case) -> None:
         self.case = case
         self._bounds: dict[str, dict[str, Bounds]] = {}
-        self._independent: dict[str, torch.Tensor] | None = None
+        self._sensitivity: _Sensitivity | None = None
 
     def bounds(self, profile: Profile) -> dict[str, Bounds]:
         """Bounds of every output under a profile."""
@@ -67,66 +73,107 @@ class Oracle:
         return self._bounds[profile.name]
 
     def independent_errors(self, argument: str, profile: Profile) -> torch.Tensor:
-        """Per row of a composite stage's output, how many independent errors its scaled errors amount to.
+        """Per row of a composite stage's output, how many independent errors its scaled errors amount to."""
+        return self._sensitive(profile).of_rows(argument)
 
-        One rounding inside a layer moves many outputs at once, and many roundings may move them the same way (all those of a
-        query change one score). With C the covariance of a row's scaled errors, their mean square scatters as that of
-        ``trace(C)**2 / trace(C**2)`` independent ones. For vectors a, b of random signs the mean of ``(a C b)**2`` is
-        ``trace(C**2)``, and ``a C b`` is the product of two gradients by the roundings. Sequences do not touch one another, so
-        one backward pass serves a row of each of them.
-        """
-        if self._independent is None:
-            self._independent = _independent_errors(self.case, self.bounds(profile), profile)
-        return self._independent[argument]
+    def independent_in_tile(self, argument: str, profile: Profile, row: int, columns: slice) -> float:
+        """The same of some columns of one judged row: a few roundings may steer a tile that do little to the rest of its row."""
+        return self._sensitive(profile).of_tile(argument, row, columns)
+
+    def _sensitive(self, profile: Profile) -> _Sensitivity:
+        if self._sensitivity is None:
+            self._sensitivity = _Sensitivity(self.case, self.bounds(profile), profile)
+        return self._sensitivity
 
 
-def _independent_errors(case: Case, bounds: dict[str, Bounds], profile: Profile) -> dict[str, torch.Tensor]:
-    arithmetic = RoundingSites(profile.roundings)
-    results = case.stage.reference(case.inputs, case.dims, arithmetic)
-    zeros = [zero for zero, _, _ in arithmetic.sites]
-    deviations = [error_bounds.rounding_variance(spacing(site.double(), BF16)).sqrt() for _, site, _ in arithmetic.sites]
-    signs = torch.Generator().manual_seed(0)
-    independent = {}
-    sequences = torch.arange(case.dims.B)
-    if case.stage.sequences is not None:
-        sequences = case.stage.sequences(case.inputs, case.dims)
-    # Sequences do not touch one another: one row of each is looked at at a time.
-    rounds = [torch.nonzero(_place_in_sequence(sequences) == place).flatten() for place in range(len(sequences))]
-    for name, estimate in bounds.items():
-        if case.stage.argument(name).dtype != BF16:
-            continue
-        value = results[name] if estimate.rows is None else results[name][estimate.rows]
+class _Sensitivity:
+    """How many independent errors the errors of a part of a composite stage's output amount to.
+
+    One rounding inside a layer moves many outputs at once, and many roundings may move them the same way (all those of a query
+    change one score). With C the covariance of the scaled errors, their mean square scatters as that of
+    ``trace(C)**2 / trace(C**2)`` independent ones. For vectors a, b of random signs the mean of ``(a C b)**2`` is
+    ``trace(C**2)``, and ``a C b`` is the product of two gradients by the roundings.
+    """
+
+    def __init__(self, case: Case, bounds: dict[str, Bounds], profile: Profile) -> None:
+        self._case, self._bounds = case, bounds
+        arithmetic = RoundingSites(profile.roundings)
+        self._results = case.stage.reference(case.inputs, case.dims, arithmetic)
+        self._zeros = [zero for zero, _, _ in arithmetic.sites]
+        self._owners = [sequence for _, _, sequence in arithmetic.sites]
+        self._deviations = [
+            error_bounds.rounding_variance(spacing(site.double(), BF16)).sqrt() for _, site, _ in arithmetic.sites
+        ]
+        self._of_rows: dict[str, torch.Tensor] = {}
+
+    def _scaled(self, name: str) -> torch.Tensor:
+        """The judged rows of an output, each element over its deviation: differentiable by the roundings."""
+        estimate = self._bounds[name]
+        value = self._results[name] if estimate.rows is None else self._results[name][estimate.rows]
         ulp = spacing(estimate.value, BF16)
-        weight = (1 / (estimate.variance + error_bounds.rounding_variance(ulp)).sqrt()).float()
+        return value * (1 / (estimate.variance + error_bounds.rounding_variance(ulp)).sqrt()).float()
+
+    def _probed(self, part: torch.Tensor, signs: torch.Generator) -> list[torch.Tensor | None]:
+        """The effect of each site's roundings on a sum of a part's elements with random signs."""
+        direction = torch.randint(0, 2, part.shape, generator=signs) * 2.0 - 1.0
+        gradients = torch.autograd.grad((direction * part).sum(), self._zeros, retain_graph=True, allow_unused=True)
+        return [
+            None if gradient is None else gradient.double() * deviation
+            for gradient, deviation in zip(gradients, self._deviations, strict=True)
+        ]
+
+    def of_rows(self, name: str) -> torch.Tensor:
+        """For every judged row of an output, one at least.
+
+        Sequences do not touch one another: one backward pass serves a row of each of them.
+        """
+        if name in self._of_rows:
+            return self._of_rows[name]
+        case = self._case
+        signs = torch.Generator().manual_seed(0)
+        sequences = torch.arange(case.dims.B)
+        if case.stage.sequences is not None:
+            sequences = case.stage.sequences(case.inputs, case.dims)
+        rounds = [torch.nonzero(_place_in_sequence(sequences) == place).flatten() for place in range(len(sequences))]
         # Rows stand by layer, token and head, as in a cache.
-        heads = 1 if estimate.rows is None else case.dims.NKV
-        scaled = (value * weight).reshape(-1, len(sequences), heads, value.shape[-1])
+        heads = 1 if self._bounds[name].rows is None else case.dims.NKV
+        scaled = self._scaled(name)
+        scaled = scaled.reshape(-1, len(sequences), heads, scaled.shape[-1])
         counts = torch.empty(scaled.shape[:3], dtype=torch.float64)
         for layer, head, tokens in itertools.product(range(scaled.shape[0]), range(heads), filter(len, rounds)):
             rows = scaled[layer, tokens, head]
             probes = []
             for _ in range(PROBES):
-                direction = torch.randint(0, 2, rows.shape, generator=signs) * 2.0 - 1.0
-                gradients = torch.autograd.grad((direction * rows).sum(), zeros, retain_graph=True, allow_unused=True)
                 parts: dict[int, list[torch.Tensor]] = {b: [] for b in sequences[tokens].tolist()}
-                for gradient, deviation, (_, _, sequence) in zip(gradients, deviations, arithmetic.sites, strict=True):
-                    if gradient is None or (sequence is not None and sequence not in parts):
+                for effect, owner in zip(self._probed(rows, signs), self._owners, strict=True):
+                    if effect is None or (owner is not None and owner not in parts):
                         continue
-                    effect = gradient.double() * deviation
-                    if sequence is not None:
-                        parts[sequence].append(effect.flatten())
+                    if owner is not None:
+                        parts[owner].append(effect.flatten())
                     else:
                         for b, part in parts.items():
                             part.append(effect.reshape(len(sequences), -1)[sequences == b].flatten())
                 probes.append({b: torch.cat(part) for b, part in parts.items()})
             for token in tokens.tolist():
-                effects = torch.stack([probe[int(sequences[token])] for probe in probes])
-                products = effects @ effects.T
-                trace = products.diagonal().mean()
-                pairs = products[~torch.eye(PROBES, dtype=torch.bool)]
-                counts[layer, token, head] = trace**2 / (pairs**2).mean().clamp_min(1e-300)
-        independent[name] = counts.flatten().clamp_min(1)
-    return independent
+                counts[layer, token, head] = _independent([probe[int(sequences[token])] for probe in probes])
+        self._of_rows[name] = counts.flatten().clamp_min(1)
+        return self._of_rows[name]
+
+    def of_tile(self, name: str, row: int, columns: slice) -> float:
+        """For some columns of one judged row."""
+        signs = torch.Generator().manual_seed(row)
+        tile = self._scaled(name)[row, columns]
+        probes = [[effect.flatten() for effect in self._probed(tile, signs) if effect is not None] for _ in range(TILE_PROBES)]
+        return max(1.0, float(_independent([torch.cat(probe) for probe in probes])))
+
+
+def _independent(probes: list[torch.Tensor]) -> torch.Tensor:
+    """``trace(C)**2 / trace(C**2)`` from the effects of the roundings on sums with random signs."""
+    effects = torch.stack(probes)
+    products = effects @ effects.T
+    pairs = products[~torch.eye(len(probes), dtype=torch.bool)]
+    estimate: torch.Tensor = products.diagonal().mean() ** 2 / (pairs**2).mean().clamp_min(1e-300)
+    return estimate
 
 
 def _place_in_sequence(sequences: torch.Tensor) -> torch.Tensor:
@@ -550,6 +597,17 @@ def _element_finding(case: Case, part: _Part, estimate: Bounds, worst: _Worst, b
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Area:
+    """A part of an output, its mean square of scaled errors, and the share of the limit that this is; ``row`` is one or all."""
+
+    share: float
+    row: int | None
+    columns: slice
+    mean_square: float
+    is_tile: bool
+
+
 class _Statistics:
     """Spread and bias of one bf16 output: errors that are each small enough, and together impossible."""
 
@@ -599,23 +657,32 @@ class _Statistics:
         if not bool(self.counted.any()):
             return 0.0
         # The limit only rises as fewer errors are independent: count them only where all together would not do.
-        share = self._spread_share(square, self.distinct.double())
+        area = self._worst_area(square, self.distinct.double(), {})
         # That is dear for a composite stage, and idle where the argument is wrong already.
-        known = any(finding.argument == self.part.argument.name for finding in result.findings)
-        if float(share[0]) > 1 and not known:
-            share = self._spread_share(square, self.independent)
-        worst, place = share
+        name = self.part.argument.name
+        known = any(finding.argument == name for finding in result.findings)
+        if area.share > 1 and not known:
+            tiles: dict[tuple[int, int], float] = {}
+            area = self._worst_area(square, self.independent, tiles)
+            while area.is_tile and 1 < area.share <= MOST_TILE_SHARE and len(tiles) < MOST_TILES and self.case.stage.composite:
+                assert area.row is not None
+                place = area.row, area.columns.start // TILE
+                if place in tiles:
+                    break
+                tiles[place] = self.oracle.independent_in_tile(name, self.profile, area.row, area.columns)
+                area = self._worst_area(square, self.independent, tiles)
+        worst = area.share
         if worst > 1:
-            row, columns, mean = place
+            row, columns, mean = area.row, area.columns, area.mean_square
             argument = self.part.argument
             index = self.part.index((row or 0) * square.shape[1] + columns.start)
             where = argument.where(index[-len(argument.size(self.case.dims)) :], self.case.dims)
-            area = _area(self.part, row, columns, square.shape[1])
+            where_it_is = _area(self.part, row, columns, square.shape[1])
             result.wrong += 1
             result.findings.append(
                 Finding(
                     "spread",
-                    f"errors of {argument.name} in {area} are {math.sqrt(mean):.3g} times what rounding explains "
+                    f"errors of {argument.name} in {where_it_is} are {math.sqrt(mean):.3g} times what rounding explains "
                     f"(mean square {worst:.3g} times the limit)",
                     argument.name,
                     index,
@@ -626,9 +693,14 @@ class _Statistics:
                     total=self.counted.numel(),
                 )
             )
-        return float(worst)
+        return worst
 
-    def _spread_share(self, square: torch.Tensor, independent: torch.Tensor) -> tuple[float, tuple[int | None, slice, float]]:
+    def _worst_area(self, square: torch.Tensor, independent: torch.Tensor, of_tiles: dict[tuple[int, int], float]) -> _Area:
+        """Which of the tensor, its rows, tiles and columns of tiles is furthest off.
+
+        ``independent`` counts the independent errors of each row, ``of_tiles`` those of tiles (row, tile) that were counted by
+        themselves.
+        """
         rows, columns = square.shape
         padded = -columns % TILE
         counted = torch.nn.functional.pad(self.counted, (0, padded)).view(rows, -1, TILE)
@@ -641,6 +713,8 @@ class _Statistics:
         common = (1 / independent - 1 / row_distinct).clamp_min(0)
         in_row = 1 / (1 / row_distinct + common)
         in_tile = 1 / (1 / torch.minimum(counts, self.distinct_in_tile.double()) + common.unsqueeze(1))
+        for (row, tile), fewer in of_tiles.items():
+            in_tile[row, tile] = in_tile[row, tile].clamp_max(fewer)
         different = self.different_rows
         different_in_tile = torch.stack([part.mean() for part in torch.split(different, TILE)])
         areas = (
@@ -649,17 +723,17 @@ class _Statistics:
             (tiles, counts, in_tile),
             (tiles.sum(0, keepdim=True), counts.sum(0, keepdim=True), in_tile.sum(0, keepdim=True) * different_in_tile),
         )
-        best: tuple[float, tuple[int | None, slice, float]] = (0.0, (None, slice(0, columns), 0.0))
+        best = _Area(0.0, None, slice(0, columns), 0.0, False)
         for kind, (total, count, effective) in enumerate(areas):
             mean = total / count.clamp_min(1)
             share = mean / spread_limit(effective)
             flat = int(share.argmax())
-            if float(share.flatten()[flat]) > best[0]:
+            if float(share.flatten()[flat]) > best.share:
                 row, tile = divmod(flat, share.shape[1])
                 whole_row = kind in (0, 1)
-                area = slice(0, columns) if whole_row else slice(tile * TILE, min(columns, (tile + 1) * TILE))
-                place = (row if kind in (1, 2) else None, area, float(mean.flatten()[flat]))
-                best = (float(share.flatten()[flat]), place)
+                part = slice(0, columns) if whole_row else slice(tile * TILE, min(columns, (tile + 1) * TILE))
+                of_row = row if kind in (1, 2) else None
+                best = _Area(float(share.flatten()[flat]), of_row, part, float(mean.flatten()[flat]), kind == 2)
         return best
 
     def bias(self, result: _Numeric) -> float:

@@ -8,14 +8,18 @@ contract's arguments and ``dims``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from conformance.contract import Dims
+from conformance.contract import Dims, Stage
 from conformance.declaration import Kernel, kernel
 from conformance.faults import layers as torch_layers
+from conformance.faults import of_places, of_values  # noqa: F401  they register their faults
 from conformance.faults.arithmetic import (
     BF16,
     HUGGING_FACE_LIKE,
@@ -27,6 +31,8 @@ from conformance.faults.arithmetic import (
     truncated,
 )
 from conformance.faults.layers import LAYER_WEIGHTS, Arguments, Step
+from conformance.faults.of_calls import Call
+from conformance.faults.registry import REGISTERED, faults_of
 
 __all__ = [
     "FAULTS",
@@ -68,7 +74,7 @@ def _qk_norm(m: Maker, t: Arguments, dims: Dims) -> dict[str, Tensor]:
 def _rope(m: Maker, t: Arguments, dims: Dims) -> dict[str, Tensor]:
     q, k = m.maybe(m.choices.before_rope, t["q"]), m.maybe(m.choices.before_rope, t["k"])
     lengths = t["seq_lens"].tolist()
-    angles = [m.angle(lengths[0 if m.has("row0_length") else b] - 1, dims) for b in range(dims.B)]
+    angles = [m.angle(lengths[0 if m.has("row0_length") else b] - 1, b, dims) for b in range(dims.B)]
     tables = t["rope_cos"], t["rope_sin"]
     k = k if m.has("k_not_rotated") else m.rotated(k, angles, *tables, dims)
     return {"q_out": m.rotated(q, angles, *tables, dims), "k_out": k}
@@ -76,24 +82,27 @@ def _rope(m: Maker, t: Arguments, dims: Dims) -> dict[str, Tensor]:
 
 def _kv_write(m: Maker, t: Arguments, dims: Dims) -> dict[str, Tensor]:
     # Updates in place by itself: what it returns is already in the caches.
-    stride = dims.BS
+    slots = t["slot_mapping"].tolist()
     for b in range(dims.B):
-        slot = int(t["slot_mapping"][b - 1 if m.has("slot_of_the_row_before") else b])
+        slot = m.at("slot", operator.getitem)(slots, b - 1 if m.has("slot_of_the_row_before") else b)
         page, offset = slot // dims.BS, slot % dims.BS
         if m.has("next_slot"):
             offset = (offset + 1) % dims.BS
         for head in range(dims.NKV):
-            row = (page * dims.NKV + head) * stride + offset
+            if not m.at("head_written", _every_head)(head, dims):
+                continue
+            row = m.at("cell", torch_layers.cell)(page, offset, head, dims) % len(t["k_cache"])
             if m.has("token_major_page"):
                 row = (page * dims.BS + offset) * dims.NKV + head
             columns = slice(head * dims.D, (head + 1) * dims.D)
             k, v = t["k"][b, columns].float(), t["v"][b, columns]
             if m.has("gain"):
                 k, v = k * 1.005, v * 1.005
+            k, v = m.at("written", _both)(m.cast(k), truncated(v) if m.has("truncate") else m.cast(v))
             if not m.has("k_not_written"):
-                t["k_cache"][row] = m.cast(k).to(BF16)
+                t["k_cache"][row] = k.to(BF16)
             if not m.has("v_not_written"):
-                t["v_cache"][row] = (truncated(v) if m.has("truncate") else m.cast(v)).to(BF16)
+                t["v_cache"][row] = v.to(BF16)
     if m.has("other_row_overwritten"):
         # The first row of the page of the first sequence's slot, or the one after it if that is the slot itself.
         slot = int(t["slot_mapping"][0])
@@ -101,6 +110,14 @@ def _kv_write(m: Maker, t: Arguments, dims: Dims) -> dict[str, Tensor]:
         row = page * dims.NKV * dims.BS + (0 if offset else 1)
         t["v_cache"][row] = 1.0
     return {}
+
+
+def _every_head(head: int, dims: Dims) -> bool:
+    return True
+
+
+def _both(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return k, v
 
 
 def _attention(m: Maker, t: Arguments, dims: Dims) -> dict[str, Tensor]:
@@ -113,13 +130,15 @@ def _o_proj(m: Maker, t: Arguments, dims: Dims) -> dict[str, Tensor]:
     residual = t["residual"].float()
     if m.has("row0_input"):
         residual = residual[:1].expand_as(residual)
-    branch = m.maybe(m.choices.branch, m.matmul(t["attn"], weight))
-    return {"out": branch if m.has("residual_missing") else branch + residual}
+    if m.has("residual_missing"):
+        return {"out": m.matmul(t["attn"], weight)}
+    return {"out": m.with_residual(t["attn"], weight, residual)}
 
 
 def _mlp(m: Maker, t: Arguments, dims: Dims) -> dict[str, Tensor]:
     x = t["x"][:1].expand_as(t["x"]) if m.has("row0_input") else t["x"]
-    return {"out": m.gated(m.matmul(x, t["w_gate"]), m.matmul(x, t["w_up"]), t["w_down"])}
+    activation = m.gated(m.matmul(x, t["w_gate"]), m.matmul(x, t["w_up"]))
+    return {"out": m.maybe(m.choices.branch, m.matmul(activation, t["w_down"]))}
 
 
 def _lm_head(m: Maker, t: Arguments, dims: Dims) -> dict[str, Tensor]:
@@ -127,7 +146,8 @@ def _lm_head(m: Maker, t: Arguments, dims: Dims) -> dict[str, Tensor]:
 
 
 def _greedy_sample(m: Maker, t: Arguments, dims: Dims) -> dict[str, Tensor]:
-    rows = [_largest(m, t["logits"][0 if m.has("row0_input") else b]) for b in range(dims.B)]
+    largest = m.at("winner", functools.partial(_largest, m))
+    rows = [largest(t["logits"][0 if m.has("row0_input") else b]) for b in range(dims.B)]
     return {"token_ids": torch.tensor(rows)}
 
 
@@ -286,8 +306,8 @@ _OF_PREFILL = (
     "second_half_dropped",
 )
 
-#: Every fault by stage.
-FAULTS: dict[str, tuple[str, ...]] = {
+#: The faults that are woven into the kernels, by stage.
+_WOVEN: dict[str, tuple[str, ...]] = {
     "rms_norm": (*COMMON_FAULTS, "truncate", "echo", "second_call_differs", "eps_1e-5", "missing_gamma", "row0_scale"),
     "qkv_proj": (
         *COMMON_FAULTS,
@@ -470,8 +490,15 @@ FAULTS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+#: Every fault by stage: those, and the ones that are a function of their own.
+FAULTS: dict[str, tuple[str, ...]] = {stage: (*woven, *faults_of(stage)) for stage, woven in _WOVEN.items()}
+
 #: Choices that a fault needs to show at all.
-_NEEDS = {"no_rescale": Choices(block=16), "masked_scores_are_zero": Choices(whole_page="replace")}
+_NEEDS = {
+    "no_rescale": Choices(block=16),
+    "masked_scores_are_zero": Choices(whole_page="replace"),
+    **{found.name: Choices(**found.choices) for found in REGISTERED.values() if found.choices},
+}
 
 
 def torch_kernel(stage: str, choices: Choices | None = None, fault: str = "") -> Kernel:
@@ -482,7 +509,7 @@ def torch_kernel(stage: str, choices: Choices | None = None, fault: str = "") ->
     if fault and fault not in FAULTS[stage]:
         raise KeyError(f"stage {stage} has no fault {fault!r}")
     maker = Maker(choices or _NEEDS.get(fault, Choices()), fault)
-    compute = _STAGES[stage]
+    kept: dict[str, Any] = {}
 
     def run(*arguments: Tensor, dims: Dims) -> Tensor | None:
         maker.calls += 1
@@ -492,15 +519,21 @@ def torch_kernel(stage: str, choices: Choices | None = None, fault: str = "") ->
             raise RuntimeError("this kernel needs at least two rows")
         if fault == "second_call_differs":
             maker.choices = dataclasses.replace(maker.choices, order="torch" if maker.calls % 2 else "reversed")
-        results = compute(maker, tensors, dims)
-        for name, value in results.items():
-            _store(maker, tensors[name], value)
-        written = [argument.name for argument in declared.stage.outputs]
-        _spoil(maker, tensors, names[0], written, results, dims)
-        return tensors[written[0]] if fault == "returns_a_tensor" else None
+        call = Call(declared.stage, tensors, dims, maker.calls, kept, functools.partial(_run, maker, declared.stage))
+        maker.at("call", Call.run)(call)
+        return next(iter(call.outputs.values())) if fault == "returns_a_tensor" else None
 
     declared = kernel(stage, name=f"{stage}[{fault}]" if fault else stage)(run)
     return declared
+
+
+def _run(maker: Maker, stage: Stage, tensors: Arguments, dims: Dims) -> None:
+    """Compute, store, and spoil what has been stored if that is the fault."""
+    results = _STAGES[stage.name](maker, tensors, dims)
+    for name, value in results.items():
+        _store(maker, tensors[name], value)
+    written = [argument.name for argument in stage.outputs]
+    _spoil(maker, tensors, stage.arguments[0].name, written, results, dims)
 
 
 def _store(m: Maker, out: Tensor, value: Tensor) -> None:

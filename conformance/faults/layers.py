@@ -79,13 +79,14 @@ class Step:
         tokens = []
         for index in range(kept):
             position = total - count + index
-            seen = self.seq_lens[0] - 1 if m.has("row0_length") else position
+            length = m.at("length", _length_of)(self.seq_lens, b)
+            seen = self.seq_lens[0] - 1 if m.has("row0_length") else length - count + index
             turned = seen
             if m.has("position_of_the_first"):
                 turned = total - count
             if m.has("position_from_zero"):
                 turned = index
-            angle = m.angle(turned, self.dims)
+            angle = m.angle(turned, b, self.dims)
             tokens.append(Token(start + index, b, position, angle, seen + 1, total - count, total))
         return tokens
 
@@ -101,12 +102,16 @@ class Step:
         if m.has("token_major_page"):
             row = (page * self.page_size + offset) * dims.NKV + kv_head
         else:
-            row = (page * dims.NKV + kv_head) * self.page_size + offset
+            row = m.at("cell", cell)(page, offset, kv_head, dims.replace(BS=self.page_size))
         # Where a device would read or write somewhere else, stay in the tensor. Page -1 is the last one.
         return row % self.cache_rows
 
     def _page(self, sequence: int, index: int) -> int:
         """The physical page of the ``index``-th page of a sequence."""
+        return self.m.at("page", Step.right_page)(self, sequence, index)
+
+    def right_page(self, sequence: int, index: int) -> int:
+        """As the block table has it, but for the faults that are woven in here."""
         m, dims, table = self.m, self.dims, self.table
         assert table is not None
         if m.has("identity_block_table"):
@@ -130,7 +135,7 @@ class Step:
     def row(self, layer: int, sequence: int, position: int, kv_head: int) -> int:
         """Where the key or value of a position is read."""
         dims = self.dims
-        layer = 0 if self.m.has("caches_of_layer_0") else layer
+        layer = self.m.at("depth", _own_layer)(0 if self.m.has("caches_of_layer_0") else layer, dims)
         if self.table is None:
             return ((layer * dims.B + sequence) * dims.NKV + kv_head) * dims.S + position
         index, offset = divmod(position, self.page_size)
@@ -142,7 +147,7 @@ class Step:
         if self.table is None:
             return self.row(layer, token.sequence, token.position, kv_head)
         layer = 0 if m.has("caches_of_layer_0") else layer
-        slot = self.slots[token.row]
+        slot = m.at("slot", _own_slot)(self.slots, token.row)
         if m.has("slot_of_the_row_before"):
             slot = self.slots[token.row - 1]
         if m.has("slots_consecutive"):
@@ -186,7 +191,7 @@ class Step:
             positions = positions[: token.past] or positions[-1:]
         if m.has("only_itself_seen"):
             positions = positions[-1:]
-        return positions
+        return m.at("seen", _all_of_them)(positions, token, dims)
 
     def read(self, sequence: int, seen: list[int]) -> list[int]:
         """The positions whose rows are read for those that are seen, in the order in which they are visited."""
@@ -220,17 +225,18 @@ def attention(m: Maker, q: Tensor, step: Step, layer: int, k_cache: Tensor, v_ca
             read = step.read(sequence, sorted(set().union(*seen)))
             hidden = torch.tensor([[position not in positions for position in read] for positions in seen])
             for kv_head in range(dims.NKV):
-                rows = [step.row(layer, sequence, position, kv_head) for position in read]
-                keys, values = k_cache[rows].float(), v_cache[rows].float()
+                source = m.at("kv_head", _own_head)(kv_head, dims)
+                rows = [step.row(layer, sequence, position, source) for position in read]
+                keys, values = m.at("history", _history)(k_cache[rows].float(), v_cache[rows].float())
                 if m.has("keys_as_values"):
                     values = keys
-                heads = torch.arange(kv_head * dims.G, (kv_head + 1) * dims.G)
+                heads = m.at("heads", _own_group)(kv_head, dims)
                 if m.has("modulo_heads"):
                     heads = torch.arange(kv_head, dims.NH, dims.NKV)
                 place = (index.view(-1, 1), heads)
                 queries = q.view(-1, dims.NH, dims.D)[place].reshape(-1, dims.D)  # by token, then head
-                attended = m.attend(queries, keys, values, hidden.repeat_interleave(dims.G, 0), dims)
-                result.view(-1, dims.NH, dims.D)[place] = attended.view(len(block), dims.G, dims.D)
+                attended = m.attend(queries, keys, values, hidden.repeat_interleave(len(heads), 0), dims)
+                result.view(-1, dims.NH, dims.D)[place] = attended.view(len(block), len(heads), dims.D)
     return result
 
 
@@ -243,15 +249,29 @@ def _write(m: Maker, k: Tensor, v: Tensor, step: Step, layer: int, k_cache: Tens
         if m.has("one_too_few_at_a_page_edge") and is_last and token.total % dims.BS == 0:
             continue
         for head in range(dims.NKV):
+            if not m.at("head_written", _every_head)(head, dims):
+                continue
             row, columns = step.written_row(layer, token, head), slice(head * dims.D, (head + 1) * dims.D)
-            k_cache[row] = k[index, columns].to(BF16)
-            v_cache[row] = m.cast(v[index, columns]).to(BF16)
+            new_k, new_v = m.at("written", _history)(k[index, columns], m.cast(v[index, columns]))
+            k_cache[row], v_cache[row] = new_k.to(BF16), new_v.to(BF16)
     if m.has("other_row_overwritten") and dims.B > 1:
         # Some sequence's oldest row, which is not being written in this step unless it is its only one.
         k_cache[step.row(layer, 0, 0, 0)] = k_cache[step.row(layer, 1, 0, 0)]
     position = step.seq_lens[0]
     if m.has("next_row_overwritten") and position < dims.S and position % dims.BS:
         k_cache[step.row(layer, 0, position, 0)] = k_cache[step.row(layer, 0, position - 1, 0)]
+
+
+def prepared(
+    m: Maker, q: Tensor, k: Tensor, v: Tensor, weights: Arguments, angles: list[int], t: Arguments, dims: Dims
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k normalised by head and rotated, in bf16; v as it is."""
+    if not m.has("q_norm_missing"):
+        q = m.heads_normalised(q, weights["q_norm_weight"][0], dims)
+    if not m.has("k_norm_missing"):
+        k = m.heads_normalised(k, weights["k_norm_weight"][0], dims)
+    q, k = (m.cast(m.rotated(tensor, angles, t["rope_cos"], t["rope_sin"], dims)) for tensor in (q, k))
+    return q, k, v
 
 
 def _layer(m: Maker, hidden: Tensor, weights: Arguments, t: Arguments, step: Step, layer: int, dims: Dims) -> Tensor:
@@ -264,28 +284,22 @@ def _layer(m: Maker, hidden: Tensor, weights: Arguments, t: Arguments, step: Ste
         m.choices.deferred_input_norm or m.has("deferred_norm_dropped"),
     )
     q, k, v = (m.maybe(m.choices.projection, tensor) for tensor in (q, k, v))
-    if not m.has("q_norm_missing"):
-        q = m.heads_normalised(q, weights["q_norm_weight"][0], dims)
-    if not m.has("k_norm_missing"):
-        k = m.heads_normalised(k, weights["k_norm_weight"][0], dims)
-    angles = [token.angle for token in step.tokens]
-    q, k = (m.cast(m.rotated(tensor, angles, t["rope_cos"], t["rope_sin"], dims)) for tensor in (q, k))
+    q, k, v = m.at("prepared", prepared)(m, q, k, v, weights, [token.angle for token in step.tokens], t, dims)
     caches = t["k_cache"], t["v_cache"]
     stale = caches[0].clone(), caches[1].clone()
     _write(m, k, v, step, layer, *caches, dims)
     attn = m.cast(attention(m, q, step, layer, *(stale if m.has("attention_before_write") else caches), dims))
-    residual = m.maybe(m.choices.branch, m.matmul(attn, weights["wo"]))
-    if not m.has("residual_missing"):
-        residual = residual + hidden
-    residual = m.maybe(m.choices.residual, residual)
+    residual = m.matmul(attn, weights["wo"]) if m.has("residual_missing") else m.with_residual(attn, weights["wo"], hidden)
+    residual = m.maybe(m.choices.residual, m.at("first_sum", _sum)(residual, hidden))
     gate, up = m.normalised_projections(
-        residual,
+        m.at("second_input", _second_input)(residual, hidden),
         weights["post_rms_weight"][0],
         [weights["w_gate"], weights["w_up"]],
         dims.eps,
         m.choices.deferred_post_norm,
     )
-    return m.gated(gate, up, weights["w_down"]) + (hidden if m.has("second_residual_wrong") else residual)
+    residual = hidden if m.has("second_residual_wrong") else residual
+    return m.at("second_sum", _sum)(m.with_residual(m.gated(gate, up), weights["w_down"], residual), residual)
 
 
 def layers(m: Maker, t: Arguments, dims: Dims) -> Arguments:
@@ -303,8 +317,10 @@ def layers(m: Maker, t: Arguments, dims: Dims) -> Arguments:
             continue
         if m.has("last_layer_dropped") and layer and layer == dims.L - 1:
             continue
-        chosen = 0 if m.has("weights_of_layer_0") else layer
-        weights = {name: t[name].chunk(dims.L)[chosen] for name in LAYER_WEIGHTS}
+        weights = {
+            name: m.at("weight", _own_weight)(name, 0 if m.has("weights_of_layer_0") else layer, t, dims)
+            for name in LAYER_WEIGHTS
+        }
         before = first if m.has("carried_state_ignored") else hidden
         result = _layer(m, before, weights, t, step, layer, dims)
         hidden = m.cast(result)
@@ -347,3 +363,55 @@ def lm_head(m: Maker, hidden: Tensor, gamma: Tensor, weight: Tensor, dims: Dims)
     if m.has("last_tile_repeated"):
         logits[:, whole:] = logits[:, whole - VOCABULARY_TILE : dims.V - VOCABULARY_TILE]
     return logits
+
+
+# What stands at a hook by default
+
+
+def cell(page: int, offset: int, kv_head: int, dims: Dims) -> int:
+    """The row of a KV head at an offset of a page, pages of all layers counted."""
+    return (page * dims.NKV + kv_head) * dims.BS + offset
+
+
+def _length_of(seq_lens: list[int], sequence: int) -> int:
+    return seq_lens[sequence]
+
+
+def _own_layer(layer: int, dims: Dims) -> int:
+    return layer
+
+
+def _own_slot(slots: list[int], row: int) -> int:
+    return slots[row]
+
+
+def _own_group(kv_head: int, dims: Dims) -> Tensor:
+    return torch.arange(kv_head * dims.G, (kv_head + 1) * dims.G)
+
+
+def _own_head(kv_head: int, dims: Dims) -> int:
+    return kv_head
+
+
+def _every_head(head: int, dims: Dims) -> bool:
+    return True
+
+
+def _all_of_them(positions: list[int], token: Token, dims: Dims) -> list[int]:
+    return positions
+
+
+def _history(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    return keys, values
+
+
+def _sum(total: Tensor, residual: Tensor) -> Tensor:
+    return total
+
+
+def _second_input(residual: Tensor, hidden: Tensor) -> Tensor:
+    return residual
+
+
+def _own_weight(name: str, layer: int, t: Arguments, dims: Dims) -> Tensor:
+    return t[name].chunk(dims.L)[layer]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -40,7 +39,7 @@ class Subject:
     summary: str
     make: Callable[[], Kernel]
     lane: str = "eager"
-    dims: Mapping[str, Any] = types.MappingProxyType({})
+    dims: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     hidden: str = ""
 
     @property

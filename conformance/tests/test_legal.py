@@ -99,8 +99,19 @@ def test_prefill_may_go_by_tokens_or_by_blocks_of_queries(queries: int, whole_pa
     assert_legal(key, choices)
 
 
+def test_a_projection_may_be_accumulated_onto_its_residual() -> None:
+    """The residual is the largest term of the sum: every partial sum is rounded at its size."""
+    choices = Choices(residual_first=True, order="sequential")
+    assert_legal(CaseKey.parse("o_proj:tiny:B=5:mixed_rows:638194671"), choices)
+
+
 #: Runs that earlier versions of the error model rejected, and what it left out.
 ONCE_REJECTED = {
+    "a few roundings steer a tile of an outlier row": (
+        "prefill_layer:awkward:B=16,NB=58,S=48,seq_lens=38+44+15+48+34+8+48+35+17+16+8+7+33+7+48+7,"
+        "chunk_lens=9+1+1+1+1+1+1+1+1+1+1+1+1+1+1+1:outlier:1826666345",
+        Choices(normalised=True, before_rope=True, gate_up=True, branch=True, projection=True, visit="backward"),
+    ),
     "probabilities all about 1/n are rounded alike": (
         "attention:tiny:B=16,seq_lens=60+8+127+128+128+1+15+116+2+1+66+16+115+1+106+29:mixed_rows:1916677662",
         HUGGING_FACE_LIKE,

@@ -96,7 +96,11 @@ def _histories(layout: Layout, k_cache: torch.Tensor, v_cache: torch.Tensor) -> 
 
 
 def _output_projection(attn: Bounds, wo: torch.Tensor, residual: Bounds, profile: Profile) -> Bounds:
-    return bounds.add(bounds.optional_rounding(bounds.projection(attn, wo), profile, "branch"), residual)
+    product = bounds.projection(attn, wo)
+    if profile.makes("branch") and not profile.modelled:
+        return bounds.add(bounds.optional_rounding(product, profile, "branch"), residual)
+    # A sum in any order: the residual may be its first term, as where a product is accumulated onto what lies there.
+    return bounds.accumulated_onto(residual, bounds.optional_rounding(product, profile, "branch"), wo.shape[0])
 
 
 def o_proj(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:

@@ -1,0 +1,126 @@
+"""The exam's torch kernels are told apart, described, and made anew whenever they are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pathlib
+import re
+
+import pytest
+import torch
+
+import conformance
+from conformance.cases import CaseKey, make_case
+from conformance.contract import stage_named
+from conformance.executors.eager import run_eager
+from conformance.faults import arithmetic, kernels, layers
+from conformance.faults.catalogue import DESCRIBED, VARIANTS, dims_of, random_variant, torch_subjects, variants_of
+from conformance.faults.kernels import FAULTS, RELEVANT, Choices
+from conformance.faults.registry import REGISTERED, fault
+from conformance.faults.subject import KINDS
+
+SUBJECTS = torch_subjects()
+NAMES = {name for faults in FAULTS.values() for name in faults}
+
+
+def test_ids_are_unique() -> None:
+    assert len({subject.id for subject in SUBJECTS}) == len(SUBJECTS)
+
+
+def test_every_fault_is_described_and_every_description_is_of_a_fault() -> None:
+    assert set(DESCRIBED) == NAMES
+    for name, (kind, summary) in DESCRIBED.items():
+        assert kind in KINDS, name
+        assert summary.strip() == summary, name
+        assert summary, name
+        assert not set("\n.") & set(summary[-1:]), name
+
+
+def test_no_two_faults_of_a_stage_say_the_same() -> None:
+    for stage, faults in FAULTS.items():
+        assert len(set(faults)) == len(faults)
+        assert len({DESCRIBED[name][1] for name in faults}) == len(faults), stage
+
+
+def test_there_are_as_many_as_the_exam_asks_for() -> None:
+    assert len(NAMES) >= 200
+    assert len(VARIANTS) >= 50
+    assert {kind for kind, _ in DESCRIBED.values()} == set(KINDS)
+
+
+@pytest.mark.parametrize("stage", conformance.stages())
+def test_every_stage_has_faults_and_variants(stage: str) -> None:
+    legal = [subject.name for subject in SUBJECTS if subject.stage == stage and subject.legal]
+    faults = [subject.name for subject in SUBJECTS if subject.stage == stage and not subject.legal]
+    assert "contract" in legal
+    assert legal == list(variants_of(stage))
+    assert faults == list(FAULTS[stage])
+
+
+def test_variants_differ_from_one_another() -> None:
+    choices = [variant.choices for variant in VARIANTS.values()]
+    assert len(set(choices)) == len(choices)
+    assert all(variants_of(stage) for stage in RELEVANT)
+    assert {name for stage in RELEVANT for name in variants_of(stage)} == set(VARIANTS)
+
+
+def test_a_variant_changes_only_what_means_something_to_its_stage() -> None:
+    for stage in RELEVANT:
+        for variant in variants_of(stage).values():
+            changed = {
+                field.name
+                for field in dataclasses.fields(Choices)
+                if getattr(variant.choices, field.name) != getattr(Choices(), field.name)
+            }
+            assert changed <= set(RELEVANT[stage])
+
+
+def test_a_kernel_is_made_anew() -> None:
+    """What one remembers of its calls the next does not know."""
+    (subject,) = (subject for subject in SUBJECTS if subject.id == "rms_norm/accumulator_kept")
+    case = make_case(CaseKey.parse("rms_norm:tiny:B=2:normal:1"))
+    kernel = subject.make()
+    first, second = run_eager(kernel, case), run_eager(kernel, case)
+    assert not torch.equal(first.outputs["out"], second.outputs["out"])
+    assert torch.equal(run_eager(subject.make(), case).outputs["out"], first.outputs["out"])
+
+
+def test_dimensions_are_those_that_a_fault_needs() -> None:
+    assert dims_of("rms_norm") == {"preset": "tiny"}
+    assert dims_of("rms_norm", "tail_columns_zero") == {"preset": "awkward"}
+    assert dims_of("prefill_fwd") == {"preset": "tiny", "S": 48, "L": 2, "T": 24}
+    assert dims_of("attention", "heads_over_nkv") == {"preset": "tiny", "NH": 6, "NKV": 2, "D": 32}
+
+
+def test_random_combinations_are_one_subject() -> None:
+    first, again, other = (random_variant("attention", index) for index in (0, 0, 1))
+    assert first.id == other.id == "attention/random_combinations"
+    assert first.legal
+    assert first.make is not again.make  # made for this combination only
+    assert first.dims == other.dims
+
+
+def test_every_hook_of_a_fault_is_asked_for() -> None:
+    """A hook that nobody asks for would leave the kernel right."""
+    source = "".join(pathlib.Path(inspect.getfile(module)).read_text("utf-8") for module in (arithmetic, layers, kernels))
+    asked = set(re.findall(r"\.at\(\s*\"(\w+)\"", source))
+    assert {found.hook for found in REGISTERED.values()} == asked
+    assert all(stage_named(stage) for found in REGISTERED.values() for stage in found.stages)
+
+
+def test_a_fault_says_what_it_is_and_is_there_once() -> None:
+    def gain(eps: float) -> float:
+        """Eps is doubled."""
+        return 2 * eps
+
+    def untold(eps: float) -> float:
+        return 2 * eps
+
+    with pytest.raises(ValueError, match="one line"):
+        fault("eps", "value", "rms_norm")(untold)
+    with pytest.raises(ValueError, match="of no stage"):
+        fault("eps", "value")(gain)
+    with pytest.raises(ValueError, match="there already"):
+        fault("eps", "value", "rms_norm", name="layer_norm")(gain)
+    assert "untold" not in REGISTERED
