@@ -16,7 +16,7 @@ import torch
 from conformance.buffers import bits
 from conformance.cases import Case, CaseKey, Space, make_case, make_inputs
 from conformance.checking import MOST_LOST, Judged, Runner, is_lost
-from conformance.contract import Dims
+from conformance.contract import Dims, layer_of
 from conformance.data import Source
 from conformance.declaration import CAPABILITIES, Kernel
 from conformance.executors.base import Outcome
@@ -29,7 +29,7 @@ CHECK_PREFIX = "capability:"
 BATCHES = (1, 3, 7)
 #: Layers of a chain: a first, a middle and a last one.
 LAYERS = 3
-#: How many seeds are tried to find data in which sequences share pages: one case in three has them.
+#: How many seeds are tried to find data in which sequences share pages: one case in three has them, where lengths allow.
 SEEDS = 40
 
 
@@ -78,10 +78,10 @@ class _Trial:
     run: Runner
     check: str
 
-    def __call__(self, about: str, case: Case, like: Outcome | None = None) -> tuple[Judged, Outcome]:
+    def __call__(self, about: str, case: Case, like: tuple[Case, Outcome] | None = None) -> tuple[Judged, Outcome]:
         """Judge one run; what is wrong with it becomes one finding that begins with the claim and ``about``.
 
-        With ``like`` the outputs that the kernel fills must be that outcome's, bit for bit.
+        With ``like`` what the kernel fills must be the same as in that run, bit for bit: its outputs, and the cache rows.
         """
         names = proven(self.check)
         claim, several = " and ".join(names), len(names) > 1
@@ -120,8 +120,8 @@ class _Trial:
                 return batch
         return wanted
 
-    def key(self, index: int, batch: int, layers: int, regime: str | None = None, spare_pages: int = 0) -> CaseKey:
-        """A case of mixed lengths; everything follows from ``index``."""
+    def key(self, index: int, batch: int, layers: int, *, longest: bool = False) -> CaseKey:
+        """A case of mixed lengths, or of sequences that are full with their latest token; everything follows from ``index``."""
         stage, space = self.space.stage, self.free
         source = Source(f"capability/{stage.name}/{space.preset}/{index}")
         lengths: tuple[int, ...] = ()
@@ -132,17 +132,33 @@ class _Trial:
             lengths = tuple(edges[(index + b) % len(edges)] if b % 2 else length for b, length in enumerate(drawn))
         if stage.has_chunks:
             chunks = space.chunks(source.integers("chunk", 1, 2 * space.limit.BS, batch), lengths)
-        name = regime or ("normal" if "normal" in stage.regimes else stage.regimes[0])
-        return space.key(name, index, B=batch, L=layers, spare_pages=spare_pages, seq_lens=lengths, chunk_lens=chunks)
+        if longest:
+            lengths, chunks = (space.limit.S,) * len(lengths), (1,) * len(chunks)
+        regime = "normal" if "normal" in stage.regimes else stage.regimes[0]
+        return space.key(regime, index, B=batch, L=layers, spare_pages=0, seq_lens=lengths, chunk_lens=chunks)
 
 
-def _difference(case: Case, outcome: Outcome, like: Outcome | None) -> str:
-    for argument in case.stage.arguments:
-        if like is not None and argument.access == "out":
-            different = bits(outcome.outputs[argument.name]) != bits(like.outputs[argument.name])
+def _difference(case: Case, outcome: Outcome, like: tuple[Case, Outcome] | None) -> str:
+    if like is not None:
+        before = _filled(*like)
+        for name, tensor in _filled(case, outcome).items():
+            different = bits(tensor) != bits(before[name])
             if bool(different.any()):
-                return f"{int(different.sum())} of {different.numel()} elements of {argument.name} are not the same bits"
+                return f"{int(different.sum())} of {different.numel()} elements of {name} are not the same bits"
     return ""
+
+
+def _filled(case: Case, outcome: Outcome) -> dict[str, torch.Tensor]:
+    """What a call fills, wherever it lies: its outputs, and the rows of its updated caches at their slots."""
+    filled = {argument.name: outcome.outputs[argument.name] for argument in case.stage.arguments if argument.access == "out"}
+    slots = case.inputs.get("slot_mapping")
+    for argument in case.stage.arguments:
+        if argument.access == "io" and slots is not None:
+            axes = argument.shape.split()[0].split("*")
+            rows = outcome.outputs[argument.name].view(*(getattr(case.dims, axis) for axis in axes), -1)
+            pages = rows.movedim((axes.index("NB"), axes.index("BS")), (0, 1))
+            filled[f"{argument.name}'s new rows"] = pages[slots.long() // case.dims.BS, slots.long() % case.dims.BS]
+    return filled
 
 
 def _with(key: CaseKey, **overrides: int) -> CaseKey:
@@ -150,21 +166,32 @@ def _with(key: CaseKey, **overrides: int) -> CaseKey:
 
 
 def _other_pools(trial: _Trial) -> Iterator[Judged]:
-    """The same sequences in another pool, larger and in another order, with pages that sequences share: the same bits."""
+    """The same sequences in another pool, larger and in another order, with pages that sequences share: the same bits.
+
+    Where no pages can be shared (no block table, one sequence, or one page each), in another pool only.
+    """
     batch = trial.batch(3)
-    for index in range(SEEDS):
-        key = trial.key(index, batch, 1)
-        case = make_case(key)
-        table = case.inputs.get("block_table", torch.arange(1))
-        owned = table[table >= 0].tolist()
-        if len(set(owned)) < len(owned):
-            break
+    case = make_case(trial.key(0, batch, 1))
+    if "block_table" in case.inputs and batch > 1 and case.dims.S > case.dims.BS:
+        # Only full pages are shared: where sequences have few, mixed lengths may leave none.
+        keys = (trial.key(index, batch, 1, longest=longest) for longest in (False, True) for index in range(SEEDS))
+        shared = next(filter(_shares_pages, map(make_case, keys)), None)
+        if shared is None:
+            yield _not_held(trial.check, case.key, "paged_kv is not shown with pages that sequences share: no data has any")
+            return
+        case = shared
     first, outcome = trial("on a pool of pages in random order", case)
     yield first
     # Which pages a sequence gets depends on the size of the pool.
-    larger = make_case(_with(key, NB=case.dims.NB + 5))
-    second, _ = trial("when the same sequences lie in other pages", larger, outcome)
+    larger = make_case(_with(case.key, NB=case.dims.NB + 5))
+    second, _ = trial("when the same sequences lie in other pages", larger, (case, outcome))
     yield second
+
+
+def _shares_pages(case: Case) -> bool:
+    table = case.inputs["block_table"]
+    owned = table[table >= 0].tolist()
+    return len(set(owned)) < len(owned)
 
 
 def _batches(trial: _Trial) -> Iterator[Judged]:
@@ -219,8 +246,7 @@ def _layers(tensor: torch.Tensor, name: str, first: int, count: int, trial: _Tri
     """The rows of some layers, where the first axis stacks layers."""
     if "L" not in trial.space.stage.argument(name).shape.split()[0].split("*"):
         return tensor
-    rows = tensor.shape[0] // dims.L
-    return tensor[first * rows : (first + count) * rows].contiguous()
+    return layer_of(tensor, first, dims.L, count).contiguous()
 
 
 _PROOFS: dict[tuple[str, ...], Callable[[_Trial], Iterator[Judged]]] = {

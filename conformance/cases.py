@@ -57,13 +57,13 @@ class CaseKey:
         if not isinstance(text, str):
             raise UsageError(f"a case key is text, found {text!r}; {example}")
         parts = text.strip().split(":")
-        if len(parts) != 5 or not re.fullmatch(r"\d+", parts[4]):
+        if len(parts) != 5 or not re.fullmatch(r"[0-9]+", parts[4]):
             raise UsageError(f"cannot read case key {text!r}; {example}")
         stage, preset, varied, regime, seed = parts
         overrides: list[tuple[str, int]] = []
         lists: dict[str, tuple[int, ...]] = dict.fromkeys(_LISTS, ())
         for item in filter(None, varied.split(",")):
-            match = re.fullmatch(r"(\w+)=(\d+(?:\+\d+)*)", item)
+            match = re.fullmatch(r"(\w+)=([0-9]+(?:\+[0-9]+)*)", item)
             if match is None:
                 raise UsageError(f"cannot read {item!r} in case key {text!r}; {example}")
             values = tuple(int(value) for value in match[2].split("+"))

@@ -133,8 +133,8 @@ def check(
     keys = chosen_keys(kernel, Space.of(contract, dims), chosen, examples, seed, case)
     replay = RunPlan(repeat=True) if case is not None else None
     runs: list[Judged] = []
-    in_process = contextlib.nullcontext(_eager_runner(kernel))
-    with in_process if chosen == "eager" and not isolated else worker_runner(kernel, chosen, timeout) as run:
+    in_process = chosen == "eager" and not isolated
+    with eager_runner(kernel) if in_process else worker_runner(kernel, chosen, timeout) as run:
         runs.extend(case_runs(kernel, keys, run, chosen, replay))
         if case is None:
             runs.extend(capability_runs(kernel, Space.of(contract, dims), run, chosen, runs))
@@ -242,13 +242,14 @@ def plan_for(index: int, lane: str, stage: Stage) -> RunPlan:
     return RunPlan(passes="none" if stage.composite and index % PASS_PERIOD else "last")
 
 
-def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan) -> Iterator[Judged]:
+def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan, *, oracle: Oracle | None = None) -> Iterator[Judged]:
     """Run a case and judge it, then whatever the plan adds, as long as nothing is wrong.
 
-    Every case is judged against its oracle; a repeat must also equal the first run bit for bit.
+    Every case is judged against its oracle (``oracle``, if several kernels share one); a repeat must also equal the first run bit
+    for bit.
     """
-    case = make_case(key)
-    oracle = Oracle(case)
+    oracle = oracle or Oracle(make_case(key))
+    case = oracle.case
     first = run(case, plan.passes)
     verdict = judge(case, first, profile=kernel.profile, oracle=oracle)
     yield _judged("example", key, verdict, first)
@@ -305,13 +306,15 @@ def _differences(first: Outcome, again: Outcome) -> list[Finding]:
     return findings
 
 
-def _eager_runner(kernel: Kernel) -> Runner:
+@contextlib.contextmanager
+def eager_runner(kernel: Kernel) -> Iterator[Runner]:
+    """Runs cases of a torch kernel in this process."""
     from conformance.executors.eager import run_eager
 
     def run(case: Case, passes: Passes = "none") -> Outcome:
         return run_eager(kernel, case)
 
-    return run
+    yield run
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 PASSED, FINDINGS, USAGE, COULD_NOT_RUN = 0, 1, 2, 3
 
 
-class _Command(click.Group):
+class Command(click.Command):
     """Turns ``UsageError`` into one line and exit code 2, and what else goes wrong into one line and exit code 3."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UsageError as error:
-            click.echo(f"conformance: {error}", err=True)
+            click.echo(f"{self.name}: {error}", err=True)
             ctx.exit(COULD_NOT_RUN if isinstance(error, UnavailableError) else USAGE)
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
@@ -42,11 +43,15 @@ class _Command(click.Group):
             # A fault of ours is not a finding about a kernel: it must not look like one.
             place = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})".replace("\n", " ")
-            click.echo(f"conformance: this should not have happened, please report it: {text}", err=True)
+            click.echo(f"{self.name}: this should not have happened, please report it: {text}", err=True)
             ctx.exit(COULD_NOT_RUN)
 
 
-@click.group(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(Command, click.Group):
+    """The same for a command of commands."""
+
+
+@click.group("conformance", cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pypto-kernel-conformance")
 def main() -> None:
     """Judge Qwen3 decode kernels: is it right, and if not, where and why."""
@@ -126,7 +131,7 @@ def check(
     if all_passes and not case_key:
         raise UsageError("--all-passes goes with --case KEY: without it all passes are compared once anyway, on a small case")
     kernel = _kernel(stage, target)
-    space = Space.of(kernel.stage, _dims(dims))
+    space = Space.of(kernel.stage, read_dims(dims))
     subject = Subject(kernel, space.preset, resolve_lane(kernel, lane))
     expected = ExpectedFailures.read(expected_failures) if expected_failures else ExpectedFailures()
     expected.require_known([kernel])
@@ -241,16 +246,16 @@ def _named(target: str) -> Any:
     return function
 
 
-def _dims(text: str) -> str | dict[str, Any]:
-    """A preset's name, or ``B=3,S=64`` as overrides."""
+def read_dims(text: str, example: str = "B=3,S=64") -> str | dict[str, Any]:
+    """What ``--dims`` says: a preset's name, or overrides such as ``example``; raises ``UsageError`` for anything else."""
     if "=" not in text:
         return text
     overrides: dict[str, Any] = {}
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\w+)\s*", item)
-        if match is None or (match[1] != "preset" and not match[2].isdigit()):
-            raise UsageError(f"--dims takes a preset or overrides such as B=3,S=64, found {item.strip()!r}")
-        overrides[match[1]] = match[2] if match[1] == "preset" else int(match[2])
+        match = re.fullmatch(r"\s*(?:(preset)\s*=\s*(\w+)|(\w+)\s*=\s*([0-9]+))\s*", item)
+        if match is None:
+            raise UsageError(f"--dims takes a preset or overrides such as {example}, found {item.strip()!r}")
+        overrides |= {match[1]: match[2]} if match[1] else {match[3]: int(match[4])}
     return overrides
 
 
@@ -268,24 +273,40 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
     Each is a bundled kernel's name, FILE.py:FUNC, or the folder of a kept run. Exit code 4: a capability is lost.
     """
     from conformance import comparison
+    from conformance.cases import Space
+    from conformance.checking import chosen_keys, resolve_lane
 
     if lane == "compile_only":
         raise UsageError("diff compares what kernels compute: compile_only executes nothing")
-    # Both are looked up before either is judged, which takes its time.
-    subjects = [_subject_of_diff(text) for text in (old, new)]
-    standings = [_standings(subject, dims, examples, seed, lane, timeout) for subject in subjects]
+    # Both are looked up, and asked whether they take what is asked, before either is judged, which takes its time.
+    before, after = _subject_of_diff(old), _subject_of_diff(new)
+    for subject in (before, after):
+        if not isinstance(subject, dict):
+            chosen_keys(subject, Space.of(subject.stage, read_dims(dims)), resolve_lane(subject, lane), examples, seed, None)
+    if isinstance(before, dict) and not isinstance(after, dict):
+        before = comparison.for_kernel(after, before, old)
+    elif isinstance(after, dict) and not isinstance(before, dict):
+        after = comparison.for_kernel(before, after, new)
+    standings = [_standings(subject, dims, examples, seed, lane, timeout) for subject in (before, after)]
     found = comparison.compare_runs(*standings)
     for one in found:
         click.echo(str(one))
     code = comparison.exit_code(found)
     lost = sum(len(one.lost) for one in found)
+    untested = sum(len(one.open) for one in found)
+    claims = f"{_capabilities(untested)} {'was' if untested == 1 else 'were'} not put to the test" if untested else ""
     summary = {
         PASSED: "nothing is lost",
-        FINDINGS: "nothing is lost, but the new kernel has findings",
-        COULD_NOT_RUN: "not everything could be judged",
+        FINDINGS: f"the new kernel has findings, and {claims}" if claims else "nothing is lost, but the new kernel has findings",
+        COULD_NOT_RUN: claims or "not everything could be judged",
+        comparison.SERVES_LESS: f"serves less: {_capabilities(lost)} lost",
     }
-    click.echo(summary.get(code, f"serves less: {lost} capabilit{'y' if lost == 1 else 'ies'} lost"))
+    click.echo(summary[code])
     sys.exit(code)
+
+
+def _capabilities(count: int) -> str:
+    return "1 capability" if count == 1 else f"{count} capabilities"
 
 
 def _subject_of_diff(text: str) -> dict[str, Standing] | Kernel:
@@ -314,9 +335,56 @@ def _standings(
     if isinstance(subject, dict):
         return subject
     report = judge_kernel(
-        subject.stage_name, subject, dims=_dims(dims), examples=examples, seed=seed, lane=lane, timeout=timeout, isolated=True
+        subject.stage_name, subject, dims=read_dims(dims), examples=examples, seed=seed, lane=lane, timeout=timeout, isolated=True
     )
     return {subject.name: comparison.of_report(subject, report)}
+
+
+@main.command()
+@click.option("--full", is_flag=True, help="many examples and 10,000 legal runs a stage: hours; writes JSON and a page")
+@click.option("--stage", default=None, help="only the kernels of this stage")
+@click.option("--lane", default=None, metavar="LANE", help="only eager (torch) or interpret (PyPTO) kernels")
+@click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
+@click.option("--processes", type=int, default=None, metavar="N", help="as many as there are cores by default")
+@click.option("--out", type=click.Path(path_type=Path), default=None, metavar="DIR", help="write exam.json and exam.html here")
+def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: int | None, out: Path | None) -> None:
+    """Ask how good a judge the harness is: known faults and legal variants, by our rule and by those in use elsewhere.
+
+    Exit code 1 if our rule rejected a legal kernel, missed a fault of a single stage, or more than 3% of those of layers.
+    """
+    import conformance.exam as examination
+    import reports.exam
+    from conformance.checking import require_count
+    from conformance.session import is_interactive
+
+    require_count(1, seed)
+    if processes is not None and processes < 1:
+        raise UsageError(f"--processes takes a positive number, found {processes}")
+    if out is None and full:
+        out = Path("runs") / f"exam-{time.strftime('%Y%m%d-%H%M%S')}"
+    if out is not None and (out / "exam.json").exists():
+        raise UsageError(f"{out} already holds an exam: name another folder, or remove it")
+
+    def show(done: int, total: int) -> None:
+        click.echo(f"\r\033[K{done} of {total} parts judged", nl=False, err=True)
+
+    result = examination.take(
+        examination.EFFORTS["full" if full else "quick"],
+        seed=seed,
+        stage=stage,
+        lane=lane,
+        processes=processes,
+        progress=show if is_interactive() else None,
+    )
+    if is_interactive():
+        click.echo("\r\033[K", nl=False, err=True)
+    click.echo(reports.exam.table(result, colour=sys.stdout.isatty()))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        examination.write_json(result, out / "exam.json")
+        (out / "exam.html").write_text(reports.exam.page(result), encoding="utf-8")
+        click.echo(f"kept in {out}: exam.json, exam.html")
+    sys.exit(COULD_NOT_RUN if result.errors else PASSED if result.passed else FINDINGS)
 
 
 @main.command()

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from conformance.capabilities import proven
 from conformance.checking import Report
 from conformance.contract import stages
-from conformance.declaration import CAPABILITIES, Kernel
+from conformance.declaration import CAPABILITIES, LARGEST_BATCH, Kernel
 from conformance.errors import UsageError
 from conformance.records import Record, read_run
 
@@ -40,6 +40,8 @@ class Standing:
     share: float | None
     #: Why the kernel was not judged as it should have been, if so.
     errors: tuple[str, ...] = ()
+    #: The largest batch of one build; it says something of a kernel with ``variable_batch``.
+    capacity: int = LARGEST_BATCH
 
     def status(self, capability: str) -> Status:
         """Whether the kernel has a capability."""
@@ -82,32 +84,32 @@ def of_report(kernel: Kernel, report: Report) -> Standing:
         sum(not run.verdict.ok for run in cases),
         tuple(sorted(found)),
         max(shares, default=None),
+        capacity=kernel.capacity,
     )
 
 
 def of_run(folder: Path) -> dict[str, Standing]:
     """The standing of every kernel of a kept run, by name; raises ``UsageError`` if there is no run in the folder."""
     log = read_run(folder)
-    declared: dict[str, tuple[str, ...]] = {}
-    stage_of: dict[str, str] = {}
+    plans: dict[str, Mapping[str, Any]] = {}
     for record in log.of("start"):
         for planned in record.details.get("plan", ()):
-            stage_of[planned["kernel"]] = planned["stage"]
-            declared[planned["kernel"]] = tuple(planned.get("capabilities", ()))
-    by_kernel: dict[str, list[Record]] = {name: [] for name in stage_of}
+            plans[planned["kernel"]] = planned
+    by_kernel: dict[str, list[Record]] = {name: [] for name in plans}
     for record in log.records:
         if record.kernel:
             by_kernel.setdefault(record.kernel, []).append(record)
-    return {name: _of_records(name, stage_of.get(name, ""), declared.get(name, ()), found) for name, found in by_kernel.items()}
+    cut_short = ("the run was cut short: it has no end",) if log.unfinished else ()
+    return {name: _of_records(name, plans.get(name, {}), found, cut_short) for name, found in by_kernel.items()}
 
 
-def _of_records(name: str, stage: str, declared: tuple[str, ...], records: list[Record]) -> Standing:
+def _of_records(name: str, plan: Mapping[str, Any], records: list[Record], errors: tuple[str, ...]) -> Standing:
     shown: set[str] = set()
     refuted: dict[str, str] = {}
     cases = []
     for record in records:
-        if record.event != "case":
-            continue
+        if record.event != "case" or record.lane == "compile_only":
+            continue  # compiling shows nothing of what a kernel computes
         capabilities = proven(record.check)
         if not capabilities:
             cases.append(record)
@@ -116,17 +118,20 @@ def _of_records(name: str, stage: str, declared: tuple[str, ...], records: list[
             if record.findings:
                 refuted.setdefault(capability, record.findings[0].message)
     shares = [record.share for record in cases if record.share is not None]
+    # A lane that this machine lacks is skipped, and no error where another one judged the kernel.
+    unjudged = ("error",) if cases else ("error", "skip")
     return Standing(
         name,
-        stage or next((record.stage for record in records), ""),
-        declared,
+        plan.get("stage") or next((record.stage for record in records), ""),
+        tuple(plan.get("capabilities", ())),
         frozenset(shown - refuted.keys()),
         refuted,
         len(cases),
         sum(bool(record.findings) for record in cases),
         tuple(sorted({finding.detector for record in cases for finding in record.findings})),
         max(shares, default=None),
-        tuple(record.reason for record in records if record.event == "error"),
+        (*(record.reason for record in records if record.event in unjudged), *errors),
+        plan.get("capacity", LARGEST_BATCH),
     )
 
 
@@ -139,9 +144,15 @@ class Comparison:
 
     @property
     def lost(self) -> tuple[str, ...]:
-        """Capabilities that the old kernel has, or declares without a run that says otherwise, and the new one has not."""
-        had = ("yes", "not shown")
-        return tuple(name for name in CAPABILITIES if self.old.status(name) in had and self.new.status(name) in ("no", "fails"))
+        """Capabilities that the old kernel has, or declares without a run that says otherwise, and the new one has not.
+
+        Of a variable batch also a part: a smaller capacity.
+        """
+        had = [name for name in CAPABILITIES if self.old.status(name) in ("yes", "not shown")]
+        return tuple(name for name in had if self.new.status(name) in ("no", "fails") or self._smaller(name))
+
+    def _smaller(self, name: str) -> bool:
+        return name == "variable_batch" and self.new.capacity < self.old.capacity
 
     @property
     def gained(self) -> tuple[str, ...]:
@@ -167,6 +178,7 @@ class Comparison:
         lines = [f"OLD {old.kernel} ({old.stage}): {old.verdict}", f"NEW {new.kernel} ({new.stage}): {new.verdict}"]
         if old.stage != new.stage:
             lines.append(f"    {_changed_arguments(old.stage, new.stage)}")
+        lines += [f"    OLD could not run: {reason}" for reason in old.errors]
         lines += [f"    NEW could not run: {reason}" for reason in new.errors]
         rows = [(name, old.status(name), new.status(name)) for name in CAPABILITIES]
         rows = [row for row in rows if row[1:] != ("no", "no")]
@@ -179,6 +191,8 @@ class Comparison:
             lines.append(f"  {'allowance used':<18}{old.share:<11.2f}{new.share:<11.2f}".rstrip())
         for name in self.lost:
             reason = new.refuted.get(name, f"{new.kernel} does not declare it")
+            if new.status(name) in ("yes", "not shown"):
+                reason = f"variable_batch {old.capacity} -> {new.capacity}"
             lines.append(f"lost: {name} ({CAPABILITIES[name]}): {reason}")
         lines += [f"not held: {name}: {reason}" for name, reason in new.refuted.items() if name not in self.lost]
         lines += [f"not shown: {name}: no run put it to the test" for name in self.open]
@@ -192,6 +206,15 @@ def _changed_arguments(old: str, new: str) -> str:
     parts = [f"no longer takes {', '.join(gone)}"] if gone else []
     parts += [f"now takes {', '.join(come)}"] if come else []
     return f"another stage: {' and '.join(parts) or 'the same arguments'}"
+
+
+def for_kernel(kernel: Kernel, run: dict[str, Standing], folder: str) -> dict[str, Standing]:
+    """What a kept run says of the kernel of that name, or of its only one; raises ``UsageError`` if it has several others."""
+    if kernel.name in run:
+        return {kernel.name: run[kernel.name]}
+    if len(run) != 1:
+        raise UsageError(f"no kernel {kernel.name!r} in the run {folder}; found {', '.join(run) or 'none'}")
+    return run
 
 
 def compare_runs(old: Mapping[str, Standing], new: Mapping[str, Standing]) -> list[Comparison]:

@@ -232,6 +232,12 @@ class Stage:
         return tuple(argument for argument in self.arguments if argument.access != "in")
 
 
+def layer_of(stacked: torch.Tensor, layer: int, layers: int, count: int = 1) -> torch.Tensor:
+    """The rows of ``count`` layers from ``layer`` on, of a tensor whose first axis stacks ``layers`` of them."""
+    rows = stacked.shape[0] // layers
+    return stacked[layer * rows : (layer + count) * rows]
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The stages and presets of one model, as an entry point of ``conformance.models`` names it."""
@@ -241,6 +247,8 @@ class Model:
     presets: Mapping[str, Dims]
     #: Dotted names of the modules that hold the bundled kernels.
     kernel_modules: tuple[str, ...] = ()
+    #: Dotted names of the modules whose ``SUBJECTS`` are kernels with known verdicts, for the exam.
+    exam_modules: tuple[str, ...] = ()
     #: The presets that the suites run, and the one that only a machine with much memory can execute.
     suite_presets: tuple[str, ...] = ()
     full_size_preset: str = ""

@@ -122,9 +122,9 @@ def kernel(
 
     For ``toolchain="torch"`` the function takes the contract's arguments by name, and ``dims`` if it has such a keyword-only
     parameter. For ``toolchain="pypto"`` it is a builder: it takes ``dims`` alone and returns a ``pypto.frontend.jit`` object.
-    A builder that declares ``variable_batch`` is called once, with ``dims.B`` the ``capacity``, and what it returns must take
-    every batch from 1 to that. ``name`` defaults to the function's own name. Raises ``UsageError`` for an unknown stage,
-    toolchain or capability, and for a signature that does not match.
+    A builder that declares ``variable_batch`` is called once, with ``dims.B`` the ``capacity`` (2 to 16), and what it returns
+    must take every batch from 1 to that. ``name`` defaults to the function's own name. Raises ``UsageError`` for an unknown
+    stage, toolchain or capability, for a capacity that means nothing, and for a signature that does not match.
     """
     if not isinstance(stage, str):
         raise UsageError('conformance.kernel takes the stage\'s name, as in @conformance.kernel("rms_norm")')
@@ -137,6 +137,12 @@ def kernel(
         raise UsageError(f"accepts is a function of dims, found {accepts!r}")
     if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
         raise UsageError(f"capacity is the largest batch that one build serves, a positive whole number, found {capacity!r}")
+    if capacity > LARGEST_BATCH:
+        raise UsageError(f"capacity is at most {LARGEST_BATCH}, the largest batch of the contract, found {capacity}")
+    if "variable_batch" in capabilities and capacity == 1:
+        raise UsageError("a kernel of capacity 1 serves one batch only: it has no variable_batch to declare")
+    if "variable_batch" not in capabilities and capacity != LARGEST_BATCH:
+        raise UsageError(f"capacity goes with variable_batch, which is not declared, found capacity {capacity}")
     for capability in capabilities:
         if capability not in CAPABILITIES:
             raise UsageError(f"unknown capability {capability!r}; known are {', '.join(CAPABILITIES)}")

@@ -74,6 +74,7 @@ class RunLog:
                 "lane": subject.lane,
                 "preset": subject.preset,
                 "capabilities": list(subject.kernel.capabilities),
+                "capacity": subject.kernel.capacity,
             }
             for subject in plan
         ]

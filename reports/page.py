@@ -65,28 +65,32 @@ class Bar:
 
 def render(summary: RunSummary) -> str:
     """The whole page."""
-    environment = _environment()
-    style, script = (_part(environment, name) for name in ("report.css", "report.js"))
+    style, script = part("report.css"), part("report.js")
     lines, hidden_kernels = _matrix(summary)
     chart = [row for row in summary.rows if row.shares.count]
-    return environment.get_template("report.html.j2").render(
-        summary=summary,
-        style=style,
-        script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-        lines=lines,
-        hidden_kernels=hidden_kernels,
-        chart=chart[:MOST_CHART_ROWS],
-        hidden_chart_rows=max(0, len(chart) - MOST_CHART_ROWS),
-        fault_of=_first_fault(summary.faults[:MOST_FAULTS]),
-        limits={"faults": MOST_FAULTS, "reasons": MOST_REASONS, "facts": MOST_FACTS},
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            summary=summary,
+            style=style,
+            script=script,
+            style_hash=policy_hash(style),
+            script_hash=policy_hash(script),
+            lines=lines,
+            hidden_kernels=hidden_kernels,
+            chart=chart[:MOST_CHART_ROWS],
+            hidden_chart_rows=max(0, len(chart) - MOST_CHART_ROWS),
+            fault_of=_first_fault(summary.faults[:MOST_FAULTS]),
+            limits={"faults": MOST_FAULTS, "reasons": MOST_REASONS, "facts": MOST_FACTS},
+        )
     )
 
 
 @functools.lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """The templates of every page; what they print is escaped and cleaned."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("reports"),
         autoescape=True,
         trim_blocks=True,
@@ -94,7 +98,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         finalize=_finalise,
     )
-    environment.filters.update(
+    made.filters.update(
         line=text.one_line,
         breakable=_breakable,
         clean=text.clean,
@@ -106,8 +110,8 @@ def _environment() -> jinja2.Environment:
         moment=text.moment,
         slug=lambda status: status.replace(" ", "-"),
     )
-    environment.globals.update(STATUSES=STATUSES, SIGNS=SIGNS, bar_width=_bar_width, bars=_bars, remarks=_remarks)
-    return environment
+    made.globals.update(STATUSES=STATUSES, SIGNS=SIGNS, bar_width=_bar_width, bars=_bars, remarks=_remarks)
+    return made
 
 
 def _finalise(value: object) -> object:
@@ -120,12 +124,15 @@ def _breakable(name: str) -> Markup:
     return Markup("<wbr>").join(re.findall(r"[^/_.]*[/_.]|[^/_.]+", text.clean(name)))
 
 
-def _part(environment: jinja2.Environment, name: str) -> Markup:
-    assert environment.loader is not None
-    return Markup(environment.loader.get_source(environment, name)[0])  # our own file, not a record's text
+def part(name: str) -> Markup:
+    """A file of ours that goes into a page as it is: a style or a script."""
+    loader = environment().loader
+    assert loader is not None
+    return Markup(loader.get_source(environment(), name)[0])  # our own file, not a record's text
 
 
-def _hash(content: str) -> str:
+def policy_hash(content: str) -> str:
+    """How a content security policy names a style or a script that may be used."""
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 

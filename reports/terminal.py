@@ -41,7 +41,7 @@ def render(summary: RunSummary, width: int = 80, *, colour: bool = False) -> str
 
     Without ``colour`` it is plain text; with it, the same text with ANSI colours.
     """
-    page = _Page(max(width, _NARROWEST))
+    page = Page(max(width, _NARROWEST))
     page.heading(summary.outcome.upper(), f": {summary.headline}", _STYLES[summary.outcome])
     machines = text.number(summary.machine_count, "machine")
     if summary.started is not None:
@@ -90,7 +90,7 @@ def render(summary: RunSummary, width: int = 80, *, colour: bool = False) -> str
     return page.finish(colour)
 
 
-class _Page:
+class Page:
     def __init__(self, width: int) -> None:
         self.width = width
         self._lines: list[Text] = []
@@ -148,7 +148,7 @@ class _Page:
         return output.getvalue()
 
 
-def _table(page: _Page, summary: RunSummary) -> None:
+def _table(page: Page, summary: RunSummary) -> None:
     lane_width = min(max([len("lane"), *(cell_len(_short(row.lane)) for row in summary.rows)]), 12)
     wanted = max(len("kernel"), *(cell_len(_name(row)) for row in summary.rows))
     # What the numbers and the status leave: 7 for cases, 9 for findings, 7 for the share, 20 for the status, gaps.
@@ -183,7 +183,7 @@ def _fit(content: str, width: int) -> str:
     return set_cell_size(content, width)
 
 
-def _fault(page: _Page, number: int, fault: Fault) -> None:
+def _fault(page: Page, number: int, fault: Fault) -> None:
     page.blank()
     lead = f"{number}. {fault.detector}"
     first, *more = textwrap.wrap(f"{lead}: {fault.meaning}", page.width, subsequent_indent="   ")
@@ -210,7 +210,7 @@ def _fault(page: _Page, number: int, fault: Fault) -> None:
         )
 
 
-def _reasons(page: _Page, title: str, reasons: tuple[Reason, ...], style: str) -> None:
+def _reasons(page: Page, title: str, reasons: tuple[Reason, ...], style: str) -> None:
     if not reasons:
         return
     page.section(title, style=style)

@@ -14,6 +14,9 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u206
 #: Longest command that is shown; a longer one is no longer something a person copies.
 LONGEST_COMMAND = 2000
 
+# What a case key says of sizes and sequences besides the model.
+_VARIED_BY_A_CHECK = ("B", "L", "NB", "T", "seq_lens", "chunk_lens", "rows")
+
 # The command runs a kernel where its toolchain executes it, unless told otherwise: eager or interpret.
 _LANES_TO_NAME = ("compile_only", "device")
 
@@ -118,6 +121,13 @@ def position(argument: str | None, index: Sequence[int] | None, where: Mapping[s
     return place
 
 
+def _dims_of(case: str) -> str:
+    """The model that a case key is of, as ``--dims`` takes it: without what a whole check varies by itself."""
+    preset, varied = case.split(":")[1:3]
+    model = [item for item in varied.split(",") if item.split("=")[0] not in _VARIED_BY_A_CHECK]
+    return ",".join([f"preset={preset}", *filter(None, model)])
+
+
 def replay_command(stage: str, source: str, kernel: str, case: str, lane: str = "", detector: str = "") -> str | None:
     """The command that runs one case again, quoted for a POSIX shell; ``None`` if the record does not say enough.
 
@@ -132,7 +142,7 @@ def replay_command(stage: str, source: str, kernel: str, case: str, lane: str = 
         words += ["--all-passes"]
     if detector == "capability":
         # A claim is shown by several runs beside the cases: only the whole check makes them again.
-        words += ["--dims", case.split(":")[1]] if case.count(":") else []
+        words += ["--dims", _dims_of(case)] if case.count(":") >= 2 else []
     elif case:
         words += ["--case", case]
     command = " ".join(shlex.quote(word) for word in words)

@@ -154,6 +154,7 @@ class Builds:
             while len(self._kept) >= KEPT_BUILDS:
                 del self._kept[next(iter(self._kept))]
             self._kept[key] = jit
+        require_one_program(self._kept[key], self._kernel, key, dims)
         return self._kept[key]
 
 
@@ -161,7 +162,7 @@ def require_agreement(jit: Any, kernel: Kernel, dims: Dims, pypto: Any) -> None:
     """Raise ``UsageError`` unless the kernel's annotated parameters are the stage's arguments: number, order, dtype, shape.
 
     PyPTO itself accepts tensors of another dtype or shape than annotated and computes nonsense. An axis may be
-    ``pypto.DYNAMIC``.
+    ``pypto.DYNAMIC``, or ``pypto.STATIC``, of which ``require_one_program`` says what it is worth.
     """
     if not hasattr(jit, "_cached_signature"):
         raise UsageError(
@@ -194,6 +195,21 @@ def require_agreement(jit: Any, kernel: Kernel, dims: Dims, pypto: Any) -> None:
             raise UsageError(
                 f"{where}expected shape [{', '.join(map(str, size))}] ({argument.shape}), found [{shown}]; correct its annotation"
             )
+
+
+def require_one_program(jit: Any, kernel: Kernel, built: Dims, dims: Dims) -> None:
+    """Raise ``RuntimeError`` where a build for ``built`` would be compiled anew for ``dims``: an axis is ``pypto.STATIC``.
+
+    PyPTO takes any extent there, and makes another program of each.
+    """
+    for argument, tensor in zip(kernel.stage.arguments, jit._cached_signature[0], strict=True):
+        sizes = zip(tensor.shape, argument.shape.split(), argument.size(built), argument.size(dims), strict=True)
+        for position, (axis, symbols, before, now) in enumerate(sizes):
+            if before != now and getattr(axis, "name", None) == "STATIC":
+                raise RuntimeError(
+                    f"argument {argument.name}: axis {position} ({symbols}) is pypto.STATIC, and PyPTO compiles another program "
+                    f"for {now} than for {before}; annotate it as pypto.DYNAMIC"
+                )
 
 
 _LOGGED = re.compile(r"\[ERROR\] [^:]*:(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\S* (?:\[[^\]]*\][: ]?)*(.*)")

@@ -10,24 +10,29 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import conformance
+from conformance import capabilities
 from conformance.arithmetic import SINGLE, Arithmetic
 from conformance.capabilities import BATCHES, CHECK_PREFIX, LAYERS, prove, proven
-from conformance.cases import Case, Space
+from conformance.cases import Case, CaseKey, Space, make_case
 from conformance.checking import MOST_LOST, Judged
+from conformance.cli import main
 from conformance.contract import Dims, stage_named
-from conformance.declaration import CAPABILITIES, Kernel
+from conformance.declaration import CAPABILITIES, Kernel, bundled_kernels, load_module
 from conformance.errors import UsageError
 from conformance.executors.base import Outcome
 from conformance.executors.eager import run_eager
 from conformance.executors.messages import Passes
 from conformance.records import read_run
 from conformance.tests.reference_kernels import SMALL, Spoil, reference_kernel
+from conformance.toolchains import detect
 
 Tensor = torch.Tensor
 Inputs = dict[str, Tensor]
 STAGES = conformance.stages()
+needs_pypto = pytest.mark.skipif(not detect().supported, reason=detect().message)
 
 
 def runs_of(kernel: Kernel, dims: dict[str, Any] = SMALL) -> list[Judged]:
@@ -98,6 +103,71 @@ def test_pages_are_shown_in_two_pools_with_pages_that_are_shared() -> None:
     for used in (table, other):
         owned = [page for page in used if page >= 0]
         assert len(set(owned)) < len(owned)
+
+
+@pytest.mark.parametrize("stage", ["paged_attention", "paged_decode_layer", "prefill_layer", "prefill_fwd"])
+def test_pages_are_shared_also_where_sequences_have_few(stage: str) -> None:
+    runs = runs_of(reference_kernel(stage, ["paged_kv"]), {**SMALL, "S": 9})
+    assert len(runs) == 2
+    assert all(judged.verdict.ok and capabilities._shares_pages(make_case(judged.case)) for judged in runs)
+
+
+def test_where_nothing_can_be_shared_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[CaseKey] = []
+
+    def counted(key: CaseKey) -> Case:
+        made.append(key)
+        return make_case(key)
+
+    monkeypatch.setattr(capabilities, "make_case", counted)
+    for stage, dims in (("kv_write", SMALL), ("paged_attention", {**SMALL, "S": 8})):
+        made.clear()
+        assert [judged.verdict.ok for judged in runs_of(reference_kernel(stage, ["paged_kv"]), dims)] == [True, True]
+        assert len(made) == 2
+
+
+def test_shared_pages_that_are_not_found_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capabilities, "_shares_pages", lambda case: False)
+    message = only_finding(reference_kernel("paged_attention", ["paged_kv"]))
+    assert message == "paged_kv is not shown with pages that sequences share: no data has any"
+
+
+def test_cache_rows_that_depend_on_where_pages_lie() -> None:
+    """Either is right, by less than the error bound."""
+    pools: list[int] = []
+
+    def nudge(tensors: Inputs, dims: Dims) -> None:
+        pools.append(dims.NB)
+        if pools[0] != dims.NB:
+            slot = int(tensors["slot_mapping"][0])
+            row = tensors["k_cache"][slot // dims.BS * dims.NKV * dims.BS + slot % dims.BS]
+            row[:1].view(torch.int16).bitwise_xor_(1)
+
+    message = only_finding(reference_kernel("paged_decode_layer", ["paged_kv"], after=nudge))
+    assert message == (
+        "paged_kv does not hold when the same sequences lie in other pages: "
+        "1 of 48 elements of k_cache's new rows are not the same bits"
+    )
+
+
+@pytest.mark.parametrize(
+    ("dims", "accepted"),
+    [
+        ({"NH": 2, "NKV": 1, "D": 16}, ()),
+        ({"NH": 2, "NKV": 2, "D": 24}, ()),
+        ({"NH": 3, "NKV": 3, "D": 16}, ("prefill_fwd",)),
+        ({"NH": 2, "NKV": 2, "D": 16}, ("prefill_fwd", "prefill_layer")),
+        ({"NH": 1, "NKV": 1, "D": 32}, ("prefill_fwd", "prefill_layer")),
+    ],
+    ids=str,
+)
+def test_the_prefill_kernels_take_whole_blocks_only(dims: dict[str, int], accepted: tuple[str, ...]) -> None:
+    """Of other dimensions they lose values when code is generated."""
+    for kernel in bundled_kernels():
+        if kernel.name.startswith("prefill_"):
+            refusal = kernel.refusal(Space.of(kernel.stage, {**SMALL, **dims}).limit)
+            assert (refusal is None) is (kernel.name in accepted)
+            assert refusal is None or refusal.startswith(f"{kernel.name} takes D in multiples of 16, of 32 where NKV = 1")
 
 
 def test_a_chain_goes_on_from_its_own_result() -> None:
@@ -382,6 +452,35 @@ def test_a_capacity_that_is_none_is_refused_in_one_line(capacity: object) -> Non
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "capacity", "message"),
+    [
+        (["variable_batch"], 17, "capacity is at most 16, the largest batch of the contract, found 17"),
+        (["variable_batch"], 1, "a kernel of capacity 1 serves one batch only: it has no variable_batch to declare"),
+        ([], 4, "capacity goes with variable_batch, which is not declared, found capacity 4"),
+        (["paged_kv"], 1, "capacity goes with variable_batch, which is not declared, found capacity 1"),
+    ],
+)
+def test_a_capacity_that_means_nothing_is_refused_in_one_line(capabilities: list[str], capacity: int, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        reference_kernel("paged_attention", capabilities, capacity=capacity)
+    assert reference_kernel("paged_attention", ["variable_batch"], capacity=2).capacity == 2
+
+
+@needs_pypto
+def test_a_kernel_that_is_compiled_anew_for_every_batch_has_no_variable_batch() -> None:
+    """Its results are right for every batch: ``pypto.STATIC`` takes any extent, and makes a program of each."""
+    kernel = vars(load_module(Path(__file__).parent / "kernels_under_test" / "static_batch.py"))["static_batch"]
+    report = conformance.check("rms_norm", kernel, dims={**SMALL, "B": 4}, examples=1)
+    # A case as large as the build is right.
+    assert all(judged.verdict.ok for judged in report.runs if judged.check == "example")
+    (finding,) = [found for found in report.findings if found.detector == "capability"]
+    assert finding.message == (
+        "variable_batch does not hold with a batch of 1 in the build made for 4 (raised): argument x: axis 0 (B) is "
+        "pypto.STATIC, and PyPTO compiles another program for 1 than for 4; annotate it as pypto.DYNAMIC"
+    )
+
+
 def test_one_build_is_made_for_the_capacity_and_for_no_number_of_tokens() -> None:
     dims = Space.of(stage_named("prefill_layer"), {**SMALL, "B": 3, "T": 20}).limit
     assert (dims.B, dims.T) == (3, 20)
@@ -471,6 +570,7 @@ def test_a_run_keeps_the_proofs_and_what_was_declared(tmp_path: Path) -> None:
     assert kept == ["capability:paged_kv"] * 2 + ["capability:variable_batch"] * 4
     (start,) = read_run(tmp_path / "kept").of("start")
     assert start.details["plan"][0]["capabilities"] == ["paged_kv", "variable_batch"]
+    assert start.details["plan"][0]["capacity"] == 16
 
 
 def test_a_claim_that_does_not_hold_fails_the_command_and_the_whole_check_shows_it_again(tmp_path: Path) -> None:
@@ -480,7 +580,10 @@ def test_a_claim_that_does_not_hold_fails_the_command_and_the_whole_check_shows_
     records = [record for record in read_run(tmp_path / "kept").of("case") if record.status == "failed"]
     assert [(record.check, record.findings[0].detector) for record in records] == [("capability:paged_kv", "capability")]
     again = next(line for line in done.stdout.splitlines() if line.startswith("again: "))
-    assert again == "again: conformance check attention mine.py:claims --dims tiny"
+    model = ",".join(f"{name}={size}" for name, size in sorted(SMALL.items()))
+    assert again == f"again: conformance check attention mine.py:claims --dims preset=tiny,{model}"
+    repeated = ["check", "attention", f"{tmp_path}/mine.py:claims", *again.split()[5:], "--out", str(tmp_path / "again")]
+    assert CliRunner().invoke(main, repeated).exit_code == 1
 
 
 def test_a_kernel_that_was_given_up_is_not_tried_further(tmp_path: Path) -> None:

@@ -252,6 +252,12 @@ def test_a_truncated_file_is_refused(saved: Callable[..., Path], tmp_path: Path,
     assert_refused(folder, rf"{file.name}: expected a whole safetensors file, found {file.stat().st_size} bytes that are none")
 
 
+def test_an_index_that_names_nothing_is_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
+    folder = copy_of(saved(shards=SMALL), tmp_path)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {}}))
+    assert_refused(folder, f"{INDEX}: expected a weight_map that names the model's tensors, found an empty one")
+
+
 def test_shards_and_their_index_must_agree(saved: Callable[..., Path], tmp_path: Path) -> None:
     def broken(name: str, change: Callable[[dict[str, str]], object]) -> Path:
         folder = copy_of(saved(shards=SMALL), tmp_path / name)

@@ -107,6 +107,7 @@ def test_a_kernel_that_takes_its_process_down_is_a_finding(
         (["check", "rope", "mine.py:plain"], "expected (q, k, seq_lens"),
         (["check", "rms_norm", "mine.py:plain", "--dims", "huge"], "unknown preset 'huge'"),
         (["check", "rms_norm", "mine.py:plain", "--dims", "B=x"], "overrides such as B=3,S=64"),
+        (["check", "rms_norm", "mine.py:plain", "--dims", "B=²"], "overrides such as B=3,S=64, found 'B=²'"),
         (["check", "rms_norm", "mine.py:plain", "--dims", "Q=3"], "unknown dimension 'Q'"),
         (["check", "rms_norm", "mine.py:plain", "--dims", "NKV=3"], "NH must be a multiple of NKV"),
         (["check", "rms_norm", "mine.py:plain", "--examples", "0"], "examples must be a positive"),

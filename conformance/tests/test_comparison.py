@@ -147,6 +147,54 @@ def test_what_was_planned_and_not_judged_is_known_too(tmp_path: Path) -> None:
     assert (standing.verdict, standing.status("paged_kv"), standing.errors) == ("not judged", "not shown", ("no compiler",))
 
 
+def test_a_capacity_is_kept(tmp_path: Path) -> None:
+    kernel = reference_kernel("paged_decode_layer", ["variable_batch"], name="k", capacity=4)
+    assert of_run(keep(tmp_path, {kernel: [run()]}))["k"].capacity == 4
+    assert of_report(kernel, conformance.Report("paged_decode_layer", "k", "eager", (run(),))).capacity == 4
+
+
+def test_what_was_only_compiled_is_not_judged(tmp_path: Path) -> None:
+    kernel = reference_kernel("paged_decode_layer", ["paged_kv"], name="k")
+    log = RunLog(tmp_path)
+    compiled, judged = (Subject(kernel, "tiny", lane) for lane in ("compile_only", "eager"))
+    log.start([compiled, judged], {})
+    log.judged(compiled, run("compile", share=None))
+    log.judged(compiled, run("compile", WRONG))
+    log.end(0)
+    (standing,) = of_run(tmp_path).values()
+    assert (standing.verdict, standing.failed, standing.detectors) == ("not judged", 0, ())
+    assert Comparison(with_status(), standing).exit_code == 3
+
+
+@pytest.mark.parametrize(("runs", "errors"), [((), ("no card",)), ((run(),), ())])
+def test_a_kernel_that_was_skipped_everywhere_could_not_run(
+    tmp_path: Path, runs: tuple[Judged, ...], errors: tuple[str, ...]
+) -> None:
+    """A lane that this machine lacks is none of the kernel's business where another lane judged it."""
+    subject = Subject(reference_kernel("paged_decode_layer", name="k"), "tiny", "eager")
+    log = RunLog(tmp_path)
+    log.start([subject], {})
+    for one in runs:
+        log.judged(subject, one)
+    log.skipped(subject, "no card")
+    log.end(0)
+    (standing,) = of_run(tmp_path).values()
+    assert standing.errors == errors
+    assert Comparison(with_status(), standing).exit_code == (3 if errors else 0)
+
+
+def test_a_run_that_was_cut_short_leaves_its_kernels_in_doubt(tmp_path: Path) -> None:
+    kernel = reference_kernel("paged_decode_layer", ["paged_kv"], name="k")
+    keep(tmp_path, {kernel: [run(), shown("paged_kv")]})
+    (records,) = tmp_path.glob("records-*.jsonl")
+    records.write_text("".join(line for line in records.read_text().splitlines(keepends=True) if '"event": "end"' not in line))
+    (standing,) = of_run(tmp_path).values()
+    assert standing.errors == ("the run was cut short: it has no end",)
+    found = Comparison(with_status(paged_kv="yes"), standing)
+    assert found.exit_code == 3
+    assert "NEW could not run: the run was cut short: it has no end" in str(found)
+
+
 def test_a_run_from_before_capabilities_were_recorded_declares_none(tmp_path: Path) -> None:
     writer = RecordWriter(tmp_path)
     plan = [{"kernel": "k", "stage": "rms_norm", "lane": "eager", "preset": "tiny"}]
@@ -154,7 +202,8 @@ def test_a_run_from_before_capabilities_were_recorded_declares_none(tmp_path: Pa
     writer.write(Record("case", kernel="k", stage="rms_norm", lane="eager", check="example", status="passed", share=0.5))
     writer.close()
     (standing,) = of_run(tmp_path).values()
-    assert (standing.declared, standing.verdict) == ((), "passed 1 runs, at most 0.50 of the allowance used")
+    assert (standing.declared, standing.capacity) == ((), 16)
+    assert standing.verdict == "passed 1 runs, at most 0.50 of the allowance used"
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -207,6 +256,19 @@ def test_what_becomes_of_a_capability(before: Status, after: Status, called: str
         assert "paged_kv is not so" in text
     elif called == "lost":
         assert "k does not declare it" in text
+
+
+@pytest.mark.parametrize("after", ["yes", "not shown"])
+def test_a_smaller_capacity_is_lost(after: Status) -> None:
+    before = with_status(variable_batch="yes")
+    smaller = dataclasses.replace(with_status(variable_batch=after), capacity=2)
+    found = Comparison(before, smaller)
+    assert (found.lost, found.exit_code) == (("variable_batch",), SERVES_LESS)
+    lines = str(found).splitlines()
+    assert f"lost: variable_batch ({CAPABILITIES['variable_batch']}): variable_batch 16 -> 2" in lines
+    assert Comparison(smaller, before).lost == ()
+    # Without the capability the number says nothing.
+    assert Comparison(with_status(), dataclasses.replace(with_status(), capacity=2)).lost == ()
 
 
 def test_what_is_lost_weighs_more_than_findings_and_those_more_than_what_is_open() -> None:
@@ -372,6 +434,20 @@ def test_a_kept_run_is_as_good_as_a_kernel(folder: Path) -> None:
     assert done.stdout.splitlines()[-1] == "nothing is lost, but the new kernel has findings"
 
 
+def test_of_a_kept_run_only_the_kernel_of_that_name_counts(folder: Path) -> None:
+    kernels = [reference_kernel("paged_decode_layer", ["paged_kv"], name=name) for name in ("paged", "other")]
+    good = [run(), shown("paged_kv")]
+    keep(folder / "kept", dict.fromkeys(kernels, good))
+    done = judged_diff("kept", "mine.py:paged")
+    assert done.exit_code == 0, done.output
+    assert (done.stdout.count("OLD "), done.stdout.count("LOST")) == (1, 0)
+    for arguments in (("kept", "mine.py:fixed"), ("mine.py:fixed", "kept")):
+        done = diff(*arguments)
+        assert done.exit_code == 2, done.output
+        assert done.stderr == "conformance: no kernel 'fixed' in the run kept; found paged, other\n"
+        assert not done.stdout
+
+
 def test_a_claim_that_cannot_be_shown_is_no_gain(folder: Path) -> None:
     done = judged_diff("mine.py:claims", "mine.py:claims")
     assert done.exit_code == 1, done.output
@@ -410,7 +486,17 @@ def test_what_no_run_put_to_the_test_is_left_open(tmp_path: Path) -> None:
     after = keep(tmp_path / "after", {kernel: [run()]})
     done = diff(str(before), str(after))
     assert done.exit_code == 3
-    assert done.stdout.splitlines()[-2:] == ["not shown: paged_kv: no run put it to the test", "not everything could be judged"]
+    last = ["not shown: paged_kv: no run put it to the test", "1 capability was not put to the test"]
+    assert done.stdout.splitlines()[-2:] == last
+    both = reference_kernel("paged_decode_layer", ["paged_kv", "host_loop"], name="a")
+    wrong = keep(tmp_path / "wrong", {both: [run("example", WRONG)]})
+    done = diff(str(before), str(wrong))
+    assert done.exit_code == 1
+    assert done.stdout.splitlines()[-1] == "the new kernel has findings, and 2 capabilities were not put to the test"
+    # What could not be judged is no claim.
+    nothing = keep(tmp_path / "nothing", {reference_kernel("rms_norm", name="a"): ()})
+    done = diff(str(nothing), str(nothing))
+    assert (done.exit_code, done.stdout.splitlines()[-1]) == (3, "not everything could be judged")
 
 
 @pytest.mark.parametrize(
@@ -425,6 +511,8 @@ def test_what_no_run_put_to_the_test_is_left_open(tmp_path: Path) -> None:
         (["mine.py:paged", "mine.py:fixed", "--lane", "compile_only"], "diff compares what kernels compute"),
         (["mine.py:paged", "mine.py:fixed", "--dims", "huge"], "unknown preset 'huge'"),
         (["mine.py:paged", "mine.py:fixed", "--dims", "B"], "unknown preset 'B'"),
+        (["mine.py:paged", "mine.py:fixed", "--dims", "B=3"], "kernel fixed takes none of these cases: it takes B = 16 only"),
+        (["mine.py:paged", "mine.py:fixed", "--dims", "B=²"], "overrides such as B=3,S=64, found 'B=²'"),
         (["mine.py:paged", "mine.py:fixed", "--examples", "0"], "examples must be a positive whole number, found 0"),
         (["mine.py:paged", "mine.py:fixed", "--lane", "interpret"], "a torch kernel has no lane 'interpret'"),
         (["mine.py:paged", "mine.py:fixed", "--timeout", "0"], "timeout must be a positive number of seconds, found 0"),

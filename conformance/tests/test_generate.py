@@ -430,6 +430,24 @@ def test_the_bundled_pypto_kernels_give_the_references_tokens(folder: Path) -> N
     assert "4 drivers: identical tokens" in done.stdout
 
 
+@pytest.mark.parametrize(("target", "reason"), [("model", "Is a directory"), ("n" * 300, "File name too long")])
+def test_a_file_that_cannot_be_written_is_refused_before_work_starts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, target: str, reason: str
+) -> None:
+    monkeypatch.setattr("kernels.qwen3.generate._opened", None)
+    done = run("--json", target)
+    assert done.exit_code == 2, done.output
+    assert done.stderr == f"generate: cannot write {target}: {reason}\n"
+
+
+def test_looking_whether_a_file_can_be_written_leaves_no_trace(folder: Path) -> None:
+    assert run("--json", "new.json", "--executor", "gpu").exit_code == 2
+    assert not Path("new.json").exists()
+    Path("old.json").write_text("kept")
+    assert run("--json", "old.json", "--executor", "gpu").exit_code == 2
+    assert Path("old.json").read_text() == "kept"
+
+
 def test_a_device_that_is_not_there_is_exit_code_3(folder: Path) -> None:
     done = run("--executor", "device")
     assert done.exit_code == 3
@@ -449,7 +467,11 @@ _PROMPT = (*_MODEL, "--prompt", "1,2")
         (["--checkpoint", "nowhere", "--prompt", "1"], "nowhere/config.json: expected a file of a Hugging Face checkpoint"),
         ([*_PROMPT, "--dims", "tiny"], "--dims goes with --random"),
         (["--random", "0", "--dims", "huge", "--prompt", "1"], "unknown preset 'huge'"),
-        (["--random", "0", "--dims", "L=x", "--prompt", "1"], "overrides such as L=2,S=64"),
+        (["--random", "0", "--dims", "L=x", "--prompt", "1"], "overrides such as L=2,S=64, found 'L=x'"),
+        (["--random", "0", "--dims", "L=²", "--prompt", "1"], "overrides such as L=2,S=64, found 'L=²'"),
+        (["--random", "0", "--dims", "L=1,B=2", "--prompt", "1"], "takes the sizes of a model, and B is none: give --batch"),
+        (["--random", "0", "--dims", "NB=9", "--prompt", "1"], "takes the sizes of a model, and NB is none: give --pages"),
+        (["--random", "0", "--dims", "T=9", "--prompt", "1"], "takes the sizes of a model, and T is none: prompts say it"),
         ([*_MODEL], "there is no prompt"),
         ([*_MODEL, "--prompt", ""], "prompt 0 is empty"),
         ([*_PROMPT, "--prompt", "1,x"], "--prompt takes token ids such as 1,2,3, found 'x'"),
@@ -468,6 +490,8 @@ _PROMPT = (*_MODEL, "--prompt", "1,2")
         ([*_PROMPT, "--driver", "chunked", "--chunk", "4"], "a chunk is 1 to 3 of the model's layers, found 4"),
         ([*_PROMPT, "--driver", "fused", "--pages", "4"], "--pages goes with the paged driver"),
         ([*_PROMPT, "--pages", "2", "--page-size", "4"], "prompt 0 may need 5 pages, the pool can hand out 1"),
+        ([*_PROMPT, "--pages", "1" + 14 * "0"], f"a cache of 1{14 * '0'} pages does not fit in memory: serve fewer at a time"),
+        ([*_PROMPT, "--pages", "1" + 30 * "0"], "pages does not fit in memory"),
         ([*_PROMPT, "--prefill-chunk", "0"], "a chunk of a prefill has at least one token"),
         ([*_PROMPT, "--kernels", "mine.py"], "the contract executor runs no kernels"),
         (["--checkpoint", "model", "--prompt", "1", "--executor", "eager"], "name their file with --kernels FILE.py"),
@@ -477,7 +501,7 @@ _PROMPT = (*_MODEL, "--prompt", "1,2")
             [*_PROMPT[:2], "--prompt", "1", "--executor", "eager", "--kernels", "mine.py:nothing"],
             "no kernel 'nothing' in mine.py",
         ),
-        ([*_PROMPT, "--json", "nowhere/out.json"], "cannot write nowhere/out.json"),
+        ([*_PROMPT, "--json", "nowhere/out.json"], "cannot write nowhere/out.json: No such file or directory"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder: Path, arguments: list[str], message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from conformance.checking import Report, check
 from conformance.declaration import find_kernel, kernels_in, load_module
 
-FILE = Path(__file__).parent / "kernels_under_test" / "lost_carry.py"
+FILE = Path(__file__).parents[2] / "kernels" / "qwen3" / "exam" / "lost_carry.py"
 CASE = "decode_fwd_layers:tiny:B=2,L=3,seq_lens=1+15:normal:7"
 
 

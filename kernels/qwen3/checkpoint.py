@@ -254,6 +254,8 @@ def _headers(folder: Path) -> dict[Path, _Header]:
     weight_map = _json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UsageError(f"{index}: expected a weight_map from tensor names to file names, found {type(weight_map).__name__}")
+    if not weight_map:
+        raise UsageError(f"{index}: expected a weight_map that names the model's tensors, found an empty one")
     shards = {name: folder / name for name in sorted(set(weight_map.values()))}
     for name, path in shards.items():
         if Path(name).name != name:

@@ -345,6 +345,7 @@ MODEL = Model(
     STAGES,
     PRESETS,
     kernel_modules=tuple(f"kernels.qwen3.{stage.name}" for stage in STAGES),
+    exam_modules=("kernels.qwen3.exam",),
     suite_presets=("tiny", "awkward"),
     full_size_preset="qwen3_14b",
 )

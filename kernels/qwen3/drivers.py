@@ -16,7 +16,7 @@ import torch
 
 from conformance.arithmetic import CONTRACT, EXACT
 from conformance.cases import Case, CaseKey
-from conformance.contract import Dims, Tensors, stage_named
+from conformance.contract import Dims, Tensors, layer_of, stage_named
 from conformance.declaration import Kernel, bundled_kernels, find_kernel, kernels_in, load_module
 from conformance.errors import UnavailableError, UsageError
 from conformance.executors.process import KernelProcess, Limits
@@ -216,7 +216,7 @@ class Model:
     def layers(self, first: int, count: int) -> dict[str, Tensor]:
         """The weights with those of ``count`` layers only; row slices, nothing is copied."""
         return {
-            name: _layers_of(tensor, first, count, self.dims.L) if name in LAYER_WEIGHTS else tensor
+            name: layer_of(tensor, first, self.dims.L, count) if name in LAYER_WEIGHTS else tensor
             for name, tensor in self.weights.items()
         }
 
@@ -447,7 +447,10 @@ class Driver:
         for first in range(0, dims.L, count):
             caches = []
             for garbage in (GARBAGE_KEY, GARBAGE_VALUE):
-                cache = torch.full((count, dims.NB, dims.NKV * dims.BS, dims.D), garbage, dtype=dtype)
+                try:
+                    cache = torch.full((count, dims.NB, dims.NKV * dims.BS, dims.D), garbage, dtype=dtype)
+                except (RuntimeError, TypeError) as error:  # too large for memory, or for an int64
+                    raise UsageError(f"a cache of {dims.NB} pages does not fit in memory: serve fewer at a time") from error
                 cache[:, -1] = float("nan")
                 caches.append(cache.view(-1, dims.D))
             parts.append(_Part(first, count, *caches))
@@ -541,15 +544,9 @@ def _contiguous_parts(pages: _Pages, requests: list[Request], chunk: int) -> lis
         v_cache = laid_out(part.v_cache, part.layers, GARBAGE_VALUE)
         for start in range(0, part.layers, chunk):
             count = min(chunk, part.layers - start)
-            k_part, v_part = (_layers_of(cache, start, count, part.layers) for cache in (k_cache, v_cache))
+            k_part, v_part = (layer_of(cache, start, part.layers, count) for cache in (k_cache, v_cache))
             parts.append(_Part(part.first + start, count, k_part, v_part))
     return parts
-
-
-def _layers_of(stacked: Tensor, first: int, count: int, layers: int) -> Tensor:
-    """The rows of ``count`` layers of a tensor whose first axis stacks ``layers``."""
-    rows = stacked.shape[0] // layers
-    return stacked[first * rows : (first + count) * rows]
 
 
 def _int32(values: Iterable[int]) -> Tensor:

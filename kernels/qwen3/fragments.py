@@ -467,9 +467,9 @@ def paged_decode_layer(
     ``hidden_states`` has ``batch`` rows at least, bf16; the result is ``[B, H]`` bf16 with a valid shape of ``batch`` rows.
     Roundings are those of ``decode_layer``.
 
-    What concerns a row by itself, from the heads' norms to attention, is done in one loop over the sequences: ``reshape`` loses
-    a valid shape of some rows of a batch, while of one row all is valid. Sequences may share pages, but no one writes where
-    another reads.
+    Norms, rotation and casts run on the whole tile, the rows past the batch cleared. What has a place or a length of its own, the
+    cache rows and attention, is done in loops over the sequences. Sequences may share pages, but no one writes where another
+    reads.
     """
     q, k, v = before_attention(first_rows(hidden_states, batch, dims.B), weights, dims, layer)
     set_vector_tiles(dims.B, dims.H)
@@ -550,7 +550,8 @@ def write_rows(x: Tensor, count: Scalar, starts: list[Scalar], target: Tensor) -
     row of ``starts``.
 
     A single block is cut in two. Of a view as wide as the tensor it is cut from, PyPTO 0.2.0 forgets the valid shape (and writes
-    all rows) or the offset, according to the tiles (passes ``InferParamIndex`` and ``RemoveRedundantOp``).
+    all rows) or the offset, according to the tiles (passes ``InferParamIndex`` and ``RemoveRedundantOp``). Blocks, and the halves
+    of a single one, must be multiples of ``BLOCK_BYTES`` wide: of others, values are lost when code is generated.
     """
     rows, width = x.shape[0], x.shape[1] // len(starts)
     parts = 2 if len(starts) == 1 else 1

@@ -13,17 +13,15 @@ import re
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
-from conformance.cli import COULD_NOT_RUN, FINDINGS, PASSED, USAGE
+from conformance.cli import FINDINGS, PASSED, Command, read_dims
 from conformance.contract import Dims, preset_named
 from conformance.declaration import LARGEST_BATCH
-from conformance.errors import UnavailableError, UsageError
+from conformance.errors import UsageError
 from conformance.executors.process import Limits
 from conformance.session import is_interactive
 from kernels.qwen3.agreement import Agreement, Oracle
@@ -40,30 +38,11 @@ from kernels.qwen3.drivers import (
     requests_for,
 )
 
-
-class _Command(click.Command):
-    """Turns ``UsageError`` into one line and exit code 2, and what else goes wrong into one line and exit code 3."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UsageError as error:
-            click.echo(f"generate: {error}", err=True)
-            ctx.exit(COULD_NOT_RUN if isinstance(error, UnavailableError) else USAGE)
-        except (click.exceptions.Exit, click.ClickException, click.Abort):
-            raise
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})".replace("\n", " ")
-            click.echo(f"generate: this should not have happened, please report it: {text}", err=True)
-            ctx.exit(COULD_NOT_RUN)
-
-
 _DRIVERS = "; ".join(f"{name}: {plan.summary}" for name, plan in DRIVERS.items())
 _EXECUTORS = "; ".join(f"{name}: {summary}" for name, summary in EXECUTORS.items())
 
 
-@click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("generate", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="a Hugging Face Qwen3 checkpoint")
 @click.option("--random", "seed", type=int, metavar="SEED", help="instead: a small model with random weights")
 @click.option("--dims", default=None, metavar="PRESET|L=2,S=64", help="of the random model: a preset, or overrides of tiny")
@@ -107,8 +86,8 @@ def main(
     for option, value, needed in (("--chunk", chunk, "chunked"), ("--pages", pages, "paged")):
         if value is not None and needed not in names:
             raise UsageError(f"{option} goes with the {needed} driver")
-    if json_path is not None and not json_path.parent.is_dir():
-        raise UsageError(f"cannot write {json_path}: no such folder")
+    if json_path is not None:
+        _require_writable(json_path)
     ids = [_token_ids(text) for text in prompts]
     with contextlib.ExitStack() as stack:
         places = min(max(len(ids), 1), LARGEST_BATCH) if batch is None else batch
@@ -242,28 +221,33 @@ def _served(
 
 
 def _dims(text: str) -> Dims:
-    """A preset's name, or ``L=2,S=64`` as overrides of tiny (``preset=NAME`` among them)."""
-    if "=" not in text:
-        return preset_named(text)
-    overrides: dict[str, int] = {}
-    preset = "tiny"
-    for item in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\w+)\s*", item)
-        if match is None or (match[1] != "preset" and not match[2].isdigit()):
-            raise UsageError(f"--dims takes a preset or overrides such as L=2,S=64, found {item.strip()!r}")
-        if match[1] == "preset":
-            preset = match[2]
-        else:
-            overrides[match[1]] = int(match[2])
-    return preset_named(preset).replace(**overrides)
+    """A preset's name, or ``L=2,S=64`` as overrides of tiny (``preset=NAME`` among them): those of a model."""
+    wanted = read_dims(text, "L=2,S=64")
+    if isinstance(wanted, str):
+        return preset_named(wanted)
+    for name, instead in (("B", "give --batch"), ("NB", "give --pages"), ("T", "prompts say it, and --prefill-chunk")):
+        if name in wanted:
+            raise UsageError(f"--dims takes the sizes of a model, and {name} is none: {instead}")
+    return preset_named(wanted.pop("preset", "tiny")).replace(**wanted)
 
 
 def _token_ids(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     for part in parts:
-        if not re.fullmatch(r"-?\d+", part):
+        if not re.fullmatch(r"-?[0-9]+", part):
             raise UsageError(f"--prompt takes token ids such as 1,2,3, found {part!r}")
     return [int(part) for part in parts]
+
+
+def _require_writable(path: Path) -> None:
+    """Raise ``UsageError`` unless a file can be written there; leaves no trace."""
+    try:
+        new = not path.exists()
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _write_json(path: Path, executor: str, dims: Dims, runs: list[_Run]) -> None:

@@ -317,8 +317,8 @@ def greedy_sample(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: So
             places += [edges[pick % len(edges)] for pick in source.integers(f"ties.edge/{b}", 0, 1 << 20, 2)] if edges else []
             logits[b, places] = largest[b]
     elif regime == "near_ties":
-        # One step of fp32 apart: whoever compares in a narrower format takes the first of them; and where logits are small, whoever
-        # compares probabilities.
+        # One step of fp32 apart: whoever compares in a narrower format takes the first of them; and where logits are small,
+        # whoever compares probabilities.
         logits[1::2] *= 1e-3
         largest = logits.amax(-1)
         places = source.integers("near_ties", 0, dims.V - 1, 2 * dims.B)

@@ -12,6 +12,7 @@ import dataclasses
 import torch
 
 from conformance.contract import Dims, Tensors
+from conformance.contract import layer_of as layer_of  # for all who import the rest of the layout from here
 
 Tensor = torch.Tensor
 
@@ -72,12 +73,6 @@ class Layout:
         pages = self.block_table[sequence, : -(-length // dims.BS)]
         by_page = cache.view(-1, dims.NKV, dims.BS, dims.D)[pages]  # [pages, NKV, BS, D]
         return by_page.transpose(0, 1).reshape(dims.NKV, -1, dims.D)[:, :length]
-
-
-def layer_of(stacked: Tensor, layer: int, layers: int) -> Tensor:
-    """The rows of one layer of a tensor whose first axis stacks ``layers`` layers."""
-    rows = stacked.shape[0] // layers
-    return stacked[layer * rows : (layer + 1) * rows]
 
 
 def contiguous(cache: Tensor, dims: Dims) -> Tensor:

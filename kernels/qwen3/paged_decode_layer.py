@@ -18,11 +18,10 @@ from conformance.declaration import kernel
 def paged_decode_layer(dims: Dims) -> Any:
     """One decoder layer for one new token a sequence, on a paged cache, for any batch up to ``dims.B``.
 
-    The projections, the output projection and the MLP are made for the whole batch in one tile of ``dims.B`` rows, of which only
-    the rows of the batch are valid; what lies between them, sequence by sequence. Roundings and tile shapes are those of
+    Everything is made for the whole batch in one tile of ``dims.B`` rows, of which only the rows of the batch are valid, but for
+    two things that go sequence by sequence: the rows written to the cache, and attention. Roundings and tile shapes are those of
     ``decode_layer`` and ``paged_attention``. One layer a call: the host can run layer after layer, each with its own weights and
-    caches. Any
-    dimensions.
+    caches. Any dimensions.
     """
     import pypto
 

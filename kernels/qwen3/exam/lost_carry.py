@@ -1,7 +1,8 @@
-"""Four ways to lose the hidden states between the layers of a fused decode: the bundled kernel, each with one line changed.
+"""Ways to lose the hidden states between the layers of a fused decode: the bundled kernel, each with one line changed.
 
 A loop's carried tensor must be written in place (``hidden[:] = ...``), before the loop and in every trip. PyPTO compiles all of
-these. It interprets the first three without a word, and they are wrong from the second layer on (the third from the first).
+these. It interprets all but ``carry_never_written`` without a word. These are texts of their own and not edits of fragments,
+since what is wrong with most of them is how PyPTO's parser reads the body of a loop.
 """
 
 # The annotations of a jit function describe tensors; they are not types.
@@ -11,6 +12,7 @@ from typing import Any
 
 from conformance.contract import Dims
 from conformance.declaration import kernel
+from kernels.qwen3.exam.replaced import Exam
 
 CAPABILITIES = ("stacked_weights", "fused_layers")
 
@@ -22,6 +24,7 @@ def _program(dims: Dims, fault: str) -> Any:
 
     B, H, D, I, S, L = dims.B, dims.H, dims.D, dims.I, dims.S, dims.L  # noqa: E741  the contract's symbol
     NKV, KV = dims.NKV, dims.NKV * dims.D
+    trips = max(L - 1, 1) if fault == "last_layer_dropped" else L
 
     # PyPTO parses the text below and decides the comparisons with `fault` while it traces: one branch is left of each.
     @pypto.frontend.jit()
@@ -52,7 +55,7 @@ def _program(dims: Dims, fault: str) -> Any:
         hidden = pypto.tensor([B, H], pypto.DT_BF16, "hidden")
         if fault != "carry_never_written":
             hidden[:] = pypto.mul(hidden_states, 1.0)
-        for layer in pypto.loop(L, name="LAYER", idx_name="layer"):
+        for layer in pypto.loop(trips, name="LAYER", idx_name="layer"):
             source = hidden
             if fault == "carry_reads_first_input":
                 source = hidden_states
@@ -91,3 +94,17 @@ def carry_half_written(dims: Dims) -> Any:
 def carry_never_written(dims: Dims) -> Any:
     """Nothing is written to the carry before the first layer reads it: PyPTO compiles it, its interpreter refuses."""
     return _program(dims, "carry_never_written")
+
+
+@kernel("decode_fwd_layers", name="last_layer_dropped", toolchain="pypto")
+def last_layer_dropped(dims: Dims) -> Any:
+    """The loop ends one layer early."""
+    return _program(dims, "last_layer_dropped")
+
+
+exam = Exam()
+exam.add(carry_rebound, "carry_rebound", kind="dependency")
+exam.add(carry_reads_first_input, "carried_state_ignored", kind="dependency")
+exam.add(carry_half_written, "carry_half_written", kind="dependency")
+exam.add(carry_never_written, "carry_never_written", kind="dependency")
+exam.add(last_layer_dropped, "last_layer_dropped", kind="dependency")

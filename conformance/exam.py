@@ -1,0 +1,604 @@
+"""The harness takes an exam: kernels whose verdict is known are judged, by our rule and by the rules that others use.
+
+Every kernel goes the way of any kernel (``checking.judged_runs`` on stratified cases, then the proofs of what it declares). The
+other rules look at the first run of the same cases. What comes of it is data, from which ``reports.exam`` makes a table and a
+page.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conformance.arithmetic import CONTRACT, EXACT, Arithmetic
+from conformance.buffers import bits
+from conformance.cases import Case, CaseKey, Space, make_case, stratified_keys
+from conformance.checking import (
+    MOST_LOST,
+    Runner,
+    RunPlan,
+    capability_runs,
+    eager_runner,
+    is_lost,
+    judged_runs,
+    plan_for,
+    worker_runner,
+)
+from conformance.contract import Stage, models, stage_named
+from conformance.declaration import load_module
+from conformance.errors import UnavailableError, UsageError
+from conformance.executors.base import Outcome
+from conformance.executors.messages import Passes
+from conformance.faults.catalogue import random_variant, subjects
+from conformance.faults.subject import Subject
+from conformance.judge import Oracle, judge
+from conformance.rules import RULES, Compared
+
+#: What our own rule is called in tables.
+OURS = "conformance"
+#: A result of ordinary torch code in the low precision: every intermediate in bf16.
+ROUGH = Arithmetic(torch.bfloat16, rounds=False)
+#: Subjects that one task judges: their cases and oracles are made once.
+SUBJECTS_PER_TASK = 8
+#: How many rejected legal runs are kept with their cases.
+MOST_REJECTIONS = 5
+#: How many interpreted kernels there are to each one of a sample: every one needs a process of its own, which takes seconds.
+INTERPRETED_SAMPLE = 8
+#: Layers and chains may miss so much of their faults: what lies below their composed rounding noise.
+COMPOSITE_TARGET = 0.97
+#: Probability with which the stated number of examples shows a fault.
+CONFIDENCE = 0.999
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How many cases a kernel is judged on, by kind of stage and lane, and how many random combinations of legal choices.
+
+    Each pair is the least number and the most: a faulty kernel is judged on further cases until our rule has found it, which the
+    other rules see as well, a legal one on the least number. The catalogue has a fault or a variant in every stage to which it
+    means something; a ``sample`` has it once among the single stages and once among the composite ones, and of the interpreted
+    kernels one in ``INTERPRETED_SAMPLE``.
+    """
+
+    name: str
+    sample: bool
+    single: tuple[int, int]
+    composite: tuple[int, int]
+    interpreted: tuple[int, int]
+    random_single: int
+    random_composite: int
+
+    def examples(self, subject: Subject) -> tuple[int, int]:
+        """The least and the largest number of cases that one subject is judged on."""
+        if subject.lane != "eager":
+            return self.interpreted
+        return self.composite if stage_named(subject.stage).composite else self.single
+
+    def random(self, stage: Stage) -> int:
+        """Random legal combinations of a stage, each on a case of its own."""
+        return self.random_composite if stage.composite else self.random_single
+
+
+EFFORTS: dict[str, Effort] = {
+    # Every regime once; what then is not found gets as many cases as `conformance check` has by default.
+    "quick": Effort("quick", True, (12, 50), (9, 18), interpreted=(1, 12), random_single=40, random_composite=8),
+    "full": Effort("full", False, (110, 110), (54, 54), interpreted=(12, 36), random_single=10_000, random_composite=10_000),
+}
+
+
+@dataclasses.dataclass
+class Standing:
+    """What came of one subject. Counts are of trials: a trial is one case, with the repeats and row checks that belong to it."""
+
+    id: str
+    stage: str
+    name: str
+    lane: str
+    kind: str | None
+    summary: str
+    hidden: str = ""
+    trials: int = 0
+    #: By rule, how many trials it rejected. A capability that does not hold counts as one trial of ours.
+    rejected: dict[str, int] = dataclasses.field(default_factory=dict)
+    #: By regime, trials and those that our rule rejected.
+    regimes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    #: The detectors of ours that fired.
+    detectors: list[str] = dataclasses.field(default_factory=list)
+    #: The first trial that our rule rejected, counted from 1; 0 if none was.
+    first: int = 0
+    #: The largest share of the allowance that a run which passed used.
+    share: float = 0.0
+    #: The first rejected cases of a legal variant, with what was found.
+    rejections: list[str] = dataclasses.field(default_factory=list)
+    #: Why the subject could not be judged, if so.
+    error: str = ""
+
+    @property
+    def legal(self) -> bool:
+        """Whether the kernel must pass."""
+        return self.kind is None
+
+    @property
+    def composite(self) -> bool:
+        """Whether the stage is a layer or a chain of layers."""
+        return stage_named(self.stage).composite
+
+    def caught_by(self, rule: str) -> bool:
+        """Whether the rule rejected any trial."""
+        return self.rejected.get(rule, 0) > 0
+
+
+@dataclasses.dataclass
+class Cost:
+    """Seconds that judging took, bounds and goldens given, over ``runs`` runs of legal kernels."""
+
+    seconds: float = 0.0
+    runs: int = 0
+
+    def add(self, other: Cost) -> None:
+        """Take another's runs in."""
+        self.seconds += other.seconds
+        self.runs += other.runs
+
+
+@dataclasses.dataclass
+class Exam:
+    """Everything that came of an exam."""
+
+    effort: Effort
+    seed: int
+    standings: list[Standing]
+    costs: dict[str, Cost]
+    seconds: float = 0.0
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """The rules that were examined, ours first."""
+        return (OURS, *(rule.name for rule in RULES))
+
+    @property
+    def faults(self) -> list[Standing]:
+        """Faulty kernels that could be judged and that their lane can show."""
+        return [one for one in self.standings if not one.legal and not one.hidden and not one.error]
+
+    @property
+    def variants(self) -> list[Standing]:
+        """Legal kernels that could be judged."""
+        return [one for one in self.standings if one.legal and not one.error]
+
+    @property
+    def hidden(self) -> list[Standing]:
+        """Faults that their lane cannot show by its nature."""
+        return [one for one in self.standings if one.hidden]
+
+    @property
+    def errors(self) -> list[Standing]:
+        """Subjects that could not be judged."""
+        return [one for one in self.standings if one.error]
+
+    def missed(self, rule: str = OURS) -> list[Standing]:
+        """Faults that no trial showed to a rule."""
+        return [one for one in self.faults if not one.caught_by(rule)]
+
+    def score(self, rule: str) -> Score:
+        """Of one rule: faults and legal runs together."""
+        faults, variants = self.faults, self.variants
+        cost = self.costs.get(rule, Cost())
+        return Score(
+            rule,
+            caught=sum(one.caught_by(rule) for one in faults),
+            faults=len(faults),
+            caught_trials=sum(min(one.rejected.get(rule, 0), one.trials) for one in faults),
+            fault_trials=sum(one.trials for one in faults),
+            rejected_variants=sum(one.caught_by(rule) for one in variants),
+            variants=len(variants),
+            rejected_trials=sum(one.rejected.get(rule, 0) for one in variants),
+            legal_trials=sum(one.trials for one in variants),
+            milliseconds=1000 * cost.seconds / cost.runs if cost.runs else math.nan,
+        )
+
+    @property
+    def passed(self) -> bool:
+        """No legal kernel rejected, no fault of a single stage missed, few enough of layers and chains, nothing left unjudged."""
+        if not self.faults or not self.variants or self.errors:
+            return False
+        if any(one.caught_by(OURS) for one in self.variants):
+            return False
+        layers = [one for one in self.faults if one.composite]
+        missed = self.missed()
+        of_layers = sum(one.composite for one in missed)
+        return of_layers == len(missed) and of_layers <= (1 - COMPOSITE_TARGET) * len(layers)
+
+    def examples_needed(self) -> dict[str, tuple[int, str]]:
+        """By stage, how many stratified examples show every fault of the catalogue with ``CONFIDENCE``, and the dearest fault.
+
+        From the measured power in each regime, since stratified examples go round the regimes. Faults that were never caught
+        say nothing about a number and are left out: they are listed as missed. So are those that come and go from call to call,
+        which repeats show and not data.
+        """
+        needed: dict[str, tuple[int, str]] = {}
+        for one in self.faults:
+            if one.lane == "eager" and one.kind != "nondeterminism" and one.caught_by(OURS):
+                count = trials_for(one.regimes)
+                if count > needed.get(one.stage, (0, ""))[0]:
+                    needed[one.stage] = count, one.name
+        return needed
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that ``from_json`` reads."""
+        return {
+            "effort": dataclasses.asdict(self.effort),
+            "seed": self.seed,
+            "seconds": round(self.seconds, 1),
+            "costs": {name: dataclasses.asdict(cost) for name, cost in self.costs.items()},
+            "standings": [dataclasses.asdict(one) for one in self.standings],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Exam:
+        """The inverse of ``to_json``."""
+        effort: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data["effort"].items()
+        }
+        return cls(
+            Effort(**effort),
+            data["seed"],
+            [Standing(**one) for one in data["standings"]],
+            {name: Cost(**cost) for name, cost in data["costs"].items()},
+            data["seconds"],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How one rule did. A fault is caught if any of its trials is rejected, a variant is rejected likewise."""
+
+    rule: str
+    caught: int
+    faults: int
+    caught_trials: int
+    fault_trials: int
+    rejected_variants: int
+    variants: int
+    rejected_trials: int
+    legal_trials: int
+    milliseconds: float
+
+
+def trials_for(regimes: Mapping[str, Sequence[int]], confidence: float = CONFIDENCE) -> int:
+    """How many trials that go round the regimes show a fault with this probability, from ``(trials, caught)`` by regime.
+
+    A rate is taken as ``caught / (trials + 1)``: no finite number of trials proves that a regime always shows a fault, and
+    none is credited where nothing was caught.
+    """
+    rates = [caught / (trials + 1) for trials, caught in regimes.values() if trials]
+    if not rates or max(rates) == 0:
+        raise ValueError("a fault that was never caught has no number of examples")
+    each_round = sum(math.log1p(-rate) for rate in rates)
+    return max(1, math.ceil(math.log(1 - confidence) / each_round * len(rates)))
+
+
+def catalogue() -> list[Subject]:
+    """Every kernel of the exam: torch kernels, and those that the models bring for other lanes."""
+    found = list(subjects())
+    for model in models():
+        for name in model.exam_modules:
+            found += load_module(name).SUBJECTS
+    return found
+
+
+def chosen_subjects(effort: Effort, stage: str | None = None, lane: str | None = None) -> list[Subject]:
+    """The kernels that an exam judges, of one stage or one lane only; raises ``UsageError`` if there are none.
+
+    Where a fault is sampled, its stage follows from its name, so that all stages come up.
+    """
+    if stage is not None:
+        stage_named(stage)
+    found = [one for one in catalogue() if stage in (None, one.stage) and lane in (None, one.lane)]
+    if not found:
+        raise UsageError(f"the exam has no kernel of stage {stage or 'any'} in lane {lane or 'any'}")
+    if not effort.sample or stage is not None:
+        return found
+    alike: dict[tuple[str, str, bool], list[Subject]] = collections.defaultdict(list)
+    for one in found:
+        if one.lane == "eager" or _number(one.id) % INTERPRETED_SAMPLE == 0:
+            alike[one.lane, one.name, stage_named(one.stage).composite].append(one)
+    return [group[_number(name) % len(group)] for (_, name, _), group in alike.items()]
+
+
+def _number(name: str) -> int:
+    """A number that follows from a name, the same everywhere."""
+    return zlib.crc32(name.encode())
+
+
+def take(
+    effort: Effort,
+    *,
+    seed: int = 0,
+    stage: str | None = None,
+    lane: str | None = None,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exam:
+    """Judge the catalogue. ``progress`` is told how many tasks are done, of how many; it all follows from ``seed``."""
+    began = time.monotonic()
+    tasks = list(_tasks(chosen_subjects(effort, stage, lane), effort, seed))
+    standings: dict[str, Standing] = {}
+    costs: dict[str, Cost] = collections.defaultdict(Cost)
+    workers = min(processes or os.cpu_count() or 1, len(tasks))
+    for done, result in enumerate(_results(tasks, workers), 1):
+        for one in result.standings:
+            # The random combinations of a stage come in several parts.
+            if one.id in standings:
+                _join(standings[one.id], one)
+            else:
+                standings[one.id] = one
+        for name, cost in result.costs.items():
+            costs[name].add(cost)
+        if progress is not None:
+            progress(done, len(tasks))
+    return Exam(effort, seed, list(standings.values()), dict(costs), time.monotonic() - began)
+
+
+# Tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """Subjects of one stage, lane and size, by their ids; or random combinations ``first`` to ``last`` of a stage."""
+
+    stage: str
+    effort: Effort
+    seed: int
+    ids: tuple[str, ...] = ()
+    first: int = 0
+    last: int = 0
+
+
+@dataclasses.dataclass
+class _Result:
+    standings: list[Standing]
+    costs: dict[str, Cost]
+
+
+#: Random combinations that one task judges.
+_COMBINATIONS_PER_TASK = 250
+
+
+def _tasks(chosen: Sequence[Subject], effort: Effort, seed: int) -> Iterator[_Task]:
+    """Long tasks first, so that no process ends alone with one."""
+
+    def alike(one: Subject) -> tuple[bool, str, str, str]:
+        return one.lane == "eager", one.stage, one.lane, str(sorted(one.dims.items()))
+
+    for (is_eager, stage, _, _), group in itertools.groupby(sorted(chosen, key=alike), key=alike):
+        size = SUBJECTS_PER_TASK if is_eager else 1
+        ids = [one.id for one in group]
+        for start in range(0, len(ids), size):
+            yield _Task(stage, effort, seed, tuple(ids[start : start + size]))
+    for stage in dict.fromkeys(one.stage for one in chosen if one.lane == "eager"):
+        count = effort.random(stage_named(stage))
+        for start in range(0, count, _COMBINATIONS_PER_TASK):
+            yield _Task(stage, effort, seed, first=start, last=min(start + _COMBINATIONS_PER_TASK, count))
+
+
+def _results(tasks: Sequence[_Task], workers: int) -> Iterator[_Result]:
+    if workers <= 1:
+        yield from map(_perform, tasks)
+        return
+    # Spawned: a forked child hangs in its first matrix product if the parent's thread pool was running.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        waiting = [pool.submit(_perform, task) for task in tasks]
+        for future in concurrent.futures.as_completed(waiting):
+            yield future.result()
+
+
+def _perform(task: _Task) -> _Result:
+    if not task.ids:
+        return _random_combinations(task)
+    known = {one.id: one for one in catalogue()}
+    group = [known[name] for name in task.ids]
+    space = Space.of(stage_named(task.stage), dict(group[0].dims))
+    most = task.effort.examples(group[0])[1]
+    shelf = [Trial(key) for key in itertools.islice(stratified_keys(space, task.seed), most)]
+    costs: dict[str, Cost] = collections.defaultdict(Cost)
+    return _Result([_stand(one, shelf, task.effort.examples(one)[0], space, costs) for one in group], costs)
+
+
+def _random_combinations(task: _Task) -> _Result:
+    """Each combination on a case of its own; together they are one standing."""
+    costs: dict[str, Cost] = collections.defaultdict(Cost)
+    whole: Standing | None = None
+    variant = random_variant(task.stage, 0)
+    space = Space.of(stage_named(task.stage), dict(variant.dims))
+    # Another sequence of cases than that of the named variants.
+    keys = itertools.islice(stratified_keys(space, task.seed + 1), task.first, task.last)
+    for index, key in enumerate(keys, task.first):
+        one = _stand(random_variant(task.stage, index), [Trial(key)], 1, space, costs)
+        one.rejections = [f"{text} (combination {index})" for text in one.rejections]
+        if whole is None:
+            whole = one
+        else:
+            _join(whole, one)
+    return _Result([whole] if whole else [], costs)
+
+
+def _join(whole: Standing, part: Standing) -> None:
+    """Take the trials of another part of the same subject in."""
+    if part.first and not whole.first:
+        whole.first = whole.trials + part.first
+    whole.trials += part.trials
+    for name, count in part.rejected.items():
+        whole.rejected[name] = whole.rejected.get(name, 0) + count
+    for name, counts in part.regimes.items():
+        known = whole.regimes.setdefault(name, [0, 0])
+        known[0] += counts[0]
+        known[1] += counts[1]
+    whole.detectors += [name for name in part.detectors if name not in whole.detectors]
+    whole.share = max(whole.share, part.share)
+    whole.rejections = [*whole.rejections, *part.rejections][:MOST_REJECTIONS]
+    whole.error = whole.error or part.error
+
+
+# Trials
+
+
+class Trial:
+    """One case with what its runs are compared with, made when first asked for: it serves every subject of a stage."""
+
+    def __init__(self, key: CaseKey) -> None:
+        self.key = key
+        self._compared: dict[str, dict[str, torch.Tensor]] | None = None
+
+    @functools.cached_property
+    def oracle(self) -> Oracle:
+        """What a correct kernel may return."""
+        return Oracle(make_case(self.key))
+
+    @property
+    def case(self) -> Case:
+        """The case itself."""
+        return self.oracle.case
+
+    def compared(self, outcome: Outcome) -> Iterator[Compared]:
+        """What the other rules look at: every output; of a cache the rows that had to be written, and those that were."""
+        case = self.case
+        if self._compared is None:
+            arithmetics = {"golden": CONTRACT, "exact": EXACT, "rough": ROUGH}
+            self._compared = {
+                name: case.stage.reference(case.inputs, case.dims, arithmetic) for name, arithmetic in arithmetics.items()
+            }
+        written = self.oracle.bounds(case.stage.profiles[0])
+        for argument in case.stage.outputs:
+            found = outcome.outputs[argument.name]
+            golden, exact, rough = (self._compared[name][argument.name] for name in ("golden", "exact", "rough"))
+            kept: torch.Tensor | slice = slice(None)
+            if argument.access == "io":
+                # The garbage in rows that nobody may look at would drown the rest in every rule that takes the tensor as a whole.
+                rows = (bits(found) != bits(case.inputs[argument.name])).any(-1)
+                rows[written[argument.name].rows] = True
+                kept = rows
+            yield Compared(
+                argument.name,
+                found[kept],
+                golden[kept].to(argument.dtype),
+                exact[kept].to(torch.float64),
+                rough[kept].to(argument.dtype),
+            )
+
+
+#: A kernel that is interpreted is run once a case; of a single stage the last compiler pass is compared as well.
+_INTERPRETED = {False: RunPlan(), True: RunPlan(passes="none")}
+
+
+class _Watched:
+    """A runner that keeps the first outcome, for the other rules to look at."""
+
+    def __init__(self, run: Runner) -> None:
+        self._run = run
+        self.first: Outcome | None = None
+
+    def __call__(self, case: Case, passes: Passes = "last") -> Outcome:
+        outcome = self._run(case, passes)
+        if self.first is None:
+            self.first = outcome
+        return outcome
+
+
+def _stand(subject: Subject, trials: Sequence[Trial], least: int, space: Space, costs: dict[str, Cost]) -> Standing:
+    """Judge one subject on ``least`` trials, and on more until it is found if it is faulty."""
+    standing = Standing(subject.id, subject.stage, subject.name, subject.lane, subject.kind, subject.summary, subject.hidden)
+    kernel = subject.make()
+    # A torch kernel runs here: none of the catalogue takes its process down, and a process each would take an hour.
+    runner = eager_runner(kernel) if subject.lane == "eager" else worker_runner(kernel, subject.lane)
+    lost, composite = 0, kernel.stage.composite
+    judged = []
+    try:
+        with runner as run:
+            for index, trial in enumerate(trials):
+                if kernel.refusal(trial.case.dims) is not None:
+                    continue
+                watched = _Watched(run)
+                if standing.trials >= least and (standing.first or subject.legal):
+                    break
+                plan = plan_for(index, subject.lane, kernel.stage) if subject.lane == "eager" else _INTERPRETED[composite]
+                runs = list(judged_runs(kernel, trial.key, watched, plan, oracle=trial.oracle))
+                judged += runs
+                assert watched.first is not None
+                _count(standing, trial, watched.first, runs, costs)
+                lost += sum(map(is_lost, runs))
+                if lost >= MOST_LOST:
+                    break
+            if kernel.capabilities and not standing.first:
+                proofs = list(capability_runs(kernel, space, run, subject.lane, judged))
+                refuted = [finding for proof in proofs for finding in proof.verdict.findings]
+                if refuted:
+                    standing.first = standing.trials
+                    standing.rejected[OURS] = 1
+                    standing.detectors = ["capability"]
+                    standing.rejections = [refuted[0].message]
+    except UnavailableError as error:
+        standing.error = str(error)
+    if not standing.trials and not standing.error:
+        standing.error = "the kernel took none of the cases"
+    return standing
+
+
+def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[Any], costs: dict[str, Cost]) -> None:
+    """Add one trial to a standing, and its cost if the kernel is a legal one."""
+    standing.trials += 1
+    regime = standing.regimes.setdefault(trial.key.regime, [0, 0])
+    regime[0] += 1
+    findings = [(run, finding) for run in runs for finding in run.verdict.findings]
+    if findings:
+        regime[1] += 1
+        standing.rejected[OURS] = standing.rejected.get(OURS, 0) + 1
+        standing.first = standing.first or standing.trials
+        standing.detectors += [name for name in {finding.detector for _, finding in findings} if name not in standing.detectors]
+        if standing.legal and len(standing.rejections) < MOST_REJECTIONS:
+            run, finding = findings[0]
+            standing.rejections.append(f"{run.case} ({run.check}): {finding.detector}: {finding.message}")
+    else:
+        standing.share = max([standing.share, *(run.verdict.share or 0.0 for run in runs)])
+    compared = list(trial.compared(outcome)) if outcome.status == "ok" else []
+    for rule in RULES:
+        began = time.perf_counter()
+        accepted = bool(compared) and all(rule.accepts(one) for one in compared)
+        if standing.legal and compared:
+            costs[rule.name].add(Cost(time.perf_counter() - began, 1))
+        if not accepted:  # a kernel that did not come to its end is seen by everyone
+            standing.rejected[rule.name] = standing.rejected.get(rule.name, 0) + 1
+    if standing.legal and compared and trial.oracle.case.stage.profiles:
+        began = time.perf_counter()
+        judge(trial.case, outcome, oracle=trial.oracle)  # once more: bounds are there now, as goldens are for the others
+        costs[OURS].add(Cost(time.perf_counter() - began, 1))
+
+
+def write_json(exam: Exam, path: Path) -> None:
+    """Keep an exam; ``read_json`` reads it."""
+    path.write_text(json.dumps(exam.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Exam:
+    """A kept exam; raises ``UsageError`` for a file that holds none."""
+    try:
+        return Exam.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: expected an exam that `conformance exam --out` wrote, found none: {error}") from error

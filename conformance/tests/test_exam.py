@@ -1,0 +1,270 @@
+"""The exam itself: what it judges, how it counts, and that it fails where the rule does."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import conformance
+from conformance import exam
+from conformance.cases import Space, stratified_keys
+from conformance.cli import main
+from conformance.contract import stage_named, stages
+from conformance.errors import UsageError
+from conformance.exam import EFFORTS, OURS, Effort, Exam, Standing, Trial, chosen_subjects, take, trials_for
+from conformance.executors.base import Outcome
+from conformance.faults.kernels import torch_kernel
+from conformance.faults.subject import Subject
+from conformance.rules import RULES
+
+#: A few cases of each kind.
+SHORT = Effort("short", True, (9, 9), (2, 2), interpreted=(1, 2), random_single=6, random_composite=2)
+
+
+def subject(name: str, kind: Any, make: Any, stage: str = "rms_norm") -> Subject:
+    return Subject(stage, name, kind, "what an engineer did", make)
+
+
+def of(monkeypatch: pytest.MonkeyPatch, *chosen: Subject, effort: Effort = SHORT) -> Exam:
+    """An exam of these kernels alone, in this process."""
+    monkeypatch.setattr(exam, "catalogue", lambda: list(chosen))
+    return take(effort, processes=1)
+
+
+RIGHT = subject("right", None, functools.partial(torch_kernel, "rms_norm"))
+GAIN = subject("gain", "value", functools.partial(torch_kernel, "rms_norm", fault="gain"))
+
+
+def test_a_rule_is_scored_on_the_runs_that_all_rules_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = of(monkeypatch, RIGHT, GAIN)
+    gain, right, random = sorted(found.standings, key=lambda one: one.name != "gain")
+    assert (gain.trials, right.trials, random.trials) == (9, 9, 6)
+    assert random.name == "random_combinations"
+    assert gain.rejected[OURS] >= 7
+    assert gain.first in (1, 2)
+    assert {"bias", "spread", "element"} & set(gain.detectors)
+    # Half a percent is well within what these allow.
+    assert not gain.caught_by("assert_close")
+    assert not gain.caught_by("cosine > 0.999")
+    assert sum(trials for trials, _ in gain.regimes.values()) == 9
+    assert sum(caught for _, caught in gain.regimes.values()) == gain.rejected[OURS]
+    ours = found.score(OURS)
+    assert (ours.caught, ours.faults, ours.rejected_variants, ours.variants) == (1, 1, 0, 2)
+    assert (ours.rejected_trials, ours.legal_trials) == (0, 15)
+    assert found.rules == (OURS, *(rule.name for rule in RULES))
+    assert all(found.score(rule).milliseconds > 0 for rule in found.rules)
+    assert found.passed
+    assert not found.missed()
+    assert [one.name for one in found.missed("assert_close")] == ["gain"]
+
+
+def test_a_rejected_variant_fails_the_exam_and_its_case_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrongly_legal = dataclasses.replace(GAIN, kind=None)
+    found = of(monkeypatch, GAIN, dataclasses.replace(wrongly_legal, name="said_to_be_legal"))
+    assert not found.passed
+    (rejected,) = [one for one in found.variants if one.caught_by(OURS)]
+    assert rejected.name == "said_to_be_legal"
+    assert rejected.rejections[0].startswith("rms_norm:tiny:")
+    key = rejected.rejections[0].split(" ")[0]
+    assert not conformance.check("rms_norm", torch_kernel("rms_norm", fault="gain"), case=key).ok
+
+
+def test_a_missed_fault_of_a_single_stage_fails_the_exam(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = of(monkeypatch, RIGHT, dataclasses.replace(RIGHT, name="said_to_be_wrong", kind="value"))
+    assert [one.name for one in found.missed()] == ["said_to_be_wrong"]
+    assert not found.passed
+
+
+def test_what_a_lane_cannot_show_is_neither_caught_nor_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = dataclasses.replace(RIGHT, name="race", kind="dependency", hidden="runs in program order")
+    found = of(monkeypatch, RIGHT, GAIN, hidden)
+    assert [one.name for one in found.hidden] == ["race"]
+    assert not found.missed()
+    assert found.score(OURS).faults == 1
+    assert found.passed
+
+
+def test_a_kernel_that_takes_no_case_is_an_error_and_not_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    @conformance.kernel("rms_norm", accepts=lambda dims: "takes nothing")
+    def refuses(x: Any, weight: Any, out: Any) -> None: ...
+
+    found = of(monkeypatch, RIGHT, GAIN, subject("refuses", "robustness", lambda: refuses))
+    assert [(one.name, one.error) for one in found.errors] == [("refuses", "the kernel took none of the cases")]
+    assert not found.passed
+
+
+def test_a_kernel_that_raises_is_seen_by_every_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    @conformance.kernel("rms_norm")
+    def raises(x: Any, weight: Any, out: Any) -> None:
+        raise RuntimeError("no")
+
+    found = of(monkeypatch, RIGHT, subject("raises", "robustness", lambda: raises))
+    assert all(found.score(rule).caught == 1 for rule in found.rules)
+
+
+def test_a_kernel_is_made_once_and_remembers_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault may show at the second call only: every trial must meet the same kernel."""
+
+    def make() -> Any:
+        calls = []
+        right = torch_kernel("rms_norm")
+
+        @conformance.kernel("rms_norm")
+        def tires(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, dims: Any) -> None:
+            calls.append(1)
+            right(x, weight, out, dims=dims)
+            if len(calls) > 8:
+                out[0, 0] += 1
+
+        return tires
+
+    found = of(monkeypatch, RIGHT, subject("tires", "nondeterminism", make))
+    tires = next(one for one in found.standings if one.name == "tires")
+    assert 2 <= tires.first <= 5
+
+
+def test_a_refuted_claim_counts_as_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> Any:
+        right = torch_kernel("rms_norm")
+
+        @conformance.kernel("rms_norm", capabilities=["fused_lm_head"])
+        def boasts(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, dims: Any) -> None:
+            right(x, weight, out, dims=dims)
+
+        return boasts
+
+    found = of(monkeypatch, RIGHT, subject("boasts", "robustness", make))
+    boasts = next(one for one in found.standings if one.name == "boasts")
+    assert boasts.detectors == ["capability"]
+    assert found.score(OURS).caught == 1
+    assert found.score("assert_close").caught == 0
+
+
+def test_of_a_cache_others_see_the_rows_that_were_or_should_have_been_written() -> None:
+    key = next(iter(stratified_keys(Space.of(stage_named("kv_write"), "tiny"), 0)))
+    trial = Trial(key)
+    inputs = trial.case.inputs
+    outputs = {name: inputs[name].clone() for name in ("k_cache", "v_cache")}
+    rows = trial.oracle.bounds(trial.case.stage.profiles[0])["k_cache"].rows
+    assert rows is not None
+    other = next(
+        row for row in range(len(inputs["k_cache"])) if row not in rows.tolist() and not inputs["k_cache"][row].isnan().any()
+    )
+    outputs["k_cache"][other] += 1
+    compared = {one.name: one for one in trial.compared(Outcome("ok", outputs=outputs))}
+    assert compared["k_cache"].found.shape[0] == len(rows) + 1
+    assert compared["v_cache"].found.shape[0] == len(rows)
+    assert compared["k_cache"].golden.dtype == torch.bfloat16
+    assert compared["k_cache"].exact.dtype == torch.float64
+
+
+@pytest.mark.parametrize("stage", list(stages()))
+def test_what_others_compare_with_is_finite_and_of_the_outputs_dtype(stage: str) -> None:
+    contract = stage_named(stage)
+    dims = {"S": 48, **({"L": 2} if "L" in contract.drawn else {}), **({"T": 24} if contract.has_chunks else {})}
+    trial = Trial(next(iter(stratified_keys(Space.of(contract, dims), 0))))
+    kernel = torch_kernel(stage)
+    from conformance.executors.eager import run_eager
+
+    for one in trial.compared(run_eager(kernel, trial.case)):
+        assert one.found.dtype == one.golden.dtype == one.rough.dtype == contract.argument(one.name).dtype
+        assert bool(one.golden.isfinite().all())
+        assert bool(one.rough.isfinite().all())
+        assert one.found.shape == one.exact.shape
+
+
+def test_the_catalogue_is_large_and_named_once() -> None:
+    whole = chosen_subjects(EFFORTS["full"])
+    assert len({one.id for one in whole}) == len(whole)
+    faults = {one.name for one in whole if not one.legal and one.lane == "eager"}
+    variants = {one.name for one in whole if one.legal and one.lane == "eager"}
+    assert len(faults) >= 200
+    assert len(variants) >= 50
+    interpreted = [one for one in whole if one.lane == "interpret"]
+    assert sum(not one.legal for one in interpreted) >= 30
+    assert sum(one.legal for one in interpreted) >= 15
+    assert {one.stage for one in whole if not one.legal} == set(stages())
+    assert all(one.summary and "\n" not in one.summary for one in whole)
+
+
+def test_a_sample_has_every_fault() -> None:
+    whole, sample = (chosen_subjects(EFFORTS[name], lane="eager") for name in ("full", "quick"))
+    assert {one.name for one in sample} == {one.name for one in whole}
+    assert {one.stage for one in sample} == set(stages())
+    assert len(sample) < len(whole) / 2
+    assert {one.id for one in chosen_subjects(EFFORTS["quick"], stage="rope")} == {
+        one.id for one in chosen_subjects(EFFORTS["full"]) if one.stage == "rope"
+    }
+
+
+def test_parallel_processes_give_the_same_standings() -> None:
+    def plain(found: Exam) -> list[dict[str, Any]]:
+        return sorted((dataclasses.asdict(one) for one in found.standings), key=lambda one: str(one["id"]))
+
+    one, two = (take(SHORT, stage="greedy_sample", lane="eager", processes=count) for count in (1, 2))
+    assert plain(one) == plain(two)
+
+
+def test_a_kept_exam_is_read_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = of(monkeypatch, RIGHT, GAIN)
+    exam.write_json(found, tmp_path / "exam.json")
+    again = exam.read_json(tmp_path / "exam.json")
+    assert again.standings == found.standings
+    assert again.score(OURS) == found.score(OURS)
+    for broken in ("no json", "{}", json.dumps({**found.to_json(), "standings": [{"id": 1}]})):
+        (tmp_path / "exam.json").write_text(broken)
+        with pytest.raises(UsageError, match=r"expected an exam that `conformance exam --out` wrote"):
+            exam.read_json(tmp_path / "exam.json")
+
+
+def test_the_number_of_examples_follows_from_the_power_in_each_regime() -> None:
+    # Shown by one regime of eleven with certainty, as far as 100 trials can tell: log(0.001) / log(1/101) = 1.5 rounds.
+    regimes = {f"other{index}": [100, 0] for index in range(10)} | {"needle": [100, 100]}
+    assert trials_for(regimes) == 17
+    assert trials_for({"normal": [99, 50]}) == 10  # half of the trials: 0.5 ** 10 < 0.001
+    assert trials_for({"normal": [10**9, 10**9]}) == 1
+    with pytest.raises(ValueError, match="never caught"):
+        trials_for({"normal": [10, 0]})
+    standing = Standing(
+        "s/a", "rms_norm", "a", "eager", "value", "", trials=99, rejected={OURS: 50}, regimes={"normal": [99, 50]}
+    )
+    easier = dataclasses.replace(standing, name="b", rejected={OURS: 99}, regimes={"normal": [99, 99]})
+    assert Exam(SHORT, 0, [easier, standing], {}).examples_needed() == {"rms_norm": (10, "a")}
+
+
+def test_the_command_prints_the_table_and_keeps_a_page(tmp_path: Path) -> None:
+    out = tmp_path / "kept"
+    done = CliRunner().invoke(
+        main, ["exam", "--stage", "greedy_sample", "--lane", "eager", "--processes", "1", "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    assert "assert_close" in done.output
+    assert "PASSED" in done.output
+    assert exam.read_json(out / "exam.json").passed
+    assert "<html" in (out / "exam.html").read_text()
+    again = CliRunner().invoke(main, ["exam", "--stage", "greedy_sample", "--out", str(out)])
+    assert again.exit_code == 2
+    assert "already holds an exam" in again.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stage", "nothing"], "unknown stage 'nothing'"),
+        (["--lane", "device"], "the exam has no kernel of stage any in lane device"),
+        (["--processes", "0"], "--processes takes a positive number"),
+        (["--seed", "-1"], "seed must be a whole number"),
+    ],
+)
+def test_a_users_mistake_is_one_line(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(main, ["exam", *arguments])
+    assert done.exit_code == 2
+    assert message in done.output
+    assert "Traceback" not in done.output

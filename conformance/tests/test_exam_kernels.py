@@ -1,0 +1,158 @@
+"""The PyPTO kernels of the exam: each is what it says, as far as one case of each kind of kernel can tell.
+
+The ``conformance exam`` command judges all of them, on many cases.
+"""
+
+from __future__ import annotations
+
+import collections
+import subprocess
+import sys
+
+import pytest
+
+from conformance.cases import CaseKey
+from conformance.checking import RunPlan, case_runs, worker_runner
+from conformance.executors.process import address_of
+from conformance.faults.subject import KINDS, Subject
+from conformance.verdict import Verdict
+from kernels.qwen3.exam import SUBJECTS
+
+BY_NAME = {f"{subject.stage}/{subject.name}": subject for subject in SUBJECTS}
+
+#: A case of each stage that shows most faults: sequences of more than one block, and none at the edge of one.
+CASES = {
+    "rms_norm": "rms_norm:tiny:B=3:normal:1",
+    "qkv_proj": "qkv_proj:tiny:B=3:normal:1",
+    "qk_norm": "qk_norm:tiny:B=3:normal:1",
+    "rope": "rope:tiny:B=3,S=48,seq_lens=48+3+37:normal:1",
+    "kv_write": "kv_write:tiny:B=3,BS=8,D=16,NB=11,S=32,seq_lens=17+16+30:normal:1",
+    "attention": "attention:tiny:B=2,BS=8,S=48,seq_lens=13+43:normal:1",
+    "paged_attention": "paged_attention:tiny:B=3,BS=8,D=16,NB=11,S=32,seq_lens=17+16+30:normal:1",
+    "o_proj": "o_proj:tiny:B=3:normal:1",
+    "mlp": "mlp:tiny:B=3:normal:1",
+    "lm_head": "lm_head:tiny:B=3,V=500:normal:1",
+    "greedy_sample": "greedy_sample:tiny:B=3:normal:1",
+    "decode_layer": "decode_layer:tiny:B=2,S=48,seq_lens=18+5:normal:1",
+    "decode_fwd_layers": "decode_fwd_layers:tiny:B=2,L=2,S=48,seq_lens=18+5:normal:1",
+}
+#: Where another regime is needed, or other dimensions.
+CASE_OF = {
+    "attention/no_maximum": "attention:tiny:B=2,BS=8,S=48,seq_lens=13+43:big:1",
+    "attention/no_rescale": "attention:tiny:B=2,BS=8,S=48,seq_lens=40+43:big:1",
+    "greedy_sample/highest_index_on_a_tie": "greedy_sample:tiny:B=3:ties:1",
+    "lm_head/loop_over_the_vocabulary": "lm_head:tiny:B=3,V=512:normal:1",
+}
+#: One fault for each way of going wrong and of being declared, and the detector that tells it.
+FAULTS = {
+    "rms_norm/missing_gamma": "element",
+    "rms_norm/norm_in_bf16": "element",
+    "qkv_proj/output_never_written": "unwritten",
+    "qk_norm/normalised_by_row": "element",
+    "rope/interleaved_pairs": "element",
+    "rope/bf16_tables": "element",
+    "kv_write/token_major_page": "out_of_bounds",
+    "kv_write/other_row_overwritten": "out_of_bounds",
+    "attention/no_maximum": "not_finite",
+    "attention/no_rescale": "element",
+    "attention/modulo_heads": "element",
+    "paged_attention/masked_scores_are_zero": "element",
+    "o_proj/bf16_accumulation": "element",
+    "o_proj/column_tile_unwritten": "unwritten",
+    "mlp/activation_not_rounded": "element",
+    "lm_head/last_tile_unwritten": "unwritten",
+    "greedy_sample/highest_index_on_a_tie": "element",
+    "decode_layer/attention_before_write": "element",
+    "decode_layer/next_row_overwritten": "out_of_bounds",
+}
+VARIANTS = (
+    "rms_norm/inverse",
+    "attention/one_block",
+    "attention/probabilities_in_fp32",
+    "paged_attention/whole_pages_masked_by_replacing",
+    "kv_write/rows_in_another_order",
+    "mlp/gate_and_up_rounded",
+    "lm_head/loop_over_the_vocabulary",
+    "decode_layer/roundings_of_hugging_face",
+)
+
+
+def verdict_of(name: str) -> Verdict:
+    """The verdict of one run of one case; its compiler passes are compared where that is cheap."""
+    kernel = BY_NAME[name].make()
+    key = CaseKey.parse(CASE_OF.get(name, CASES[kernel.stage_name]))
+    plan = RunPlan(passes="none" if kernel.stage.composite else "last")
+    with worker_runner(kernel, "interpret") as run:
+        (judged,) = case_runs(kernel, [key], run, "interpret", plan)
+    return judged.verdict
+
+
+@pytest.mark.parametrize(("name", "detector"), FAULTS.items())
+def test_a_fault_is_found(name: str, detector: str) -> None:
+    assert not BY_NAME[name].legal
+    assert detector in [finding.detector for finding in verdict_of(name).findings]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_legal_variant_passes(name: str) -> None:
+    assert BY_NAME[name].legal
+    verdict = verdict_of(name)
+    assert verdict.ok, verdict.findings[0].message
+
+
+@pytest.mark.parametrize("name", [name for name, subject in BY_NAME.items() if subject.hidden])
+def test_a_fault_that_the_interpreter_hides_is_not_found(name: str) -> None:
+    # If this fails the interpreter has learnt to show it: the subject is no longer hidden.
+    assert verdict_of(name).ok
+
+
+def test_there_are_enough_of_each_kind() -> None:
+    shown = [subject for subject in SUBJECTS if not subject.legal and not subject.hidden]
+    assert len(shown) >= 30
+    assert sum(subject.legal for subject in SUBJECTS) >= 15
+    # What differs from run to run is beyond an interpreter.
+    assert {subject.kind for subject in shown} == KINDS.keys() - {"nondeterminism"}
+
+
+def test_every_subject_is_described_and_unique() -> None:
+    assert [name for name, count in collections.Counter(subject.id for subject in SUBJECTS).items() if count > 1] == []
+    for subject in SUBJECTS:
+        assert subject.lane == "interpret", subject.id
+        assert subject.summary.endswith("."), subject.id
+        assert subject.kind is None or subject.kind in KINDS, subject.id
+
+
+@pytest.mark.parametrize("subject", SUBJECTS[::20], ids=lambda subject: str(subject.id))
+def test_a_worker_finds_the_kernel(subject: Subject) -> None:
+    kernel = subject.make()
+    address = address_of(kernel)
+    assert vars(sys.modules[address.module])[address.attribute] == kernel
+
+
+def test_the_exam_is_listed_where_pypto_is_missing() -> None:
+    code = "import sys; sys.modules['pypto'] = None; from kernels.qwen3.exam import SUBJECTS; print(len(SUBJECTS))"
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(listed.stdout) == len(SUBJECTS)
+
+
+def test_replaced_fragments_leak_nothing() -> None:
+    code = """
+import sys
+from kernels.qwen3 import fragments as before
+from kernels.qwen3.exam.replaced import replaced_fragments
+norm, layer = before.rms_norm, before.decode_layer
+def edit(fragments):
+    fragments.rms_norm = None
+try:
+    with replaced_fragments(edit) as copy:
+        from kernels.qwen3 import fragments as within
+        assert within is copy and within is not before and within.rms_norm is None
+        assert within.decode_layer.__globals__["rms_norm"] is None
+        raise KeyError
+except KeyError:
+    pass
+from kernels.qwen3 import fragments as after
+assert after is before and after is sys.modules["kernels.qwen3.fragments"]
+assert (after.rms_norm, after.decode_layer) == (norm, layer)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
