@@ -1,4 +1,5 @@
-# Two commands do everything, set-up included: `make check` judges the bundled kernels, `make test` tests the harness.
+# Two commands do everything, set-up included: `make check` judges the bundled kernels, `make test` tests the harness;
+# `make exam` asks how good a judge it is.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ OPTIONS ?=
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: setup check test lint clean
+.PHONY: setup check test exam lint clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +30,10 @@ check: setup
 
 test: setup
 	$(BIN)/python -m pytest conformance/tests -n $(PROCESSES) --dist worksteal -q
+
+# What guards the rule: known faults and legal variants, as torch kernels; `conformance exam` has some PyPTO kernels as well.
+exam: setup
+	$(BIN)/conformance exam --lane eager --processes $(PROCESSES)
 
 lint: setup
 	$(BIN)/ruff check .

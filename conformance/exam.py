@@ -571,7 +571,8 @@ def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[An
         regime[1] += 1
         standing.rejected[OURS] = standing.rejected.get(OURS, 0) + 1
         standing.first = standing.first or standing.trials
-        standing.detectors += [name for name in {finding.detector for _, finding in findings} if name not in standing.detectors]
+        fired = dict.fromkeys(finding.detector for _, finding in findings)
+        standing.detectors += [name for name in fired if name not in standing.detectors]
         if standing.legal and len(standing.rejections) < MOST_REJECTIONS:
             run, finding = findings[0]
             standing.rejections.append(f"{run.case} ({run.check}): {finding.detector}: {finding.message}")

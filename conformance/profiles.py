@@ -54,7 +54,7 @@ PROFILES: dict[str, SuiteProfile] = {
     # A few cases of each regime, again and again the same while a kernel is being written.
     "dev": SuiteProfile("dev", rounds=1, drawn=2, deterministic=True, shrink=False),
     # The same cases on every machine and in every process: no database, no shrinking.
-    "ci": SuiteProfile("ci", rounds=1, drawn=6, deterministic=True, shrink=False),
+    "ci": SuiteProfile("ci", rounds=1, drawn=4, deterministic=True, shrink=False),
     # New cases every night, kept in Hypothesis's database when they fail, and shrunk.
     "nightly": SuiteProfile("nightly", rounds=3, drawn=60, deterministic=False, shrink=True),
 }

@@ -613,7 +613,7 @@ def overflows_at_large_values(call: Call) -> None:
     out[large] = torch.inf
 
 
-@fault("call", "robustness", *_RESULTS)
+@fault("call", "nondeterminism", *_RESULTS)
 def gives_up_on_the_first_call(call: Call) -> None:
     """The first call only warms up and writes nothing."""
     if call.number > 1:

@@ -409,7 +409,7 @@ ATTENTION = {"attention", "paged_attention", *LAYERS}
         ),
         pytest.param(
             layout.layer_of,
-            "stacked[layer * rows : (layer + 1) * rows]",
+            "stacked[layer * rows : (layer + count) * rows]",
             "stacked[:rows]",
             CHAINS,
             id="layer 0",
