@@ -362,8 +362,13 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
         raise UsageError(f"--processes takes a positive number, found {processes}")
     if out is None and full:
         out = Path("runs") / f"exam-{time.strftime('%Y%m%d-%H%M%S')}"
-    if out is not None and (out / "exam.json").exists():
-        raise UsageError(f"{out} already holds an exam: name another folder, or remove it")
+    if out is not None:
+        if (out / "exam.json").exists():
+            raise UsageError(f"{out} already holds an exam: name another folder, or remove it")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write to {out}: {error.strerror}") from error
 
     def show(done: int, total: int) -> None:
         click.echo(f"\r\033[K{done} of {total} parts judged", nl=False, err=True)
@@ -378,13 +383,14 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
     )
     if is_interactive():
         click.echo("\r\033[K", nl=False, err=True)
-    click.echo(reports.exam.table(result, colour=sys.stdout.isatty()))
+    # Kept before anything is shown: it may have taken hours.
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         examination.write_json(result, out / "exam.json")
         (out / "exam.html").write_text(reports.exam.page(result), encoding="utf-8")
+    click.echo(reports.exam.table(result, colour=sys.stdout.isatty()))
+    if out is not None:
         click.echo(f"kept in {out}: exam.json, exam.html")
-    sys.exit(COULD_NOT_RUN if result.errors else PASSED if result.passed else FINDINGS)
+    sys.exit(FINDINGS if result.failed else PASSED if result.passed else COULD_NOT_RUN)
 
 
 @main.command()

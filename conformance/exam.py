@@ -40,7 +40,7 @@ from conformance.checking import (
 )
 from conformance.contract import Stage, models, stage_named
 from conformance.declaration import load_module
-from conformance.errors import UnavailableError, UsageError
+from conformance.errors import UsageError
 from conformance.executors.base import Outcome
 from conformance.executors.messages import Passes
 from conformance.faults.catalogue import random_variant, subjects
@@ -58,6 +58,8 @@ SUBJECTS_PER_TASK = 8
 MOST_REJECTIONS = 5
 #: How many interpreted kernels there are to each one of a sample: every one needs a process of its own, which takes seconds.
 INTERPRETED_SAMPLE = 8
+#: Detectors that need more than the outputs of one run: no rule that compares outputs could stand in for them.
+BEYOND_OUTPUTS = frozenset({"changed_input", "out_of_bounds", "nondeterministic", "compiler_pass", "capability"})
 #: Layers and chains may miss so much of their faults: what lies below their composed rounding noise.
 COMPOSITE_TARGET = 0.97
 #: Probability with which the stated number of examples shows a fault.
@@ -116,6 +118,8 @@ class Standing:
     rejected: dict[str, int] = dataclasses.field(default_factory=dict)
     #: By regime, trials and those that our rule rejected.
     regimes: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    #: Trials whose first run, which is all that the other rules see, shows the fault in its outputs.
+    in_outputs: int = 0
     #: The detectors of ours that fired.
     detectors: list[str] = dataclasses.field(default_factory=list)
     #: The first trial that our rule rejected, counted from 1; 0 if none was.
@@ -212,16 +216,18 @@ class Exam:
         )
 
     @property
-    def passed(self) -> bool:
-        """No legal kernel rejected, no fault of a single stage missed, few enough of layers and chains, nothing left unjudged."""
-        if not self.faults or not self.variants or self.errors:
-            return False
-        if any(one.caught_by(OURS) for one in self.variants):
-            return False
-        layers = [one for one in self.faults if one.composite]
+    def failed(self) -> bool:
+        """Whether a legal kernel was rejected, a fault of a single stage missed, or too many of those of layers and chains."""
         missed = self.missed()
         of_layers = sum(one.composite for one in missed)
-        return of_layers == len(missed) and of_layers <= (1 - COMPOSITE_TARGET) * len(layers)
+        layers = sum(one.composite for one in self.faults)
+        too_many = len(missed) > of_layers or of_layers > (1 - COMPOSITE_TARGET) * layers
+        return too_many or any(one.caught_by(OURS) for one in self.variants)
+
+    @property
+    def passed(self) -> bool:
+        """Whether both faults and legal kernels were judged, all of them, and rightly."""
+        return bool(self.faults and self.variants) and not self.errors and not self.failed
 
     def examples_needed(self) -> dict[str, tuple[int, str]]:
         """By stage, how many stratified examples show every fault of the catalogue with ``CONFIDENCE``, and the dearest fault.
@@ -232,10 +238,9 @@ class Exam:
         """
         needed: dict[str, tuple[int, str]] = {}
         for one in self.faults:
-            if one.lane == "eager" and one.kind != "nondeterminism" and one.caught_by(OURS):
-                count = trials_for(one.regimes)
-                if count > needed.get(one.stage, (0, ""))[0]:
-                    needed[one.stage] = count, one.name
+            shown = one.caught_by(OURS) and any(caught for _, caught in one.regimes.values())
+            if shown and one.lane == "eager" and one.kind != "nondeterminism":
+                needed[one.stage] = max(needed.get(one.stage, (0, "")), (trials_for(one.regimes), one.name))
         return needed
 
     def to_json(self) -> dict[str, Any]:
@@ -336,21 +341,27 @@ def take(
 ) -> Exam:
     """Judge the catalogue. ``progress`` is told how many tasks are done, of how many; it all follows from ``seed``."""
     began = time.monotonic()
-    tasks = list(_tasks(chosen_subjects(effort, stage, lane), effort, seed))
+    # Those of layers first, which are the longest, so that no process ends alone with one.
+    tasks = sorted(
+        _tasks(chosen_subjects(effort, stage, lane), effort, seed), key=lambda task: not stage_named(task.stage).composite
+    )
+    workers = min(processes or os.cpu_count() or 1, len(tasks))
+    results: dict[int, _Result] = {}
+    for number, result in _results(tasks, workers):
+        results[number] = result
+        if progress is not None:
+            progress(len(results), len(tasks))
     standings: dict[str, Standing] = {}
     costs: dict[str, Cost] = collections.defaultdict(Cost)
-    workers = min(processes or os.cpu_count() or 1, len(tasks))
-    for done, result in enumerate(_results(tasks, workers), 1):
-        for one in result.standings:
+    for number in range(len(tasks)):  # not in the order in which processes ended
+        for one in results[number].standings:
             # The random combinations of a stage come in several parts.
             if one.id in standings:
                 _join(standings[one.id], one)
             else:
                 standings[one.id] = one
-        for name, cost in result.costs.items():
+        for name, cost in results[number].costs.items():
             costs[name].add(cost)
-        if progress is not None:
-            progress(done, len(tasks))
     return Exam(effort, seed, list(standings.values()), dict(costs), time.monotonic() - began)
 
 
@@ -380,8 +391,6 @@ _COMBINATIONS_PER_TASK = 250
 
 
 def _tasks(chosen: Sequence[Subject], effort: Effort, seed: int) -> Iterator[_Task]:
-    """Long tasks first, so that no process ends alone with one."""
-
     def alike(one: Subject) -> tuple[bool, str, str, str]:
         return one.lane == "eager", one.stage, one.lane, str(sorted(one.dims.items()))
 
@@ -396,18 +405,26 @@ def _tasks(chosen: Sequence[Subject], effort: Effort, seed: int) -> Iterator[_Ta
             yield _Task(stage, effort, seed, first=start, last=min(start + _COMBINATIONS_PER_TASK, count))
 
 
-def _results(tasks: Sequence[_Task], workers: int) -> Iterator[_Result]:
+def _results(tasks: Sequence[_Task], workers: int) -> Iterator[tuple[int, _Result]]:
+    """The number and the result of every task, as they come."""
     if workers <= 1:
-        yield from map(_perform, tasks)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from enumerate(map(_perform, tasks))
+        finally:
+            torch.set_num_threads(threads)
         return
     # Spawned: a forked child hangs in its first matrix product if the parent's thread pool was running.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        waiting = [pool.submit(_perform, task) for task in tasks]
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        waiting = {pool.submit(_perform, task): number for number, task in enumerate(tasks)}
         for future in concurrent.futures.as_completed(waiting):
-            yield future.result()
+            yield waiting[future], future.result()
+    finally:
+        # Whoever is interrupted, or loses a process, need not wait for what has not begun.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _perform(task: _Task) -> _Result:
@@ -426,13 +443,13 @@ def _random_combinations(task: _Task) -> _Result:
     """Each combination on a case of its own; together they are one standing."""
     costs: dict[str, Cost] = collections.defaultdict(Cost)
     whole: Standing | None = None
-    variant = random_variant(task.stage, 0)
+    variant = random_variant(task.stage, 0, task.seed)
     space = Space.of(stage_named(task.stage), dict(variant.dims))
     # Another sequence of cases than that of the named variants.
     keys = itertools.islice(stratified_keys(space, task.seed + 1), task.first, task.last)
     for index, key in enumerate(keys, task.first):
-        one = _stand(random_variant(task.stage, index), [Trial(key)], 1, space, costs)
-        one.rejections = [f"{text} (combination {index})" for text in one.rejections]
+        one = _stand(random_variant(task.stage, index, task.seed), [Trial(key)], 1, space, costs, first=index)
+        one.rejections = [f"{text} (combination {index} of seed {task.seed})" for text in one.rejections]
         if whole is None:
             whole = one
         else:
@@ -445,6 +462,7 @@ def _join(whole: Standing, part: Standing) -> None:
     if part.first and not whole.first:
         whole.first = whole.trials + part.first
     whole.trials += part.trials
+    whole.in_outputs += part.in_outputs
     for name, count in part.rejected.items():
         whole.rejected[name] = whole.rejected.get(name, 0) + count
     for name, counts in part.regimes.items():
@@ -522,43 +540,61 @@ class _Watched:
         return outcome
 
 
-def _stand(subject: Subject, trials: Sequence[Trial], least: int, space: Space, costs: dict[str, Cost]) -> Standing:
-    """Judge one subject on ``least`` trials, and on more until it is found if it is faulty."""
+def _stand(
+    subject: Subject, trials: Sequence[Trial], least: int, space: Space, costs: dict[str, Cost], *, first: int = 0
+) -> Standing:
+    """Judge one subject on ``least`` trials, and on more until it is found if it is faulty.
+
+    ``first`` is the number of the first trial, by which its extra runs are chosen. Whatever goes wrong is this subject's error.
+    """
     standing = Standing(subject.id, subject.stage, subject.name, subject.lane, subject.kind, subject.summary, subject.hidden)
+    try:
+        _judge_trials(subject, standing, trials, least, space, costs, first)
+    except Exception as error:
+        what = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
+        standing.error = f"{what}{error}".split("\n", 1)[0]
+    if not standing.trials and not standing.error:
+        standing.error = "the kernel took none of the cases"
+    return standing
+
+
+def _judge_trials(
+    subject: Subject,
+    standing: Standing,
+    trials: Sequence[Trial],
+    least: int,
+    space: Space,
+    costs: dict[str, Cost],
+    first: int,
+) -> None:
     kernel = subject.make()
     # A torch kernel runs here: none of the catalogue takes its process down, and a process each would take an hour.
     runner = eager_runner(kernel) if subject.lane == "eager" else worker_runner(kernel, subject.lane)
     lost, composite = 0, kernel.stage.composite
     judged = []
-    try:
-        with runner as run:
-            for index, trial in enumerate(trials):
-                if kernel.refusal(trial.case.dims) is not None:
-                    continue
-                watched = _Watched(run)
-                if standing.trials >= least and (standing.first or subject.legal):
-                    break
-                plan = plan_for(index, subject.lane, kernel.stage) if subject.lane == "eager" else _INTERPRETED[composite]
-                runs = list(judged_runs(kernel, trial.key, watched, plan, oracle=trial.oracle))
-                judged += runs
-                assert watched.first is not None
-                _count(standing, trial, watched.first, runs, costs)
-                lost += sum(map(is_lost, runs))
-                if lost >= MOST_LOST:
-                    break
-            if kernel.capabilities and not standing.first:
-                proofs = list(capability_runs(kernel, space, run, subject.lane, judged))
-                refuted = [finding for proof in proofs for finding in proof.verdict.findings]
-                if refuted:
-                    standing.first = standing.trials
-                    standing.rejected[OURS] = 1
-                    standing.detectors = ["capability"]
-                    standing.rejections = [refuted[0].message]
-    except UnavailableError as error:
-        standing.error = str(error)
-    if not standing.trials and not standing.error:
-        standing.error = "the kernel took none of the cases"
-    return standing
+    with runner as run:
+        for index, trial in enumerate(trials, first):
+            if kernel.refusal(trial.case.dims) is not None:
+                continue
+            if standing.trials >= least and (standing.first or subject.legal):
+                break
+            watched = _Watched(run)
+            plan = plan_for(index, subject.lane, kernel.stage) if subject.lane == "eager" else _INTERPRETED[composite]
+            runs = list(judged_runs(kernel, trial.key, watched, plan, oracle=trial.oracle))
+            judged += runs
+            assert watched.first is not None
+            _count(standing, trial, watched.first, runs, costs)
+            lost += sum(map(is_lost, runs))
+            if lost >= MOST_LOST:
+                break
+        if kernel.capabilities and not standing.first:
+            proofs = list(capability_runs(kernel, space, run, subject.lane, judged))
+            refuted = [finding for proof in proofs for finding in proof.verdict.findings]
+            if refuted:
+                standing.first = standing.trials
+                standing.rejected[OURS] = 1
+                standing.detectors = ["capability"]
+                standing.rejections = [refuted[0].message]
 
 
 def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[Any], costs: dict[str, Cost]) -> None:
@@ -571,6 +607,7 @@ def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[An
         regime[1] += 1
         standing.rejected[OURS] = standing.rejected.get(OURS, 0) + 1
         standing.first = standing.first or standing.trials
+        standing.in_outputs += any(run.check == "example" and finding.detector not in BEYOND_OUTPUTS for run, finding in findings)
         fired = dict.fromkeys(finding.detector for _, finding in findings)
         standing.detectors += [name for name in fired if name not in standing.detectors]
         if standing.legal and len(standing.rejections) < MOST_REJECTIONS:
@@ -586,7 +623,7 @@ def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[An
             costs[rule.name].add(Cost(time.perf_counter() - began, 1))
         if not accepted:  # a kernel that did not come to its end is seen by everyone
             standing.rejected[rule.name] = standing.rejected.get(rule.name, 0) + 1
-    if standing.legal and compared and trial.oracle.case.stage.profiles:
+    if standing.legal and compared:
         began = time.perf_counter()
         judge(trial.case, outcome, oracle=trial.oracle)  # once more: bounds are there now, as goldens are for the others
         costs[OURS].add(Cost(time.perf_counter() - began, 1))
@@ -601,5 +638,5 @@ def read_json(path: Path) -> Exam:
     """A kept exam; raises ``UsageError`` for a file that holds none."""
     try:
         return Exam.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: expected an exam that `conformance exam --out` wrote, found none: {error}") from error

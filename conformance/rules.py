@@ -60,13 +60,15 @@ def _identical(compared: Compared) -> bool:
 def _judge(floats: Judge, integers: Judge = _identical) -> Judge:
     """The judge of a whole output. Integers are token ids, which suites compare exactly unless their rule says otherwise.
 
-    Pages of a cache that nobody owns hold NaN before and after a run. Suites that compare such a cache mask those places or
-    ask for ``equal_nan``; here they are not looked at, so that a rule sees a golden without NaN and they dilute no share.
+    Pages of a cache that nobody owns hold NaN before and after a run. Suites that compare such a cache ask for ``equal_nan``:
+    where the golden is NaN so must the result be; the rest a rule sees without NaN, which would dilute its shares.
     """
 
     def accepts(compared: Compared) -> bool:
         owned = ~compared.golden.isnan()
         if not owned.all():
+            if not compared.found[~owned].isnan().all():
+                return False
             rows = owned.any(-1)  # whole rows if possible: a rule may look at the size of a row
             kept = rows if owned[rows].all() else owned
             tensors = (compared.found, compared.golden, compared.exact, compared.rough)

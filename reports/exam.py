@@ -38,9 +38,6 @@ OUR_DEFINITION = (
 )
 OUR_SOURCE = "conformance/bounds.py, conformance/judge.py, conformance/checking.py"
 
-#: Detectors that need more than the outputs of one run: no rule that compares outputs could stand in for them.
-BEYOND_OUTPUTS = frozenset({"changed_input", "out_of_bounds", "nondeterministic", "compiler_pass", "capability"})
-
 #: Signs of a cell beside its shade: no trial caught, every trial caught. In between stands the percentage.
 NEVER, ALWAYS, NOTHING = "✗", "✓", "–"
 
@@ -249,11 +246,7 @@ def lines_of(exam: Exam) -> list[Line]:
 def showing_in_outputs(exam: Exam) -> list[Standing]:
     """The faults without those that only a look beyond the outputs shows: what any rule could have caught."""
     rules = [name for name in exam.rules if name != OURS]
-    return [
-        one
-        for one in exam.faults
-        if not one.detectors or not BEYOND_OUTPUTS.issuperset(one.detectors) or any(map(one.caught_by, rules))
-    ]
+    return [one for one in exam.faults if one.in_outputs or not one.caught_by(OURS) or any(map(one.caught_by, rules))]
 
 
 def _fair_comparison(exam: Exam, lines: Sequence[Line]) -> str:
@@ -702,7 +695,7 @@ def _needed(page: Page, exam: Exam) -> None:
     needed = exam.examples_needed()
     if not needed:
         return
-    page.section(f"Examples that show every caught fault with {100 * CONFIDENCE:g}%, and the fault that needs them")
+    page.section(f"At most so many examples show every caught fault with {100 * CONFIDENCE:g}%, and the fault that needs them")
     room = max(map(len, needed))
     for stage in conformance.stages():
         if stage in needed:

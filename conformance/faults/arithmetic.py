@@ -182,7 +182,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def random_choices(stage: str, seed: int) -> Choices:
+def random_choices(stage: str, seed: int | str) -> Choices:
     """A random legal combination for a stage, the same for the same seed."""
     draw = random.Random(f"{stage}/{seed}")
     return Choices(**{name: draw.choice(_VALUES.get(name, (False, True))) for name in RELEVANT[stage]})

@@ -374,7 +374,7 @@ def subjects() -> tuple[Subject, ...]:
     return torch_subjects()
 
 
-def random_variant(stage: str, index: int) -> Subject:
-    """The random legal combination ``index`` of a stage, as one subject of all combinations."""
-    choices = random_choices(stage, index)
+def random_variant(stage: str, index: int, seed: int = 0) -> Subject:
+    """The random legal combination ``index`` of a seed and a stage, as one subject of all combinations."""
+    choices = random_choices(stage, f"{seed}/{index}")
     return _subject(stage, "random_combinations", None, "legal choices combined at random", choices, "", dims_of(stage))

@@ -268,3 +268,54 @@ def test_a_users_mistake_is_one_line(arguments: list[str], message: str) -> None
     assert done.exit_code == 2
     assert message in done.output
     assert "Traceback" not in done.output
+
+
+def test_what_goes_wrong_with_one_kernel_is_its_own_error_and_loses_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Any:
+        raise RuntimeError("no such kernel\nand more")
+
+    found = of(monkeypatch, RIGHT, GAIN, subject("broken", "value", broken))
+    assert [(one.name, one.error) for one in found.errors] == [("broken", "RuntimeError: no such kernel")]
+    assert found.score(OURS).caught == 1
+    assert not found.failed
+    assert not found.passed
+
+
+def test_another_seed_draws_other_combinations() -> None:
+    from conformance.faults.arithmetic import random_choices
+    from conformance.faults.catalogue import random_variant
+
+    def drawn(seed: int) -> list[Any]:
+        made = [random_variant("decode_layer", index, seed).make for index in range(3)]
+        return [one.args[1] for one in made if isinstance(one, functools.partial)]
+
+    assert len(drawn(0)) == 3
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert drawn(1)[2] == random_choices("decode_layer", "1/2")
+
+
+def test_only_what_the_first_run_shows_is_shown_in_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make() -> Any:
+        calls = []
+        right = torch_kernel("rms_norm")
+
+        @conformance.kernel("rms_norm")
+        def every_second_time(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, dims: Any) -> None:
+            calls.append(1)
+            right(x, weight, out, dims=dims)
+            if len(calls) == 2:
+                out.mul_(2)
+
+        return every_second_time
+
+    found = of(monkeypatch, RIGHT, GAIN, subject("at_the_second_run", "nondeterminism", make))
+    shown = {one.name: one.in_outputs for one in found.faults}
+    assert shown["at_the_second_run"] == 0
+    assert shown["gain"] == next(one for one in found.faults if one.name == "gain").rejected[OURS]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(main, ["exam", "--stage", "greedy_sample", "--out", str(tmp_path / "file")])
+    assert done.exit_code == 2
+    assert "cannot write to" in done.output

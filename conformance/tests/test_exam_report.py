@@ -33,6 +33,7 @@ def fault(name: str, stage: str = "rms_norm", kind: str = "value", trials: int =
         "rejected": {OURS: trials},
         "regimes": {"normal": [trials, trials]},
         "detectors": ["element"],
+        "in_outputs": trials,
         "first": 1,
         **more,
     }
@@ -192,13 +193,13 @@ def test_rule_that_does_as_well_as_ours_is_named() -> None:
 
 
 def test_rules_are_also_compared_without_the_faults_that_no_output_shows() -> None:
-    exam = small_exam(fault("guard_overwritten", kind="memory", detectors=["out_of_bounds"]))
+    exam = small_exam(fault("guard_overwritten", kind="memory", detectors=["out_of_bounds"], in_outputs=0))
     page = Page(report.page(exam))
     assert page.row("rules", CLOSE)[1:3] == ["2/4 50.0%", "2/3 66.6%"]
     assert f"of the other 3, ours caught 3 and the best elsewhere ({CLOSE}) 2." in page.text
     assert "of the other 3, ours caught 3" in " ".join(report.table(exam).split())
     seen_by_others = small_exam(
-        fault("flips", kind="nondeterminism", detectors=["nondeterministic"], rejected={OURS: 4, CLOSE: 1})
+        fault("flips", kind="nondeterminism", detectors=["nondeterministic"], in_outputs=0, rejected={OURS: 4, CLOSE: 1})
     )
     assert len(report.showing_in_outputs(seen_by_others)) == 4
     missed = small_exam(dataclasses.replace(MISSED, rejected={}, detectors=[]))
