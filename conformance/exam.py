@@ -29,6 +29,7 @@ from conformance.buffers import bits
 from conformance.cases import Case, CaseKey, Space, make_case, stratified_keys
 from conformance.checking import (
     MOST_LOST,
+    Judged,
     Runner,
     RunPlan,
     capability_runs,
@@ -571,7 +572,7 @@ def _judge_trials(
     # A torch kernel runs here: none of the catalogue takes its process down, and a process each would take an hour.
     runner = eager_runner(kernel) if subject.lane == "eager" else worker_runner(kernel, subject.lane)
     lost, composite = 0, kernel.stage.composite
-    judged = []
+    judged: list[Judged] = []
     with runner as run:
         for index, trial in enumerate(trials, first):
             if kernel.refusal(trial.case.dims) is not None:
@@ -580,7 +581,11 @@ def _judge_trials(
                 break
             watched = _Watched(run)
             plan = plan_for(index, subject.lane, kernel.stage) if subject.lane == "eager" else _INTERPRETED[composite]
-            runs = list(judged_runs(kernel, trial.key, watched, plan, oracle=trial.oracle))
+            runs: list[Judged] = []
+            for one in judged_runs(kernel, trial.key, watched, plan, oracle=trial.oracle):
+                runs.append(one)
+                if not one.verdict.ok:
+                    break  # it is found: what a repeat would add is not counted
             judged += runs
             assert watched.first is not None
             _count(standing, trial, watched.first, runs, costs)
@@ -597,7 +602,7 @@ def _judge_trials(
                 standing.rejections = [refuted[0].message]
 
 
-def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[Any], costs: dict[str, Cost]) -> None:
+def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[Judged], costs: dict[str, Cost]) -> None:
     """Add one trial to a standing, and its cost if the kernel is a legal one."""
     standing.trials += 1
     regime = standing.regimes.setdefault(trial.key.regime, [0, 0])
