@@ -430,6 +430,16 @@ def test_the_bundled_pypto_kernels_give_the_references_tokens(folder: Path) -> N
     assert "4 drivers: identical tokens" in done.stdout
 
 
+def test_where_a_pypto_kernel_differs_it_is_shown_to_be_a_tie(folder: Path) -> None:
+    """Three prompts, sixteen new tokens: some of this model's margins are within the error bound, and kernels decide otherwise."""
+    prompts = ["--prompt", ",".join(map(str, range(1, 20))), "--prompt", "7", "--prompt", "100,200,300,400,21"]
+    arguments = ["--random", "1", "--dims", "L=2,S=64", *prompts, "--new", "16", "--driver", "fused", "--executor", "interpret"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert "48 tokens: 45 as the fp64 reference, 3 ties within the error bound, 0 wrong" in done.stdout
+    assert done.stdout.count(": a tie within the error bound") == 3
+
+
 @pytest.mark.parametrize(("target", "reason"), [("model", "Is a directory"), ("n" * 300, "File name too long")])
 def test_a_file_that_cannot_be_written_is_refused_before_work_starts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, target: str, reason: str
