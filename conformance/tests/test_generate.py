@@ -431,7 +431,7 @@ def test_the_bundled_pypto_kernels_give_the_references_tokens(folder: Path) -> N
 
 
 def test_where_a_pypto_kernel_differs_it_is_shown_to_be_a_tie(folder: Path) -> None:
-    """Three prompts, sixteen new tokens: some of this model's margins are within the error bound, and kernels decide otherwise."""
+    """Three prompts, sixteen new tokens: some margins of this model are within the error bound, and kernels decide otherwise."""
     prompts = ["--prompt", ",".join(map(str, range(1, 20))), "--prompt", "7", "--prompt", "100,200,300,400,21"]
     arguments = ["--random", "1", "--dims", "L=2,S=64", *prompts, "--new", "16", "--driver", "fused", "--executor", "interpret"]
     done = CliRunner().invoke(main, arguments)
