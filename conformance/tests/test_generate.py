@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -436,8 +437,12 @@ def test_where_a_pypto_kernel_differs_it_is_shown_to_be_a_tie(folder: Path) -> N
     arguments = ["--random", "1", "--dims", "L=2,S=64", *prompts, "--new", "16", "--driver", "fused", "--executor", "interpret"]
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
-    assert "48 tokens: 45 as the fp64 reference, 3 ties within the error bound, 0 wrong" in done.stdout
-    assert done.stdout.count(": a tie within the error bound") == 3
+    found = re.search(r"48 tokens: (\d+) as the fp64 reference, (\d+) ties within the error bound, 0 wrong", done.stdout)
+    assert found is not None, done.stdout
+    assert int(found[1]) + int(found[2]) == 48
+    # Three were measured; another machine's fp32 sums may decide one the other way.
+    assert int(found[2]) >= 1
+    assert done.stdout.count(": a tie within the error bound") == int(found[2])
 
 
 @pytest.mark.parametrize(("target", "reason"), [("model", "Is a directory"), ("n" * 300, "File name too long")])
