@@ -37,8 +37,8 @@ class Command(click.Command):
         except UsageError as error:
             click.echo(f"{self.name}: {error}", err=True)
             ctx.exit(COULD_NOT_RUN if isinstance(error, UnavailableError) else USAGE)
-        except (click.exceptions.Exit, click.ClickException, click.Abort):
-            raise
+        except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
+            raise  # a reader such as `head` that has seen enough is click's to end quietly
         except Exception as error:
             # A fault of ours is not a finding about a kernel: it must not look like one.
             place = traceback.extract_tb(error.__traceback__)[-1]

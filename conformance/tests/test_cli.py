@@ -193,3 +193,9 @@ def test_diff_has_an_exit_code_for_what_is_lost(folder: Path) -> None:
     assert done.returncode == 4, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "serves less: 1 capability lost"
     assert "lost: variable_batch" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
+    command = f"{sys.executable} -m conformance.cli list | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr == ""
