@@ -13,11 +13,9 @@ Tensor = torch.Tensor
 
 # Heads
 
-#: As many KV heads as queries a head in ``tiny`` and ``awkward``: there h // NKV is h // G.
-_UNEVEN: dict[str, str | int] = {"NH": 6, "NKV": 2, "D": 32}
 
-
-@fault("heads", "indexing", *ATTENTIONS, "decode_layer", dims=_UNEVEN)
+# In ``tiny`` G is NKV, and this is no fault.
+@fault("heads", "indexing", *ATTENTIONS, "decode_layer", dims={"preset": "awkward"})
 def heads_over_nkv(kv_head: int, dims: Dims) -> Tensor:
     """Query head h reads KV head h // NKV instead of h // G."""
     readers = [min(head // dims.NKV, dims.NKV - 1) for head in range(dims.NH)]

@@ -90,7 +90,14 @@ def test_dimensions_are_those_that_a_fault_needs() -> None:
     assert dims_of("rms_norm") == {"preset": "tiny"}
     assert dims_of("rms_norm", "tail_columns_zero") == {"preset": "awkward"}
     assert dims_of("prefill_fwd") == {"preset": "tiny", "S": 48, "L": 2, "T": 24}
-    assert dims_of("attention", "heads_over_nkv") == {"preset": "tiny", "NH": 6, "NKV": 2, "D": 32}
+    assert dims_of("attention", "heads_over_nkv") == {"preset": "awkward"}
+
+
+def test_kv_heads_taken_for_the_heads_that_share_one_show_at_awkward() -> None:
+    """``h // NKV`` for ``h // G``: right at ``tiny``, where the two are equal."""
+    kernel = kernels.torch_kernel("attention", fault="heads_over_nkv")
+    assert conformance.check("attention", kernel, dims="tiny", examples=5).ok
+    assert "element" in conformance.check("attention", kernel, dims="awkward", examples=5).detectors
 
 
 def test_random_combinations_are_one_subject() -> None:

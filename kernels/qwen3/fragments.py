@@ -549,12 +549,14 @@ def write_rows(x: Tensor, count: Scalar, starts: list[Scalar], target: Tensor) -
     """Put the first ``count`` rows of ``x [rows, n*width]`` into ``target [..., width]``: each of ``n`` blocks of columns at its
     row of ``starts``.
 
-    A single block is cut in two. Of a view as wide as the tensor it is cut from, PyPTO 0.2.0 forgets the valid shape (and writes
-    all rows) or the offset, according to the tiles (passes ``InferParamIndex`` and ``RemoveRedundantOp``). Blocks, and the halves
-    of a single one, must be multiples of ``BLOCK_BYTES`` wide: of others, values are lost when code is generated.
+    A single block is cut into equal parts, as few as can be. Of a view as wide as the tensor it is cut from, PyPTO 0.2.0 forgets
+    the valid shape (and writes all rows) or the offset, according to the tiles (passes ``InferParamIndex`` and
+    ``RemoveRedundantOp``). Blocks, and the parts of a single one, must be multiples of ``BLOCK_BYTES`` wide, and as wide as one
+    another: of others, values are lost when code is generated.
     """
     rows, width = x.shape[0], x.shape[1] // len(starts)
-    parts = 2 if len(starts) == 1 else 1
+    units = width // (BLOCK_BYTES // 2)
+    parts = 1 if len(starts) > 1 else next(parts for parts in range(2, units + 1) if units % parts == 0)
     columns = width // parts
     for block in range(len(starts) * parts):
         used = pypto.view(x, [rows, columns], [0, block * columns], valid_shape=[count, columns])

@@ -15,8 +15,8 @@ from conformance.declaration import kernel
     toolchain="pypto",
     capabilities=("paged_kv", "variable_batch", "stacked_weights", "fused_layers", "fused_lm_head"),
     accepts=lambda dims: (
-        dims.D % (32 if dims.NKV == 1 else 16) == 0
-        or "prefill_fwd takes D in multiples of 16, of 32 where NKV = 1: see fragments.write_rows"
+        (dims.D % 16 == 0 and dims.NKV * dims.D > 16)
+        or "prefill_fwd takes D in multiples of 16, not 16 itself where NKV = 1: see fragments.write_rows"
     ),
 )
 def prefill_fwd(dims: Dims) -> Any:
@@ -26,7 +26,7 @@ def prefill_fwd(dims: Dims) -> Any:
     next one begins; only its own hidden states are kept meanwhile, so the workspace does not grow with the number of tokens.
     The last token's row is noted after every tile, and that of a sequence's last tile stays. Any number of tokens, and of
     sequences up to ``dims.B``. Cache rows are written in whole blocks of 32 bytes (see ``fragments.write_rows``), so ``D`` is a
-    multiple of 16, or of 32 where ``NKV`` is 1; otherwise any dimensions.
+    multiple of 16, and more than 16 where ``NKV`` is 1; otherwise any dimensions.
     """
     import pypto
 

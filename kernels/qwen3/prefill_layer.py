@@ -15,8 +15,8 @@ from conformance.declaration import kernel
     toolchain="pypto",
     capabilities=("paged_kv", "variable_batch", "host_loop"),
     accepts=lambda dims: (
-        (dims.D % (32 if dims.NKV == 1 else 16) == 0 and dims.H % 32 == 0)
-        or "prefill_layer takes D in multiples of 16, of 32 where NKV = 1, and H in multiples of 32: see fragments.write_rows"
+        (dims.D % 16 == 0 and dims.NKV * dims.D > 16)
+        or "prefill_layer takes D in multiples of 16, not 16 itself where NKV = 1: see fragments.write_rows"
     ),
 )
 def prefill_layer(dims: Dims) -> Any:
@@ -25,8 +25,8 @@ def prefill_layer(dims: Dims) -> Any:
     The chunk of every sequence is cut into tiles of ``fragments.tile_tokens`` tokens, each on one page of the cache, and one tile
     after another goes through the layer: its keys and values are written to its page, and its attention then reads the pages up
     to that one, with a causal mask. Roundings and tile shapes are those of ``decode_layer``. Rows are written in blocks of
-    32 bytes (see ``fragments.write_rows``), so ``D`` is a multiple of 16, or of 32 where ``NKV`` is 1, and ``H`` one of 32; any
-    dimensions otherwise.
+    32 bytes (see ``fragments.write_rows``), so ``D`` is a multiple of 16, and more than 16 where ``NKV`` is 1; any dimensions
+    otherwise.
     """
     import pypto
 
