@@ -319,7 +319,7 @@ def greedy_sample(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: So
     elif regime == "near_ties":
         # One step of fp32 apart: whoever compares in a narrower format takes the first of them; and where logits are small,
         # whoever compares probabilities.
-        logits[1::2] *= 1e-3
+        logits[0::2] *= 1e-3
         largest = logits.amax(-1)
         places = source.integers("near_ties", 0, dims.V - 1, 2 * dims.B)
         for b, (first, second) in enumerate(zip(places[::2], places[1::2], strict=True)):
@@ -334,7 +334,8 @@ def greedy_sample(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: So
             logits[b, spots[(b + shift) % len(spots)]] = largest[b] + 1
     elif regime == "negative":
         # What a padded column holds, zero, would be larger than any of them, and so would a maximum that starts at some -1e30.
-        magnitude = torch.tensor([(1.0, 1e4, 1e31)[b % 3] for b in range(dims.B)])
+        # The first row shows all of this, so that a batch of one does.
+        magnitude = torch.tensor([(1e31, 1e4, 1.0)[b % 3] for b in range(dims.B)])
         logits = -(logits.abs() + 1) * magnitude.unsqueeze(1)
     return {"logits": logits}
 
@@ -349,13 +350,13 @@ def decode_fwd(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Sourc
 def _pages(dims: Dims, seq_lens: tuple[int, ...], written: list[int], source: Source) -> Tensor:
     """A block table ``[B, MB]``: every sequence's pages in random order, ``-1`` past its last one.
 
-    The last page belongs to nobody: indexing with -1 would read it. In one case of three, sequences share the pages that start
+    The last page belongs to nobody: indexing with -1 would read it. In two cases of three, sequences share the pages that start
     their histories, as after a common prompt: whole pages only, and none that this step writes to. ``written[b]`` is the first
     position that the step writes.
     """
     free = source.permutation("pages", dims.NB - 1)
     table = torch.full((dims.B, dims.MB), -1, dtype=torch.int32)
-    shared = source.integers("shared", 0, 2, 1)[0] == 0
+    shared = source.integers("shared", 0, 2, 1)[0] != 1
     first = 0
     for b, length in enumerate(seq_lens):
         count = -(-length // dims.BS)
