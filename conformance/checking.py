@@ -20,7 +20,6 @@ from conformance.executors.messages import Passes
 from conformance.judge import Oracle, judge
 from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
 
-DEFAULT_EXAMPLES = 50
 #: Every so many examples one is judged again with its sequences in another order, and one with a sequence alone; prime to the
 #: number of regimes of every stage, so that all of them come up.
 ROW_CHECK_PERIOD = 5
@@ -109,14 +108,14 @@ def check(
     function: Callable[..., Any] | Kernel,
     *,
     dims: str | Mapping[str, int] = "tiny",
-    examples: int = DEFAULT_EXAMPLES,
+    examples: int | None = None,
     seed: int = 0,
     lane: str = "auto",
     case: str | None = None,
     timeout: float | None = None,
     isolated: bool = False,
 ) -> Report:
-    """Judge a kernel on ``examples`` cases of a stage, deterministic in ``seed``.
+    """Judge a kernel on ``examples`` cases of a stage (``Stage.examples`` unless given), deterministic in ``seed``.
 
     ``function`` takes the contract's arguments (and keyword-only ``dims``, if it asks), or is a ``Kernel``. ``dims`` is the name
     of a preset or overrides of ``tiny``. A torch callable runs in this process, each case twice; a PyPTO kernel goes through the
@@ -141,8 +140,9 @@ def check(
     return Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys))
 
 
-def chosen_keys(kernel: Kernel, space: Space, lane: str, examples: int, seed: int, case: str | None) -> list[CaseKey]:
+def chosen_keys(kernel: Kernel, space: Space, lane: str, examples: int | None, seed: int, case: str | None) -> list[CaseKey]:
     """The keys to judge: the one of ``case``, the largest to compile, or ``examples`` stratified ones that the kernel takes."""
+    examples = kernel.stage.examples if examples is None else examples
     require_count(examples, seed)
     if case is not None:
         return [require_stage(CaseKey.parse(case), kernel.stage_name)]

@@ -101,7 +101,7 @@ def _wrapped(text: str) -> list[str]:
 @click.argument("stage")
 @click.argument("target", metavar="[FILE.py:FUNC]", required=False)
 @click.option("--dims", default="tiny", metavar="PRESET|B=3,S=64", help="a preset, or overrides of tiny (preset=NAME among them)")
-@click.option("--examples", default=50, show_default=True, help="how many cases")
+@click.option("--examples", type=int, default=None, help="how many cases; the stage's own number if not given")
 @click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
 @click.option("--case", "case_key", default=None, metavar="KEY", help="run this one case again")
 @click.option("--all-passes", is_flag=True, help="with --case: compare every compiler pass, not only the last")
@@ -113,7 +113,7 @@ def check(
     stage: str,
     target: str | None,
     dims: str,
-    examples: int,
+    examples: int | None,
     seed: int,
     case_key: str | None,
     all_passes: bool,
@@ -141,7 +141,7 @@ def check(
     folder = out if out is not None else new_run_folder(Path.cwd() / "runs")
     require_new_folder(folder)
     log = RunLog(folder)
-    log.start([subject], {"examples": examples, "seed": seed, "dims": dims, "case": case_key or ""})
+    log.start([subject], {"examples": len(keys), "seed": seed, "dims": dims, "case": case_key or ""})
     try:
         code = _judge(subject, log, keys, plan, space, timeout, expected.reason(subject))
     except UsageError as error:

@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,9 @@ BEYOND_OUTPUTS = frozenset({"changed_input", "out_of_bounds", "nondeterministic"
 COMPOSITE_TARGET = 0.97
 #: Probability with which the stated number of examples shows a fault.
 CONFIDENCE = 0.999
+#: An exam that measures power fails where a stage's own number of examples shows a fault with less than this. It is less than
+#: ``CONFIDENCE`` because the same power, measured on the cases of another seed, comes out a little differently.
+LEAST_CONFIDENCE = 0.99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +75,15 @@ class Effort:
     """How many cases a kernel is judged on, by kind of stage and lane, and how many random combinations of legal choices.
 
     Each pair is the least number and the most: a faulty kernel is judged on further cases until our rule has found it, which the
-    other rules see as well, a legal one on the least number. The catalogue has a fault or a variant in every stage to which it
-    means something; a ``sample`` has it once among the single stages and once among the composite ones, and of the interpreted
-    kernels one in ``INTERPRETED_SAMPLE``.
+    other rules see as well, a legal one on the least number. Where ``measures`` is set, a faulty torch kernel is judged until it
+    has had as many cases as its power so far asks for (``trials_for``): the one whose power is poor is measured longest.
+    The catalogue has a fault or a variant in every stage to which it means something; a ``sample`` has it once among the single
+    stages and once among the composite ones, and of the interpreted kernels one in ``INTERPRETED_SAMPLE``.
     """
 
     name: str
     sample: bool
+    measures: bool
     single: tuple[int, int]
     composite: tuple[int, int]
     interpreted: tuple[int, int]
@@ -98,8 +103,9 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     # Every regime once; what then is not found gets as many cases as `conformance check` has by default.
-    "quick": Effort("quick", True, (12, 50), (9, 18), interpreted=(1, 12), random_single=40, random_composite=8),
-    "full": Effort("full", False, (110, 110), (54, 54), interpreted=(12, 36), random_single=10_000, random_composite=10_000),
+    "quick": Effort("quick", True, False, (12, 50), (9, 18), interpreted=(1, 12), random_single=40, random_composite=8),
+    # 10,000 random combinations of each single stage, and as many of layers and chains together.
+    "full": Effort("full", False, True, (22, 330), (18, 180), interpreted=(4, 36), random_single=10_000, random_composite=1_500),
 }
 
 
@@ -141,6 +147,14 @@ class Standing:
     def composite(self) -> bool:
         """Whether the stage is a layer or a chain of layers."""
         return stage_named(self.stage).composite
+
+    @property
+    def has_power(self) -> bool:
+        """Whether data show the fault: one that comes and goes from call to call is shown by repeats.
+
+        Interpreted kernels are run once a case and have fewer cases: they say nothing of the number of examples.
+        """
+        return self.lane == "eager" and self.kind != "nondeterminism"
 
     def caught_by(self, rule: str) -> bool:
         """Whether the rule rejected any trial."""
@@ -223,26 +237,29 @@ class Exam:
         of_layers = sum(one.composite for one in missed)
         layers = sum(one.composite for one in self.faults)
         too_many = len(missed) > of_layers or of_layers > (1 - COMPOSITE_TARGET) * layers
-        return too_many or any(one.caught_by(OURS) for one in self.variants)
+        return too_many or bool(self.too_few_examples()) or any(one.caught_by(OURS) for one in self.variants)
 
     @property
     def passed(self) -> bool:
         """Whether both faults and legal kernels were judged, all of them, and rightly."""
         return bool(self.faults and self.variants) and not self.errors and not self.failed
 
-    def examples_needed(self) -> dict[str, tuple[int, str]]:
-        """By stage, how many stratified examples show every fault of the catalogue with ``CONFIDENCE``, and the dearest fault.
+    def examples_needed(self, confidence: float = CONFIDENCE) -> dict[str, tuple[int, str]]:
+        """By stage, how many stratified examples show every fault of the catalogue with ``confidence``, and the dearest fault.
 
         From the measured power in each regime, since stratified examples go round the regimes. Faults that were never caught
-        say nothing about a number and are left out: they are listed as missed. So are those that come and go from call to call,
-        which repeats show and not data.
+        say nothing about a number and are left out: they are listed as missed. So are those that have no power (``has_power``).
         """
         needed: dict[str, tuple[int, str]] = {}
         for one in self.faults:
-            shown = one.caught_by(OURS) and any(caught for _, caught in one.regimes.values())
-            if shown and one.lane == "eager" and one.kind != "nondeterminism":
-                needed[one.stage] = max(needed.get(one.stage, (0, "")), (trials_for(one.regimes), one.name))
+            if one.has_power and any(caught for _, caught in one.regimes.values()):
+                needed[one.stage] = max(needed.get(one.stage, (0, "")), (trials_for(one.regimes, confidence), one.name))
         return needed
+
+    def too_few_examples(self) -> dict[str, str]:
+        """The stages whose own number of examples is too small by what this exam measured, with the fault that shows it."""
+        needed = self.examples_needed(LEAST_CONFIDENCE) if self.effort.measures else {}
+        return {stage: name for stage, (count, name) in needed.items() if count > stage_named(stage).examples}
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that ``from_json`` reads."""
@@ -434,10 +451,16 @@ def _perform(task: _Task) -> _Result:
     known = {one.id: one for one in catalogue()}
     group = [known[name] for name in task.ids]
     space = Space.of(stage_named(task.stage), dict(group[0].dims))
-    most = task.effort.examples(group[0])[1]
-    shelf = [Trial(key) for key in itertools.islice(stratified_keys(space, task.seed), most)]
+    least, most = task.effort.examples(group[0])
+    keys = list(itertools.islice(stratified_keys(space, task.seed), most))
+    # What every subject is judged on is made once; the further cases, which few come to, are not kept.
+    shelf = [Trial(key) for key in keys[:least]]
     costs: dict[str, Cost] = collections.defaultdict(Cost)
-    return _Result([_stand(one, shelf, task.effort.examples(one)[0], space, costs) for one in group], costs)
+    standings = []
+    for one in group:
+        trials = itertools.chain(shelf, map(Trial, keys[least:]))
+        standings.append(_stand(one, trials, least, space, costs, measures=task.effort.measures))
+    return _Result(standings, costs)
 
 
 def _random_combinations(task: _Task) -> _Result:
@@ -542,15 +565,22 @@ class _Watched:
 
 
 def _stand(
-    subject: Subject, trials: Sequence[Trial], least: int, space: Space, costs: dict[str, Cost], *, first: int = 0
+    subject: Subject,
+    trials: Iterable[Trial],
+    least: int,
+    space: Space,
+    costs: dict[str, Cost],
+    *,
+    first: int = 0,
+    measures: bool = False,
 ) -> Standing:
-    """Judge one subject on ``least`` trials, and on more until it is found if it is faulty.
+    """Judge one subject on ``least`` trials, and on more until it is found, or its power measured, if it is faulty.
 
     ``first`` is the number of the first trial, by which its extra runs are chosen. Whatever goes wrong is this subject's error.
     """
     standing = Standing(subject.id, subject.stage, subject.name, subject.lane, subject.kind, subject.summary, subject.hidden)
     try:
-        _judge_trials(subject, standing, trials, least, space, costs, first)
+        _judge_trials(subject, standing, trials, least, space, costs, first, measures)
     except Exception as error:
         what = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
         standing.error = f"{what}{error}".split("\n", 1)[0]
@@ -562,11 +592,12 @@ def _stand(
 def _judge_trials(
     subject: Subject,
     standing: Standing,
-    trials: Sequence[Trial],
+    trials: Iterable[Trial],
     least: int,
     space: Space,
     costs: dict[str, Cost],
     first: int,
+    measures: bool,
 ) -> None:
     kernel = subject.make()
     # A torch kernel runs here: none of the catalogue takes its process down, and a process each would take an hour.
@@ -577,7 +608,7 @@ def _judge_trials(
         for index, trial in enumerate(trials, first):
             if kernel.refusal(trial.case.dims) is not None:
                 continue
-            if standing.trials >= least and (standing.first or subject.legal):
+            if standing.trials >= least and (subject.legal or _is_settled(standing, measures)):
                 break
             watched = _Watched(run)
             plan = plan_for(index, subject.lane, kernel.stage) if subject.lane == "eager" else _INTERPRETED[composite]
@@ -600,6 +631,13 @@ def _judge_trials(
                 standing.rejected[OURS] = 1
                 standing.detectors = ["capability"]
                 standing.rejections = [refuted[0].message]
+
+
+def _is_settled(standing: Standing, measures: bool) -> bool:
+    """Whether a fault was found, and on as many cases as its power so far asks for, if that is measured."""
+    if not standing.first:
+        return False
+    return not (measures and standing.has_power) or trials_for(standing.regimes) <= standing.trials
 
 
 def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[Judged], costs: dict[str, Cost]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from markupsafe import Markup
 
 import conformance
+from conformance.contract import stage_named
 from conformance.exam import COMPOSITE_TARGET, CONFIDENCE, OURS, Exam, Score, Standing
 from conformance.faults.subject import KINDS
 from conformance.rules import RULES
@@ -179,6 +180,8 @@ def verdict(exam: Exam) -> tuple[str, list[str]]:
         reasons.append(f"{text.number(len(rejected), 'legal kernel')} rejected")
     if len(missed) > missed_layers:
         reasons.append(f"{text.number(len(missed) - missed_layers, 'fault')} of single stages missed")
+    for stage, name in exam.too_few_examples().items():
+        reasons.append(f"the {stage_named(stage).examples} examples of {stage} are too few for {text.one_line(name, 60)}")
     if missed_layers > (1 - COMPOSITE_TARGET) * layers:
         reasons.append(
             f"{missed_layers:,} of {text.number(layers, 'fault')} of layers and chains missed, "
@@ -210,7 +213,8 @@ def _trials(exam: Exam) -> int:
 def _examples(exam: Exam) -> str:
     effort = exam.effort
     growing = any(least < most for least, most in (effort.single, effort.composite, effort.interpreted))
-    until = ", the more where our rule has not found the fault yet" if growing else ""
+    reason = "the less often it shows the fault" if effort.measures else "where our rule has not found the fault yet"
+    until = f", the more {reason}" if growing else ""
     return (
         f"Examples a kernel: {_pair(effort.single)} of single stages, {_pair(effort.composite)} of layers and chains, "
         f"{_pair(effort.interpreted)} interpreted{until}. Legal choices combined at random: {effort.random_single:,} a single "
@@ -569,6 +573,7 @@ def page(exam: Exam) -> str:
             detectors=_detectors(faults),
             regimes=_regimes(faults),
             needed=exam.examples_needed(),
+            given=lambda stage: stage_named(stage).examples,
             confidence=f"{100 * CONFIDENCE:g}%",
             target=f"{100 * (1 - COMPOSITE_TARGET):.0f}%",
             variants=variants,
@@ -695,9 +700,12 @@ def _needed(page: Page, exam: Exam) -> None:
     needed = exam.examples_needed()
     if not needed:
         return
-    page.section(f"At most so many examples show every caught fault with {100 * CONFIDENCE:g}%, and the fault that needs them")
+    page.section(
+        f"At most so many examples show every caught fault with {100 * CONFIDENCE:g}%; so many a check has by default; "
+        "and the fault that needs them"
+    )
     room = max(map(len, needed))
-    for stage in conformance.stages():
+    for stage, contract in conformance.stages().items():
         if stage in needed:
             count, name = needed[stage]
-            page.line(f"  {stage:<{room}} {count:>6,}  {text.one_line(name, 40)}")
+            page.line(f"  {stage:<{room}} {count:>6,} {contract.examples:>6,}  {text.one_line(name, 40)}")

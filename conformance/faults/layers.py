@@ -62,6 +62,7 @@ class Step:
     def __init__(self, m: Maker, t: Arguments, dims: Dims) -> None:
         self.m, self.dims = m, dims
         self.page_size = ASSUMED_PAGE if m.has("page_size_16") else dims.BS
+        self.cell_dims = dims.replace(BS=self.page_size)
         self.seq_lens: list[int] = t["seq_lens"].tolist()
         self.table: list[int] | None = t["block_table"].tolist() if "block_table" in t else None
         self.slots: list[int] = t["slot_mapping"].tolist() if "slot_mapping" in t else []
@@ -102,7 +103,7 @@ class Step:
         if m.has("token_major_page"):
             row = (page * self.page_size + offset) * dims.NKV + kv_head
         else:
-            row = m.at("cell", cell)(page, offset, kv_head, dims.replace(BS=self.page_size))
+            row = m.at("cell", cell)(page, offset, kv_head, self.cell_dims)
         # Where a device would read or write somewhere else, stay in the tensor. Page -1 is the last one.
         return row % self.cache_rows
 

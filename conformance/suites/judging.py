@@ -12,13 +12,12 @@ import pytest
 from conformance.capabilities import prove
 from conformance.cases import CaseKey, Space, keys, stratified_keys
 from conformance.checking import MOST_LOST, Judged, Report, RunPlan, is_lost, judged_runs, plan_for
-from conformance.errors import UnavailableError, UsageError
+from conformance.errors import UsageError
 from conformance.executors.base import Outcome
 from conformance.executors.process import KernelProcess, Limits
-from conformance.judge import failure
+from conformance.judge import judge_without_outputs
 from conformance.profiles import SuiteProfile
 from conformance.session import RunLog, Subject
-from conformance.verdict import Verdict
 
 #: The dearest real-size kernel runs in about a minute and 11.5 GB; a slow machine gets ten times that.
 FULL_SIZE_LIMITS = Limits(seconds=900, memory_bytes=14 << 30)
@@ -76,7 +75,7 @@ class SubjectJudging:
         import hypothesis
 
         space = self._space(None)
-        explicit = list(itertools.islice(stratified_keys(space, SEED), self.profile.rounds * len(space.stage.regimes)))
+        explicit = list(itertools.islice(stratified_keys(space, SEED), self.profile.stratified(space.stage)))
         self._require_accepted(explicit)
         judged_cases = itertools.count()
         with self._usage_errors(), self._process(Limits()) as process:
@@ -139,10 +138,7 @@ class SubjectJudging:
         return self.subject.kernel.refusal(key.dims) is not None
 
     def _record(self, check: str, key: CaseKey, outcome: Outcome) -> None:
-        if outcome.status == "unavailable":
-            raise UnavailableError(outcome.message)
-        verdict = Verdict() if outcome.status == "ok" else Verdict((failure(outcome),))
-        self._keep(Judged(check, key, verdict, outcome))
+        self._keep(Judged(check, key, judge_without_outputs(outcome), outcome))
 
     def _keep(self, run: Judged) -> None:
         self.runs.append(run)

@@ -160,7 +160,7 @@ def test_nothing_judged_is_not_a_pass() -> None:
     assert not conformance.Report("rms_norm", "none", "eager", ()).ok
 
 
-@pytest.mark.parametrize("examples", [0, -1, 2.5, True, "3", None])
+@pytest.mark.parametrize("examples", [0, -1, 2.5, True, "3"])
 def test_examples_that_make_no_sense_are_refused(examples: object) -> None:
     assert one_line_error(examples=examples) == f"examples must be a positive whole number, found {examples!r}"
 

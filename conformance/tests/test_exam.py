@@ -18,14 +18,15 @@ from conformance.cases import Space, stratified_keys
 from conformance.cli import main
 from conformance.contract import stage_named, stages
 from conformance.errors import UsageError
-from conformance.exam import EFFORTS, OURS, Effort, Exam, Standing, Trial, chosen_subjects, take, trials_for
+from conformance.exam import EFFORTS, LEAST_CONFIDENCE, OURS, Effort, Exam, Standing, Trial, chosen_subjects, take, trials_for
 from conformance.executors.base import Outcome
 from conformance.faults.kernels import torch_kernel
 from conformance.faults.subject import Subject
 from conformance.rules import RULES
+from reports import exam as exam_report
 
 #: A few cases of each kind.
-SHORT = Effort("short", True, (9, 9), (2, 2), interpreted=(1, 2), random_single=6, random_composite=2)
+SHORT = Effort("short", True, False, (9, 9), (2, 2), interpreted=(1, 2), random_single=6, random_composite=2)
 
 
 def subject(name: str, kind: Any, make: Any, stage: str = "rms_norm") -> Subject:
@@ -237,6 +238,30 @@ def test_the_number_of_examples_follows_from_the_power_in_each_regime() -> None:
     )
     easier = dataclasses.replace(standing, name="b", rejected={OURS: 99}, regimes={"normal": [99, 99]})
     assert Exam(SHORT, 0, [easier, standing], {}).examples_needed() == {"rms_norm": (10, "a")}
+
+
+def test_an_exam_that_measures_judges_the_fault_that_shows_least_the_longest() -> None:
+    measuring = dataclasses.replace(SHORT, sample=False, measures=True, single=(18, 99), random_single=1)
+    found = {one.name: one for one in take(measuring, stage="greedy_sample", lane="eager", processes=1).faults}
+    always, in_one_regime = found["row_unwritten"], found["maximum_starts_at_zero"]
+    assert (always.trials, always.rejected[OURS]) == (18, 18)
+    assert in_one_regime.trials == trials_for(in_one_regime.regimes) > 27
+    assert {name for name, (_, caught) in in_one_regime.regimes.items() if caught} == {"negative"}
+    # What comes and goes from call to call is not a matter of data.
+    assert found["every_second_call_unwritten"].trials == 18
+
+
+def test_an_exam_that_measures_fails_where_a_check_has_too_few_examples_by_default() -> None:
+    seldom = Standing(
+        "s/a", "rms_norm", "seldom", "eager", "value", "", trials=99, rejected={OURS: 5}, regimes={"normal": [99, 5]}
+    )
+    legal = Standing("s/b", "rms_norm", "b", "eager", None, "", trials=9)
+    assert trials_for(seldom.regimes, LEAST_CONFIDENCE) > stage_named("rms_norm").examples
+    measuring = dataclasses.replace(SHORT, measures=True)
+    assert Exam(measuring, 0, [seldom, legal], {}).too_few_examples() == {"rms_norm": "seldom"}
+    assert Exam(measuring, 0, [seldom, legal], {}).failed
+    assert "50 examples of rms_norm are too few for seldom" in exam_report.table(Exam(measuring, 0, [seldom, legal], {}))
+    assert Exam(SHORT, 0, [seldom, legal], {}).passed  # a handful of trials says too little
 
 
 def test_the_command_prints_the_table_and_keeps_a_page(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import conformance
+from conformance.contract import stage_named
 from conformance.exam import COMPOSITE_TARGET, EFFORTS, OURS, Cost, Exam, Standing
 from conformance.faults.subject import KINDS
 from conformance.rules import RULES
@@ -180,7 +181,7 @@ def test_page_tells_each_rule_by_its_numbers() -> None:
     assert page.row("variants", "rounded_early")[2:] == ["10", "43%", "✓ passed", f"1 of 2: {CLOSE}"]
     needed = small_exam().examples_needed()
     for stage in ("rms_norm", "rope", "decode_layer"):
-        assert page.row("examples", stage) == [stage, str(needed[stage][0]), needed[stage][1]]
+        assert page.row("examples", stage) == [stage, str(needed[stage][0]), str(stage_named(stage).examples), needed[stage][1]]
     assert "None of the 2 rules in use elsewhere did as well on both counts." in page.text
     assert "conformance exam --lane eager --seed 7 --out exam" in page.text
 
