@@ -343,7 +343,7 @@ def _standings(
 @main.command()
 @click.option("--full", is_flag=True, help="many examples and 10,000 legal runs a stage: hours; writes JSON and a page")
 @click.option("--stage", default=None, help="only the kernels of this stage")
-@click.option("--lane", default=None, metavar="LANE", help="only eager (torch) or interpret (PyPTO) kernels")
+@click.option("--lane", default=None, metavar="LANE", help="only eager (torch), or interpret or compile_only (PyPTO) kernels")
 @click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
 @click.option("--processes", type=int, default=None, metavar="N", help="as many as there are cores by default")
 @click.option("--out", type=click.Path(path_type=Path), default=None, metavar="DIR", help="write exam.json and exam.html here")

@@ -60,7 +60,9 @@ MOST_REJECTIONS = 5
 #: How many interpreted kernels there are to each one of a sample: every one needs a process of its own, which takes seconds.
 INTERPRETED_SAMPLE = 8
 #: Detectors that need more than the outputs of one run: no rule that compares outputs could stand in for them.
-BEYOND_OUTPUTS = frozenset({"changed_input", "out_of_bounds", "nondeterministic", "compiler_pass", "capability"})
+BEYOND_OUTPUTS = frozenset(
+    {"changed_input", "out_of_bounds", "nondeterministic", "compiler_pass", "unwritten_read", "capability"}
+)
 #: Layers and chains may miss so much of their faults: what lies below their composed rounding noise.
 COMPOSITE_TARGET = 0.97
 #: Probability with which the stated number of examples shows a fault.
@@ -104,8 +106,8 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     # Every regime once; what then is not found gets as many cases as `conformance check` has by default.
     "quick": Effort("quick", True, False, (12, 50), (9, 18), interpreted=(1, 12), random_single=40, random_composite=8),
-    # 10,000 random combinations of each single stage, and as many of layers and chains together.
-    "full": Effort("full", False, True, (22, 330), (18, 180), interpreted=(4, 36), random_single=10_000, random_composite=1_500),
+    # Of each single stage 10,000 random combinations; of layers and chains as many legal runs together with the named variants.
+    "full": Effort("full", False, True, (22, 330), (18, 180), interpreted=(4, 36), random_single=10_000, random_composite=500),
 }
 
 
@@ -467,12 +469,15 @@ def _random_combinations(task: _Task) -> _Result:
     """Each combination on a case of its own; together they are one standing."""
     costs: dict[str, Cost] = collections.defaultdict(Cost)
     whole: Standing | None = None
-    variant = random_variant(task.stage, 0, task.seed)
-    space = Space.of(stage_named(task.stage), dict(variant.dims))
-    # Another sequence of cases than that of the named variants.
-    keys = itertools.islice(stratified_keys(space, task.seed + 1), task.first, task.last)
-    for index, key in enumerate(keys, task.first):
-        one = _stand(random_variant(task.stage, index, task.seed), [Trial(key)], 1, space, costs, first=index)
+    keys: dict[Space, Iterator[tuple[int, CaseKey]]] = {}
+    for index in range(task.first, task.last):
+        variant = random_variant(task.stage, index, task.seed)
+        space = Space.of(stage_named(task.stage), dict(variant.dims))
+        if space not in keys:
+            # Another sequence of cases than that of the named variants, and one for each geometry.
+            keys[space] = enumerate(stratified_keys(space, task.seed + 1))
+        key = next(key for number, key in keys[space] if number == index)
+        one = _stand(variant, [Trial(key)], 1, space, costs, first=index)
         one.rejections = [f"{text} (combination {index} of seed {task.seed})" for text in one.rejections]
         if whole is None:
             whole = one
@@ -658,10 +663,10 @@ def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[Ju
             standing.rejections.append(f"{run.case} ({run.check}): {finding.detector}: {finding.message}")
     else:
         standing.share = max([standing.share, *(run.verdict.share or 0.0 for run in runs)])
-    compared = list(trial.compared(outcome)) if outcome.status == "ok" else []
+    compared = list(trial.compared(outcome)) if outcome.outputs else []  # a kernel that is compiled only leaves none
     for rule in RULES:
         began = time.perf_counter()
-        accepted = bool(compared) and all(rule.accepts(one) for one in compared)
+        accepted = outcome.status == "ok" and all(rule.accepts(one) for one in compared)
         if standing.legal and compared:
             costs[rule.name].add(Cost(time.perf_counter() - began, 1))
         if not accepted:  # a kernel that did not come to its end is seen by everyone

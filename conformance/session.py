@@ -104,6 +104,8 @@ class RunLog:
                 peak_memory=run.outcome.peak_memory,
             )
         )
+        if run.outcome.status == "ok" and run.outcome.message:
+            self.skipped(subject, run.outcome.message)
 
     def skipped(self, subject: Subject, reason: str) -> None:
         """Something planned that did not run."""

@@ -12,6 +12,7 @@ DETECTORS: dict[str, str] = {
     "raised": "the kernel, its build or its compilation raised an error",
     "changed_input": "an input was not the same afterwards",
     "out_of_bounds": "something was written where the contract does not allow it",
+    "unwritten_read": "an output depends on memory that nothing wrote",
     "unwritten": "an output still holds what it was filled with before the run",
     "all_zeros": "an output is all zeros where it must not be",
     "echo": "an output only repeats an input",

@@ -138,7 +138,8 @@ def replay_command(stage: str, source: str, kernel: str, case: str, lane: str = 
     words = ["conformance", "check", stage, f"{source}:{kernel}"]
     if lane in _LANES_TO_NAME:
         words += ["--lane", lane]
-    if detector == "compiler_pass":
+    if detector == "compiler_pass" or (detector == "unwritten_read" and lane not in _LANES_TO_NAME):
+        # The interpreter's lane looks at the compiled graph where it compares all passes.
         words += ["--all-passes"]
     if detector == "capability":
         # A claim is shown by several runs beside the cases: only the whole check makes them again.

@@ -30,10 +30,24 @@ class PassDifference:
     message: str
 
 
+@dataclasses.dataclass(frozen=True)
+class UnwrittenRead:
+    """A read of memory that nothing wrote, on which what the kernel leaves in an argument depends."""
+
+    argument: str
+    message: str
+    #: ``file:line`` of the read in the kernel's text, where the toolchain tells.
+    location: str | None
+    #: How many of the elements that are read nothing wrote, and out of how many.
+    count: int
+    total: int
+
+
 @dataclasses.dataclass
 class Outcome:
     """What one run of one kernel on one case left behind.
 
+    ``message`` says what went wrong, and of a run that is ``"ok"`` what could not be looked at.
     ``outputs`` holds every argument that the stage may write, as it was afterwards; it is empty unless ``status`` is ``"ok"``
     and the lane executes. ``changed_inputs`` and ``guard_damage`` name arguments; ``guard_damage`` says where.
     """
@@ -48,6 +62,7 @@ class Outcome:
     pass_differences: tuple[PassDifference, ...] = ()
     #: How many (pass, function, loop trip, result) comparisons were made, so that none is not mistaken for agreement.
     passes_compared: int = 0
+    unwritten_reads: tuple[UnwrittenRead, ...] = ()
     #: Seconds the lane took, without generating or judging the case, and the worker's peak resident memory in bytes.
     seconds: float = 0.0
     peak_memory: int | None = None

@@ -1,4 +1,7 @@
-"""The compile_only lane: the front end, every compiler pass and control-flow code generation; nothing is executed."""
+"""The compile_only lane: the front end, every compiler pass and control-flow code generation; nothing is executed.
+
+What the front end made of the kernel is looked at by itself: see ``unwritten.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from conformance.contract import Dims, Stage
 from conformance.executors.base import Outcome
 from conformance.executors.pypto_runtime import Runtime
+from conformance.executors.unwritten import look_at_graph
 
 #: The last stage that this machine can do. The kernels of the AI cores themselves need the device's compiler.
 LAST_STAGE = "CODEGEN_BINARY"
@@ -19,4 +23,6 @@ def compile_only(runtime: Runtime, jit: Any, stage: Stage, dims: Dims) -> Outcom
     arguments = [torch.empty(argument.size(dims), dtype=argument.dtype) for argument in stage.arguments]
     with runtime.output_folder(sum(argument.nbytes for argument in arguments)):
         runtime.call(jit, arguments, stage=LAST_STAGE)
-    return Outcome("ok")
+    outcome = Outcome("ok")
+    look_at_graph(outcome, runtime, jit, stage, dims)
+    return outcome

@@ -190,7 +190,8 @@ REORDERED = 2.0**-12
 REORDERED_AND_ROUNDED = 2.0**-7
 
 _SUM = re.compile(r"MUL_?B|MUL_?ACC|SUM|PROD|MEAN|VAR")
-_MOVES = frozenset({"VIEW", "ASSEMBLE", "RESHAPE", "COPY_IN", "COPY_OUT"})
+_ASSEMBLES = frozenset({"ASSEMBLE", "ASSEMBLE_SSA"})
+_MOVES = _ASSEMBLES | {"VIEW", "RESHAPE", "COPY_IN", "COPY_OUT"}
 _NARROW = frozenset({"DT_BF16", "DT_FP16"})
 
 
@@ -238,16 +239,17 @@ class _Operations:
                     self._sums.add(function)
                 if row["outputDtype"] in _NARROW and row["opCode"] not in _MOVES:
                     self._rounds.add(function)
-                if row["opCode"] != "ASSEMBLE":
+                if row["opCode"] not in _ASSEMBLES:
                     continue
             elif row["opCode"] != "COPY_OUT":
                 continue
+            # What is written is the first input; a second one is what was there before, where pieces are assembled one by one.
             self.writes[compiler_pass, function, loop, raw].append(
                 _Write(
                     operation=row["opCode"],
-                    path=Path(row["inputTensors"]),
-                    dtype=row["inputDtype"],
-                    shape=_shape(row["inputValidShape"]),
+                    path=Path(row["inputTensors"].split(", ")[0]),
+                    dtype=row["inputDtype"].split(", ")[0],
+                    shape=_shape(row["inputValidShape"].partition("]")[0]),
                     offset=_shape(row["offset"]),
                     whole=_shape(row["outputValidShape"]),
                 )

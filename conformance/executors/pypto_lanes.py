@@ -16,6 +16,7 @@ from conformance.executors.device import InterpreterCard, NpuCard, run_on_card
 from conformance.executors.interpret import interpret
 from conformance.executors.messages import Run, Start
 from conformance.executors.pypto_runtime import Builds, FirstCause, Runtime, explain
+from conformance.executors.unwritten import look_at_graph
 from conformance.toolchains.detection import ToolchainUnavailableError
 
 Lane = Callable[[Run, dict[str, torch.Tensor]], Outcome]
@@ -36,7 +37,11 @@ def open_lane(kernel: Kernel, start: Start) -> Lane:
                 if request.key is None:
                     return compile_only(runtime, jit, kernel.stage, request.dims)
                 if start.lane == "interpret":
-                    return interpret(runtime, jit, kernel.stage, request.dims, tensors, request.passes)
+                    outcome = interpret(runtime, jit, kernel.stage, request.dims, tensors, request.passes)
+                    if request.passes == "all":
+                        # It takes another compile: made where everything is looked at, not for every case.
+                        look_at_graph(outcome, runtime, jit, kernel.stage, request.dims)
+                    return outcome
                 card = NpuCard(runtime) if start.device_executor == "npu" else InterpreterCard(runtime)
                 return run_on_card(card, jit, kernel.stage, request.dims, tensors)
             except (UsageError, ToolchainUnavailableError, KeyboardInterrupt):

@@ -115,6 +115,17 @@ def test_an_axis_may_be_dynamic() -> None:
 
 
 @needs_pypto
+def test_an_output_may_be_assembled_from_several_pieces_by_one_call() -> None:
+    # The interpreter's table has two inputs for each piece then: the piece, and what was there before.
+    with KernelProcess(pypto_kernel("in_pieces"), "interpret") as process:
+        for outcome in (process.run(case_of(), "last"), process.run(case_of(), "all")):
+            assert outcome.status == "ok", outcome
+            assert torch.allclose(outcome.outputs["out"].float(), expected_rms_norm(case_of()).float(), rtol=2**-7)
+            assert outcome.passes_compared > 0
+            assert outcome.pass_differences == ()
+
+
+@needs_pypto
 def test_every_pass_is_compared_on_request_and_none_if_not_wanted() -> None:
     with KernelProcess(pypto_kernel("right"), "interpret") as process:
         every, none = process.run(case_of(), "all"), process.run(case_of(), "none")

@@ -284,6 +284,15 @@ def test_replay_command_names_a_lane_that_is_not_the_usual_one(tmp_path: Path, l
     assert fault.replay == f"conformance check rope kernels/qwen3/rope.py:rope {option}--case rope:tiny:B=3:unit:0"
 
 
+@pytest.mark.parametrize(("lane", "option"), [("interpret", "--all-passes"), ("compile_only", "--lane compile_only")])
+def test_replay_command_looks_at_the_compiled_graph_where_that_was_found(tmp_path: Path, lane: str, option: str) -> None:
+    found = Finding("unwritten_read", "buffer is read", "out", count=3, total=10)
+    (fault,) = run_of(tmp_path, case("rope", lane, findings=[found])).faults
+    assert fault.replay is not None
+    assert set(option.split()) < set(fault.replay.split())
+    assert ("--all-passes" in fault.replay) == (lane == "interpret")
+
+
 def test_command_in_the_terminal_can_be_pasted_although_it_takes_two_lines(tmp_path: Path) -> None:
     summary = run_of(tmp_path, case("rope", findings=[element()], case="rope/tiny/" + "x" * 90))
     shown = terminal.render(summary)

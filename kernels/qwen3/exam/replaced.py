@@ -126,19 +126,19 @@ class Exam:
         name: str | None = None,
         kind: Kind | None = None,
         dims: Mapping[str, Any] | None = None,
-        hidden: str = "",
+        lane: str = "interpret",
         **changes: Any,
     ) -> None:
         """Make the kernel an attribute of the module that declares it, and a subject of the exam.
 
-        ``name`` is given where it is no Python name; ``dims`` replaces the small ones; ``changes`` are fields of ``Kernel``. A
-        kernel declares nothing that is not asked for: a declared profile is judged more strictly than it need be, and proving
-        capabilities takes longer than finding the fault.
+        ``name`` is given where it is no Python name; ``dims`` replaces the small ones; ``lane`` is the one that shows the fault;
+        ``changes`` are fields of ``Kernel``. A kernel declares nothing that is not asked for: a declared profile is judged more
+        strictly than it need be, and proving capabilities takes longer than finding the fault.
         """
         name = name or declared.__name__
         made = edited(base, f"{base.stage_name}[{name}]", edit, **{"capabilities": (), "profile": None, **changes})
         setattr(sys.modules[declared.__module__], f"{base.stage_name}_{declared.__name__}", made)
-        self.add(made, name, kind=kind, dims=dims, hidden=hidden)
+        self.add(made, name, kind=kind, dims=dims, lane=lane)
 
     def add(
         self,
@@ -147,10 +147,8 @@ class Exam:
         *,
         kind: Kind | None = None,
         dims: Mapping[str, Any] | None = None,
-        hidden: str = "",
+        lane: str = "interpret",
     ) -> None:
         """A kernel that is an attribute of its module already is a subject too."""
         chosen = SMALL[kernel.stage_name] if dims is None else dims
-        self.subjects.append(
-            Subject(kernel.stage_name, name, kind, kernel.summary, lambda: kernel, lane="interpret", dims=chosen, hidden=hidden)
-        )
+        self.subjects.append(Subject(kernel.stage_name, name, kind, kernel.summary, lambda: kernel, lane=lane, dims=chosen))
