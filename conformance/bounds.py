@@ -122,10 +122,11 @@ def reproduced_rounding(estimate: Bounds, mode: Mode) -> Bounds:
     """A bf16 rounding that the kernel makes for certain; where the value is next to a tie it may fall on the other side."""
     ulp = spacing(estimate.value, BF16)
     value = _rounded(estimate.value, ulp, BF16, mode)
-    # Distance to the nearest tie: at a power of two the spacing below is half as wide, and the lower tie is nearer.
-    below = spacing(estimate.value * (1 - 2.0**-40), BF16)
+    # Distance to the nearest tie: below a power of two the spacing is half as wide, and to a value that is rounded down to one
+    # the tie below may be the nearer.
+    below = spacing(value * (1 - 2.0**-40), BF16)
     offset = (estimate.value - value).abs()
-    tie = torch.where((offset == 0) & (below < ulp), below / 2, (ulp / 2 - offset).clamp_min(0))
+    tie = torch.minimum((ulp / 2 - offset).clamp_min(0), offset + below / 2)
     deviation = estimate.variance.sqrt()
     near = (tie < 6 * deviation) | (tie == 0)
     small = torch.where(near, ulp * ulp / 4, torch.zeros_like(ulp))
@@ -390,7 +391,8 @@ def _attention_of_one(
             ulp_variance = rounding_variance(spacing(o, BF16))
             weight = torch.sign(o) / (variance + ulp_variance).sqrt()
             pull = (moved * weight.unsqueeze(2).expand_as(spread).flatten(0, 2)).sum(-1, keepdim=True)
-            shared = bins.squared(pull) * PROBABILITY_VARIANCE
+            # Heads whose probabilities agree round them alike too: all of a row's, where its query is small.
+            shared = _equal_probabilities(p, across_heads=True).squared(pull) * PROBABILITY_VARIANCE
             own = weight**2 * ulp_variance
             sum_variance = shared.sum() + own.sum()
             square_sum = (shared**2).sum() + (own**2).sum()
@@ -419,8 +421,10 @@ class _Bins:
         return sums.new_zeros(self.count, sums.shape[-1]).index_add_(0, self.heads, sums)
 
 
-def _equal_probabilities(p: torch.Tensor) -> _Bins:
+def _equal_probabilities(p: torch.Tensor, across_heads: bool = False) -> _Bins:
     """Which of ``p [NKV, G, n]`` are so nearly equal that their bf16 roundings are one and the same error, not independent ones.
+
+    Each head's by themselves, or all of the row's; a bin across heads counts as one of head 0.
 
     Where queries are small the probabilities are all about ``1 / n``, are all rounded the same way, and the whole row is off by
     that much. Two values round alike while they are a fraction of a ULP apart: bins of ``2**-9``, around ``1 / n``.
@@ -428,6 +432,8 @@ def _equal_probabilities(p: torch.Tensor) -> _Bins:
     length = p.shape[-1]
     steps = torch.round(torch.log(p * length).clamp_min(-1e3) * 2.0**9).to(torch.int64)
     heads = torch.arange(p.shape[0] * p.shape[1]).view(p.shape[0], p.shape[1], 1)
+    if across_heads:
+        heads = torch.zeros_like(heads)
     keys, members = torch.unique((steps + (heads << 32)).flatten(), return_inverse=True)
     return _Bins(members, (keys + (1 << 31)) >> 32, heads.numel())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from conformance.faults.kernels import (
     single_choices,
     torch_kernel,
 )
-from conformance.judge import judge
+from conformance.judge import Oracle, judge, kappa
 from conformance.verdict import Verdict
 
 SINGLE_STAGES = [name for name, stage in conformance.stages().items() if not stage.composite]
@@ -108,7 +109,7 @@ def test_a_projection_may_be_accumulated_onto_its_residual() -> None:
 #: Runs that earlier versions of the error model rejected, and what it left out.
 ONCE_REJECTED = {
     "a few roundings steer a tile of an outlier row": (
-        "prefill_layer:awkward:B=16,NB=58,S=48,seq_lens=38+44+15+48+34+8+48+35+17+16+8+7+33+7+48+7,"
+        "prefill_layer:awkward:B=16,NH=9,NKV=3,D=32,NB=58,S=48,seq_lens=38+44+15+48+34+8+48+35+17+16+8+7+33+7+48+7,"
         "chunk_lens=9+1+1+1+1+1+1+1+1+1+1+1+1+1+1+1:outlier:1826666345",
         Choices(normalised=True, before_rope=True, gate_up=True, branch=True, projection=True, visit="backward"),
     ),
@@ -125,8 +126,12 @@ ONCE_REJECTED = {
         HUGGING_FACE_LIKE,
     ),
     "a head of equal values makes a tile of equal errors": (
-        "attention:awkward:B=9,seq_lens=9+39+66+32+7+26+2+47+30:constant:66959491",
+        "attention:awkward:B=9,NH=9,NKV=3,D=32,seq_lens=9+39+66+32+7+26+2+47+30:constant:66959491",
         HUGGING_FACE_LIKE,
+    ),
+    "forty heads with small queries round their probabilities alike": (
+        "attention:tiny:B=16,D=16,NH=40,NKV=8,seq_lens=75+125+70+128+82+14+127+16+17+20+12+100+28+17+64+128:small:896205371",
+        Choices(probabilities="after"),
     ),
     "constant rows repeat one another": ("rms_norm:tiny:B=11:constant:438427099", Choices(order="tile64", normalised=True)),
     "a rounded branch cancels its residual exactly": ("o_proj:tiny:B=16:cancel:1784904468", Choices(branch=True)),
@@ -134,12 +139,36 @@ ONCE_REJECTED = {
         "decode_fwd_layers:tiny:B=6,L=3,seq_lens=75+128+2+100+128+17:needle:1741822976",
         HUGGING_FACE_LIKE,
     ),
+    "the roundings of one query with two keys steer a column twice as far as others": (
+        "decode_layer:tiny:B=10,S=48,seq_lens=15+16+47+7+38+33+39+2+2+2:small:1280500169",
+        dataclasses.replace(HUGGING_FACE_LIKE, probabilities="before"),
+    ),
 }
 
 
 @pytest.mark.parametrize(("key", "choices"), ONCE_REJECTED.values(), ids=ONCE_REJECTED)
 def test_runs_that_were_once_rejected_pass(key: str, choices: Choices) -> None:
     assert_legal(CaseKey.parse(key), choices)
+
+
+def test_an_element_of_a_layer_is_allowed_what_roundings_do_to_it_and_no_more() -> None:
+    """Were every column allowed what the one is that a query's roundings steer, an error of the others would hide in it."""
+    case = make_case(CaseKey.parse("decode_layer:tiny:B=10,S=48,seq_lens=15+16+47+7+38+33+39+2+2+2:small:1280500169"))
+    oracle, profile, row = Oracle(case), case.stage.profiles[0], 9
+    estimate = oracle.bounds(profile)["out"]
+    modelled = estimate.variance[row]
+    ratios = {
+        column: oracle.element_variance("out", profile, row, column) / float(modelled[column]) for column in range(0, 256, 2)
+    }
+    steered, steady = max(ratios, key=lambda column: ratios[column]), min(ratios, key=lambda column: ratios[column])
+    assert ratios[steered] > 3
+    outcome = run_eager(torch_kernel("decode_layer"), case)
+    for column, right in ((steered, True), (steady, False)):
+        spoilt = {name: tensor.clone() for name, tensor in outcome.outputs.items()}
+        error = 1.5 * kappa(estimate.value.numel()) * float(modelled[column].sqrt())
+        spoilt["out"][row, column] = estimate.value[row, column] + error
+        verdict = judge(case, dataclasses.replace(outcome, outputs=spoilt), oracle=oracle)
+        assert ("element" in {finding.detector for finding in verdict.findings}) is not right
 
 
 @pytest.mark.parametrize("stage", SINGLE_STAGES)
