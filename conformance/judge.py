@@ -43,12 +43,10 @@ BIAS_SLACK = 0.02
 TIE_ULPS = 1e-5
 #: Random directions from which the correlation of a row's errors is estimated: 28 pairs, so to about a quarter.
 PROBES = 8
-#: The same for one tile of a row: 120 pairs, so to an eighth.
-TILE_PROBES = 16
-#: However few roundings steer a tile, beyond so many times the limit it is wrong: ``spread_limit(2)`` is 4.6 times that of 16.
-MOST_TILE_SHARE = 4.7
-#: How many tiles, and how many elements, that are too far off are looked at by themselves before they are believed.
-MOST_TILES = 8
+#: The same for one row, or one tile of it, that is looked at by itself: 120 pairs, so to about an eighth.
+PROBES_OF_ONE = 16
+#: How many rows and tiles, and how many elements, that are too far off are looked at by themselves before they are believed.
+MOST_AREAS = 8
 MOST_ELEMENTS = 16
 #: A row with fewer different magnitudes than this says nothing statistical.
 FEWEST_DISTINCT = 8
@@ -80,9 +78,13 @@ class Oracle:
         """Per row of a composite stage's output, how many independent errors its scaled errors amount to."""
         return self._sensitive(profile).of_rows(argument)
 
+    def independent_in_row(self, argument: str, profile: Profile, row: int) -> float:
+        """The same of one judged row, counted more exactly."""
+        return self._sensitive(profile).of_one(argument, row, slice(None))
+
     def independent_in_tile(self, argument: str, profile: Profile, row: int, columns: slice) -> float:
         """The same of some columns of one judged row: a few roundings may steer a tile that do little to the rest of its row."""
-        return self._sensitive(profile).of_tile(argument, row, columns)
+        return self._sensitive(profile).of_one(argument, row, columns)
 
     def element_variance(self, argument: str, profile: Profile, row: int, column: int) -> float:
         """The variance of one judged element's error, from each rounding's own effect on it."""
@@ -113,6 +115,7 @@ class _Sensitivity:
             error_bounds.rounding_variance(spacing(site.double(), BF16)).sqrt() for _, site, _ in arithmetic.sites
         ]
         self._of_rows: dict[str, torch.Tensor] = {}
+        self._of_ones: dict[tuple[str, int, int | None, int | None], float] = {}
 
     def _scaled(self, name: str) -> torch.Tensor:
         """The judged rows of an output, each element over its deviation: differentiable by the roundings."""
@@ -178,12 +181,15 @@ class _Sensitivity:
         self._of_rows[name] = counts.flatten().clamp_min(1)
         return self._of_rows[name]
 
-    def of_tile(self, name: str, row: int, columns: slice) -> float:
+    def of_one(self, name: str, row: int, columns: slice) -> float:
         """For some columns of one judged row."""
-        signs = torch.Generator().manual_seed(row)
-        tile = self._scaled(name)[row, columns]
-        probes = [[effect.flatten() for effect in self._probed(tile, signs) if effect is not None] for _ in range(TILE_PROBES)]
-        return max(1.0, float(_independent([torch.cat(probe) for probe in probes])))
+        place = name, row, columns.start, columns.stop
+        if place not in self._of_ones:
+            signs = torch.Generator().manual_seed(row)
+            part = self._scaled(name)[row, columns]
+            effects = [[one.flatten() for one in self._probed(part, signs) if one is not None] for _ in range(PROBES_OF_ONE)]
+            self._of_ones[place] = max(1.0, float(_independent([torch.cat(each) for each in effects])))
+        return self._of_ones[place]
 
 
 def _independent(probes: list[torch.Tensor]) -> torch.Tensor:
@@ -718,18 +724,10 @@ class _Statistics:
         # The limit only rises as fewer errors are independent: count them only where all together would not do.
         area = self._worst_area(square, self.distinct.double(), {})
         # That is dear for a composite stage, and idle where the argument is wrong already.
-        name = self.part.argument.name
-        known = any(finding.argument == name for finding in result.findings)
+        known = any(finding.argument == self.part.argument.name for finding in result.findings)
         if area.share > 1 and not known:
-            tiles: dict[tuple[int, int], float] = {}
-            area = self._worst_area(square, self.independent, tiles)
-            while area.is_tile and 1 < area.share <= MOST_TILE_SHARE and len(tiles) < MOST_TILES and self.case.stage.composite:
-                assert area.row is not None
-                place = area.row, area.columns.start // TILE
-                if place in tiles:
-                    break
-                tiles[place] = self.oracle.independent_in_tile(name, self.profile, area.row, area.columns)
-                area = self._worst_area(square, self.independent, tiles)
+            composite = self.case.stage.composite
+            area = self._looked_at(square, area) if composite else self._worst_area(square, self.independent, {})
         worst = area.share
         if worst > 1:
             row, columns, mean = area.row, area.columns, area.mean_square
@@ -753,6 +751,39 @@ class _Statistics:
                 )
             )
         return worst
+
+    def _looked_at(self, square: torch.Tensor, area: _Area) -> _Area:
+        """The area of a composite stage's output that is furthest off, once its independent errors are counted.
+
+        A row that is too far off, and then a tile in it, is looked at by itself, until one remains that is too far off all the
+        same. Where many are, all rows are counted together first, roughly.
+        """
+        name = self.part.argument.name
+        independent = self.distinct.double()
+        tiles: dict[tuple[int, int], float] = {}
+        rows: set[int] = set()
+        looks, all_counted = 0, False
+        # However few roundings steer an area, beyond this it is wrong.
+        while area.share > 1 and area.mean_square <= float(spread_limit(torch.tensor(2.0))):
+            row = area.row
+            place = (row or 0, area.columns.start // TILE)
+            if not all_counted and (row is None or looks == MOST_AREAS):
+                independent = torch.minimum(independent, self.independent)
+                looks, all_counted = 0, True
+            elif row is None or looks == MOST_AREAS:
+                break
+            elif row not in rows:
+                found = self.oracle.independent_in_row(name, self.profile, row)
+                independent[row] = independent[row].clamp_max(found)
+                rows.add(row)
+                looks += 1
+            elif area.is_tile and place not in tiles:
+                tiles[place] = self.oracle.independent_in_tile(name, self.profile, row, area.columns)
+                looks += 1
+            else:
+                break
+            area = self._worst_area(square, independent, tiles)
+        return area
 
     def _worst_area(self, square: torch.Tensor, independent: torch.Tensor, of_tiles: dict[tuple[int, int], float]) -> _Area:
         """Which of the tensor, its rows, tiles and columns of tiles is furthest off.
