@@ -10,7 +10,7 @@ OPTIONS ?=
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: setup check test exam lint clean
+.PHONY: setup check test exam mutation lint clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,11 @@ test: setup
 # What guards the rule: known faults and legal variants, as torch kernels; `conformance exam` has some PyPTO kernels as well.
 exam: setup
 	$(BIN)/conformance exam --lane eager --processes $(PROCESSES)
+
+# Which changes of the judge its own tests notice: benchmarks/mutation.md. Goes on where it was ended; works in build/mutation.
+mutation: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,mutation]'
+	$(BIN)/python -m benchmarks.mutation $(OPTIONS)
 
 lint: setup
 	$(BIN)/ruff check .

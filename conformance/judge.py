@@ -82,6 +82,10 @@ class Oracle:
         """The same of one judged row, counted more exactly."""
         return self._sensitive(profile).of_one(argument, row, slice(None))
 
+    def independent_in_all_rows(self, argument: str, profile: Profile, columns: slice) -> float:
+        """The same of some columns of all judged rows: those of one token share errors from layer to layer."""
+        return self._sensitive(profile).of_one(argument, None, columns)
+
     def independent_in_tile(self, argument: str, profile: Profile, row: int, columns: slice) -> float:
         """The same of some columns of one judged row: a few roundings may steer a tile that do little to the rest of its row."""
         return self._sensitive(profile).of_one(argument, row, columns)
@@ -91,6 +95,7 @@ class Oracle:
         return self._sensitive(profile).of_element(argument, row, column)
 
     def _sensitive(self, profile: Profile) -> _Sensitivity:
+        # One for all profiles of a composite stage: they differ in where a norm's division stands, not in what is rounded.
         if self._sensitivity is None:
             self._sensitivity = _Sensitivity(self.case, self.bounds(profile), profile)
         return self._sensitivity
@@ -115,7 +120,7 @@ class _Sensitivity:
             error_bounds.rounding_variance(spacing(site.double(), BF16)).sqrt() for _, site, _ in arithmetic.sites
         ]
         self._of_rows: dict[str, torch.Tensor] = {}
-        self._of_ones: dict[tuple[str, int, int | None, int | None], float] = {}
+        self._of_ones: dict[tuple[str, int | None, int | None, int | None], float] = {}
 
     def _scaled(self, name: str) -> torch.Tensor:
         """The judged rows of an output, each element over its deviation: differentiable by the roundings."""
@@ -181,12 +186,12 @@ class _Sensitivity:
         self._of_rows[name] = counts.flatten().clamp_min(1)
         return self._of_rows[name]
 
-    def of_one(self, name: str, row: int, columns: slice) -> float:
-        """For some columns of one judged row."""
+    def of_one(self, name: str, row: int | None, columns: slice) -> float:
+        """For some columns of one judged row, or of all."""
         place = name, row, columns.start, columns.stop
         if place not in self._of_ones:
-            signs = torch.Generator().manual_seed(row)
-            part = self._scaled(name)[row, columns]
+            signs = torch.Generator().manual_seed(row or 0)
+            part = self._scaled(name)[slice(None) if row is None else row, columns]
             effects = [[one.flatten() for one in self._probed(part, signs) if one is not None] for _ in range(PROBES_OF_ONE)]
             self._of_ones[place] = max(1.0, float(_independent([torch.cat(each) for each in effects])))
         return self._of_ones[place]
@@ -576,7 +581,7 @@ def _not_finite(out: torch.Tensor, value: torch.Tensor, dtype: torch.dtype, want
     strange = ~torch.isfinite(out)
     if not bool(strange.any()):
         return None
-    oracle = rounded(value, dtype) if dtype != torch.float32 else value
+    oracle = rounded(value, dtype) if dtype != torch.float32 else value.to(dtype).to(torch.float64)
     # Bit-equal infinities and NaNs of both are agreement; one-sided ones are not.
     strange &= ~((out == oracle) | (out.isnan() & oracle.isnan()))
     return strange if wanted is None else strange & wanted
@@ -662,6 +667,10 @@ def _element_finding(case: Case, part: _Part, estimate: Bounds, worst: _Worst, b
     )
 
 
+#: A row, or all, and the columns from one to before another.
+_Place = tuple[int | None, int, int]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Area:
     """A part of an output, its mean square of scaled errors, and the share of the limit that this is; ``row`` is one or all."""
@@ -671,6 +680,11 @@ class _Area:
     columns: slice
     mean_square: float
     is_tile: bool
+
+    @property
+    def place(self) -> _Place:
+        """Where it is."""
+        return self.row, self.columns.start, self.columns.stop
 
 
 class _Statistics:
@@ -760,36 +774,36 @@ class _Statistics:
         """
         name = self.part.argument.name
         independent = self.distinct.double()
-        tiles: dict[tuple[int, int], float] = {}
+        alone: dict[_Place, float] = {}
         rows: set[int] = set()
         looks, all_counted = 0, False
         # However few roundings steer an area, beyond this it is wrong.
         while area.share > 1 and area.mean_square <= float(spread_limit(torch.tensor(2.0))):
-            row = area.row
-            place = (row or 0, area.columns.start // TILE)
-            if not all_counted and (row is None or looks == MOST_AREAS):
+            if looks == MOST_AREAS:
+                if all_counted:
+                    break
                 independent = torch.minimum(independent, self.independent)
                 looks, all_counted = 0, True
-            elif row is None or looks == MOST_AREAS:
-                break
-            elif row not in rows:
-                found = self.oracle.independent_in_row(name, self.profile, row)
-                independent[row] = independent[row].clamp_max(found)
-                rows.add(row)
+            elif area.row is not None and area.row not in rows:
+                found = self.oracle.independent_in_row(name, self.profile, area.row)
+                independent[area.row] = independent[area.row].clamp_max(found)
+                rows.add(area.row)
                 looks += 1
-            elif area.is_tile and place not in tiles:
-                tiles[place] = self.oracle.independent_in_tile(name, self.profile, row, area.columns)
+            elif (area.row is None or area.is_tile) and area.place not in alone:
+                if area.row is None:
+                    alone[area.place] = self.oracle.independent_in_all_rows(name, self.profile, area.columns)
+                else:
+                    alone[area.place] = self.oracle.independent_in_tile(name, self.profile, area.row, area.columns)
                 looks += 1
             else:
                 break
-            area = self._worst_area(square, independent, tiles)
+            area = self._worst_area(square, independent, alone)
         return area
 
-    def _worst_area(self, square: torch.Tensor, independent: torch.Tensor, of_tiles: dict[tuple[int, int], float]) -> _Area:
+    def _worst_area(self, square: torch.Tensor, independent: torch.Tensor, alone: dict[_Place, float]) -> _Area:
         """Which of the tensor, its rows, tiles and columns of tiles is furthest off.
 
-        ``independent`` counts the independent errors of each row, ``of_tiles`` those of tiles (row, tile) that were counted by
-        themselves.
+        ``independent`` counts the independent errors of each row, ``alone`` those of other areas that were counted by themselves.
         """
         rows, columns = square.shape
         padded = -columns % TILE
@@ -803,15 +817,23 @@ class _Statistics:
         common = (1 / independent - 1 / row_distinct).clamp_min(0)
         in_row = 1 / (1 / row_distinct + common)
         in_tile = 1 / (1 / torch.minimum(counts, self.distinct_in_tile.double()) + common.unsqueeze(1))
-        for (row, tile), fewer in of_tiles.items():
-            in_tile[row, tile] = in_tile[row, tile].clamp_max(fewer)
         different = self.different_rows
         different_in_tile = torch.stack([part.mean() for part in torch.split(different, TILE)])
+        in_all = (in_row.sum() * different.mean()).view(1, 1)
+        in_column = in_tile.sum(0, keepdim=True) * different_in_tile
+        for (row, start, stop), fewer in alone.items():
+            if row is not None:
+                in_tile[row, start // TILE].clamp_(max=fewer)
+                continue
+            if stop - start == columns:
+                in_all.clamp_(max=fewer)
+            if stop - start <= TILE:
+                in_column[0, start // TILE].clamp_(max=fewer)
         areas = (
-            (tiles.sum().view(1, 1), row_counts.sum().view(1, 1), (in_row.sum() * different.mean()).view(1, 1)),
+            (tiles.sum().view(1, 1), row_counts.sum().view(1, 1), in_all),
             (tiles.sum(1, keepdim=True), row_counts.view(-1, 1), in_row.view(-1, 1)),
             (tiles, counts, in_tile),
-            (tiles.sum(0, keepdim=True), counts.sum(0, keepdim=True), in_tile.sum(0, keepdim=True) * different_in_tile),
+            (tiles.sum(0, keepdim=True), counts.sum(0, keepdim=True), in_column),
         )
         best = _Area(0.0, None, slice(0, columns), 0.0, False)
         for kind, (total, count, effective) in enumerate(areas):

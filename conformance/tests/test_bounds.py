@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -106,7 +107,7 @@ HARD_ROWS: dict[str, Callable[[int], Tensor]] = {
     "alike": lambda depth: torch.ones(4, depth, dtype=torch.float64),
     "outliers": lambda depth: normal(4, depth) * torch.where(torch.arange(depth) % 50 == 0, 100.0, 1.0),
     "heavy tail": lambda depth: normal(4, depth) / (torch.arange(1, depth + 1) / depth).sqrt(),
-    "tiny": lambda depth: 1e-12 * normal(4, depth) * 10.0 ** -torch.arange(4).unsqueeze(1),
+    "tiny": lambda depth: 1e-15 * normal(4, depth) * 10.0 ** (-3 * torch.arange(4)).unsqueeze(1),
     "twelve decades": lambda depth: normal(4, depth) * 10.0 ** (-12 * torch.arange(depth) / depth),
 }
 
@@ -279,7 +280,8 @@ def test_a_modelled_rounding_has_the_variance_of_a_rounding() -> None:
 @pytest.mark.parametrize("mode", ["half_even", "half_away"])
 @pytest.mark.parametrize("relative", [1e-7, 1e-5, 1e-4, 1e-3, 1e-2])
 def test_a_reproduced_rounding_covers_kernels_that_fall_on_the_other_side(mode: Mode, relative: float) -> None:
-    value = torch.cat([3 * normal(20000), 2.0 ** torch.arange(-20, 20, dtype=torch.float64) * (1 - relative / 3)])
+    powers = 2.0 ** torch.arange(-20, 20, dtype=torch.float64)
+    value = torch.cat([3 * normal(20000), powers * (1 - relative / 3), powers * (1 + relative / 3), powers])
     deviation = relative * value.abs()
     before = Bounds(value, deviation**2, 6 * deviation)
     after = bounds.reproduced_rounding(before, mode)
@@ -317,3 +319,405 @@ def test_sums_and_products_of_uncertain_tensors() -> None:
     products = observed_variance(lambda draw: pairs[draw][0] * pairs[draw][1], left.value * right.value, draws=100)
     assert 0.95 < float((sums / bounds.add(left, right).variance).mean()) < 1.05
     assert 0.95 < float((products / bounds.multiply(left, right).variance).mean()) < 1.05
+
+
+# -- the formulas of the numerics document --------------------------------------------------------------------------------------
+
+
+def assert_same(found: Bounds, value: Tensor, variance: Tensor, worst: Tensor) -> None:
+    """To float64's precision: the experiments above are good to a tenth, and would not see a term that is a few percent."""
+    assert torch.allclose(found.value, value, rtol=1e-12, atol=1e-15)
+    assert torch.allclose(found.variance, variance, rtol=1e-9, atol=0)
+    assert torch.allclose(found.worst, worst, rtol=1e-9, atol=0)
+
+
+def fp32(value: Tensor, count: float) -> Tensor:
+    """Variance of ``count`` elementwise fp32 roundings."""
+    return (count * bounds.U * value) ** 2 / 3
+
+
+def small(*shape: int, seed: int) -> Bounds:
+    """Normal values, with errors so small that what fp32 adds to them is as large."""
+    return uncertain(normal(*shape, seed=seed), 3e-7, seed + 100)
+
+
+def test_sums_and_products_are_rounded_to_fp32() -> None:
+    left, right = small(50, seed=1), small(50, seed=2)
+    total, product = left.value + right.value, left.value * right.value
+    assert_same(
+        bounds.add(left, right),
+        total,
+        left.variance + right.variance + fp32(total, 1),
+        left.worst + right.worst + bounds.U * total.abs(),
+    )
+    assert_same(
+        bounds.multiply(left, right),
+        product,
+        left.variance * right.value**2 + right.variance * left.value**2 + left.variance * right.variance + fp32(product, 1),
+        left.worst * right.value.abs() + right.worst * left.value.abs() + left.worst * right.worst + bounds.U * product.abs(),
+    )
+
+
+def test_a_product_of_two_very_uncertain_tensors_keeps_its_second_order() -> None:
+    left, right = (
+        Bounds(normal(50, seed=seed), torch.full((50,), 4.0).double(), torch.full((50,), 9.0).double()) for seed in (1, 2)
+    )
+    found = bounds.multiply(left, right)
+    assert bool((found.variance > 16).all())
+    assert bool((found.worst > 81).all())
+
+
+def test_a_sum_onto_a_large_start_is_rounded_at_its_size() -> None:
+    start, product, depth = small(50, seed=1), small(50, seed=2), 64
+    found, plain = bounds.accumulated_onto(start, product, depth), bounds.add(start, product)
+    assert_same(
+        found,
+        plain.value,
+        plain.variance + (bounds.U * 0.58 * 8 * start.value) ** 2,
+        plain.worst + bounds.U * depth * start.value.abs(),
+    )
+
+
+@pytest.mark.parametrize("tie_prone", [False, True])
+def test_a_rounding_that_may_be_made_adds_its_variance_and_half_a_step(tie_prone: bool) -> None:
+    """A sum of two bf16 values often falls on a tie, where the error is half a ULP: more than one that is uniform."""
+    x = small(200, seed=1)
+    ulp = spacing(x.value, BF16)
+    variance = x.variance + ulp**2 / (8 if tie_prone else 12)
+    assert_same(bounds.modelled_rounding(x, tie_prone), x.value, variance, x.worst + ulp / 2)
+    if not tie_prone:
+        assert_same(bounds.modelled_rounding(x), x.value, variance, x.worst + ulp / 2)
+
+
+@pytest.mark.parametrize("tie_prone", [False, True])
+def test_an_optional_rounding_is_modelled_reproduced_or_absent(tie_prone: bool) -> None:
+    x, names = small(200, seed=1), frozenset({"branch"})
+    modelled, reproduced = Profile("m", names, "half_away", modelled=True), Profile("r", names, "half_away")
+    cases = [
+        (bounds.optional_rounding(x, modelled, "branch", tie_prone), bounds.modelled_rounding(x, tie_prone)),
+        (bounds.optional_rounding(x, reproduced, "branch", tie_prone), bounds.reproduced_rounding(x, "half_away")),
+        (bounds.optional_rounding(x, modelled, "projection", tie_prone), x),
+        (bounds.optional_rounding(x, reproduced, "projection", tie_prone), x),
+        (bounds.rounding(x, modelled), bounds.modelled_rounding(x)),
+        (bounds.rounding(x, reproduced), bounds.reproduced_rounding(x, "half_away")),
+    ]
+    if not tie_prone:
+        cases.append((bounds.optional_rounding(x, modelled, "branch"), bounds.modelled_rounding(x)))
+    for found, expected in cases:
+        assert_same(found, expected.value, expected.variance, expected.worst)
+
+
+def test_a_reproduced_rounding_is_in_doubt_only_beside_a_tie() -> None:
+    """Next to 1: steps of 2**-7 above it and of 2**-8 below it, so the ties are at 1 + 2**-8 and at 1 - 2**-9."""
+    ulp, deviation = 2.0**-7, 1e-5
+    rows: list[tuple[float, float, float, float]] = [
+        # value, worst case before, variance after, worst case after
+        (1.3, 6 * deviation, 0.0, 0.0),
+        (1 + ulp / 2 + 5.9 * deviation, 6 * deviation, ulp**2 / 4, 6 * deviation + ulp),
+        (1 + ulp / 2 - 5.9 * deviation, 6 * deviation, ulp**2 / 4, 6 * deviation + ulp),
+        (1 + ulp / 2 + 6.1 * deviation, 6 * deviation, 0.0, 0.0),
+        (1 + ulp / 2 + 6.1 * deviation, 7 * deviation, 0.0, 7 * deviation + ulp),
+        # A value that is a power of two is half a step below it away from the lower tie, half a step above from the upper.
+        (1.0, ulp / 4 - 1e-4, 0.0, 0.0),
+        (1.0, ulp / 4 + 1e-4, 0.0, ulp / 4 + 1e-4 + ulp),
+        # The same just above it.
+        (1 + ulp / 16, ulp * 5 / 16 - 1e-4, 0.0, 0.0),
+        (1 + ulp / 16, ulp * 5 / 16 + 1e-4, 0.0, ulp * 5 / 16 + 1e-4 + ulp),
+        (1 + ulp * 3 / 16, ulp * 5 / 16 - 1e-4, 0.0, 0.0),
+        (1 + ulp * 3 / 16, ulp * 5 / 16 + 1e-4, 0.0, ulp * 5 / 16 + 1e-4 + ulp),
+        (1 - ulp / 16, ulp * 3 / 16 - 1e-4, 0.0, 0.0),
+        (1 - ulp / 16, ulp * 3 / 16 + 1e-4, 0.0, ulp * 3 / 16 + 1e-4 + ulp / 2),
+        (1 + ulp, ulp / 2 - 1e-4, 0.0, 0.0),
+        (1 + ulp, ulp / 2 + 1e-4, 0.0, ulp / 2 + 1e-4 + ulp),
+    ]
+    for value, worst, variance_after, worst_after in rows:
+        given = [torch.tensor([number], dtype=torch.float64) for number in (value, deviation**2, worst)]
+        before = Bounds(given[0], given[1], given[2])
+        found = bounds.reproduced_rounding(before, "half_even")
+        assert found.variance.item() == pytest.approx(variance_after, rel=1e-9), value
+        assert found.worst.item() == pytest.approx(worst_after, rel=1e-9), value
+
+
+def test_a_reproduced_rounding_goes_by_the_document_at_its_limits_too() -> None:
+    """A tie is near below six deviations, or where the value is one, and within reach up to the worst case; a deviation is small
+    below a quarter of a step."""
+    ulp, small = 2.0**-7, 2.0**-20
+    for value, deviation, worst, variance_after, worst_after in (
+        (1 + ulp / 2 + 6 * small, small, small, 0.0, 0.0),
+        (1 + ulp / 2 + small, 0.0, small, 0.0, small + ulp),
+        (1 + ulp / 2, 0.0, small, ulp**2 / 4, small + ulp),
+        (1.25, ulp / 4, ulp, ulp**2 / 16 + ulp**2 / 12, 2 * ulp),
+    ):
+        given = [torch.tensor([number], dtype=torch.float64) for number in (value, deviation**2, worst)]
+        found = bounds.reproduced_rounding(Bounds(given[0], given[1], given[2]), "half_even")
+        assert found.variance.item() == pytest.approx(variance_after)
+        assert found.worst.item() == pytest.approx(worst_after)
+
+
+@pytest.mark.parametrize(("part_of_a_step", "grows"), [(0.24, False), (0.26, True)])
+def test_an_error_of_a_quarter_of_a_step_is_carried_on(part_of_a_step: float, grows: bool) -> None:
+    """From there on the rounding is one more independent error; a smaller one is either rounded away or moves a whole step."""
+    value, ulp = torch.tensor([1.3], dtype=torch.float64), 2.0**-7
+    deviation = part_of_a_step * ulp
+    found = bounds.reproduced_rounding(
+        Bounds(value, torch.tensor([deviation**2]).double(), torch.tensor([6 * ulp]).double()), "half_even"
+    )
+    assert found.variance.item() == pytest.approx(deviation**2 + ulp**2 / 12 if grows else ulp**2 / 4, rel=1e-6)
+    assert found.worst.item() == 7 * ulp
+
+
+@pytest.mark.parametrize("doubt", ["none", "some"])
+def test_rms_norm_follows_the_document(doubt: str) -> None:
+    count, eps = 24, 1e-3
+    x, gamma = small(3, count, seed=1), 1 + 0.3 * normal(count, seed=2)
+    if doubt == "none":
+        x = bounds.exact(x.value)
+    r = 1 / (x.value.square().mean(-1, keepdim=True) + eps).sqrt()
+    v = x.value * r
+    shared = (x.value**2 * x.variance).sum(-1, keepdim=True)
+    variance = r**2 * (x.variance * (1 - 2 * x.value**2 * r**2 / count) + x.value**2 * r**4 / count**2 * shared).clamp_min(0)
+    variance = variance + (0.165 * math.sqrt(count) * bounds.U * v) ** 2 + fp32(v, 6)
+    worst = r * (x.worst + x.value.abs() * r**2 * (x.value.abs() * x.worst).mean(-1, keepdim=True))
+    worst = worst + bounds.U * (count / 2 + 6) * v.abs()
+    value = v * gamma
+    found = bounds.rms_norm(x, gamma, eps, PLAIN)
+    assert_same(found, value, variance * gamma**2 + fp32(value, 1), worst * gamma.abs() + bounds.U * value.abs())
+
+
+def test_each_head_is_normalised_and_rotated_by_itself() -> None:
+    """Tokens by heads by lanes: nothing of one head, or of one token, goes into another."""
+    x, gamma, angle = small(2, 3, 8, seed=1), 1 + 0.3 * normal(8, seed=2), normal(2, 1, 8, seed=3)
+    normalised, rotated = bounds.rms_norm(x, gamma, 1e-3, PLAIN), bounds.rotate_half(x, angle.cos(), angle.sin())
+    for token, head in itertools.product(range(2), range(3)):
+        one = bounds.rms_norm(x[token, head : head + 1], gamma, 1e-3, PLAIN)
+        assert_same(normalised[token, head], one.value[0], one.variance[0], one.worst[0])
+        one = bounds.rotate_half(x[token, head], angle[token, 0].cos(), angle[token, 0].sin())
+        assert_same(rotated[token, head], one.value, one.variance, one.worst)
+
+
+def test_rms_norm_may_round_before_gamma() -> None:
+    x, gamma = small(3, 24, seed=1), 1 + 0.3 * normal(24, seed=2)
+    rounds = Profile("normalised", frozenset({"normalised"}), modelled=True)
+    plain, found = (bounds.rms_norm(x, gamma, 1e-6, profile) for profile in (PLAIN, rounds))
+    ulp = spacing(plain.value / gamma, BF16)
+    assert_same(found, plain.value, plain.variance + gamma**2 * ulp**2 / 12, plain.worst + gamma.abs() * ulp / 2)
+
+
+@pytest.mark.parametrize("modelled", [False, True])
+@pytest.mark.parametrize("doubt", ["none", "some"])
+def test_a_deferred_norm_follows_the_document(doubt: str, modelled: bool) -> None:
+    """The division by the root mean square comes after the projection, and its error is common to the row."""
+    count, eps = 24, 1e-3
+    x, gamma, weights = small(3, count, seed=1), 1 + 0.3 * normal(count, seed=2), [bf16(count, 7, seed=3), bf16(count, 5, seed=4)]
+    if doubt == "none":
+        x = bounds.exact(x.value)
+    profile = Profile("deferred", frozenset({"deferred_norm"}), modelled=modelled)
+    weighted = x.value * gamma
+    rounded_first = bounds.rounding(
+        Bounds(weighted, x.variance * gamma**2 + fp32(weighted, 1), x.worst * gamma.abs() + bounds.U * weighted.abs()),
+        profile,
+    )
+    r = 1 / (x.value.square().mean(-1, keepdim=True) + eps).sqrt()
+    drift = (x.value**2 * x.variance).sum(-1, keepdim=True) * r**4 / count**2
+    drift_worst = (x.value.abs() * x.worst).mean(-1, keepdim=True) * r**2
+    for weight, found in zip(weights, bounds.norm_and_projections(x, gamma, weights, eps, profile), strict=True):
+        product = bounds.projection(rounded_first, weight)
+        value = product.value * r
+        variance, worst = product.variance * r**2 + fp32(value, 6), product.worst * r + 6 * bounds.U * value.abs()
+        assert_same(found, value, variance + drift * value**2, worst + drift_worst * value.abs())
+
+
+def test_a_norm_before_its_projections_is_rounded_as_the_contract_demands() -> None:
+    x, gamma, weights = small(3, 24, seed=1), 1 + 0.3 * normal(24, seed=2), [bf16(24, 7, seed=3), bf16(24, 5, seed=4)]
+    normalised = bounds.reproduced_rounding(bounds.rms_norm(x, gamma, 1e-3, PLAIN), "half_even")
+    for weight, found in zip(weights, bounds.norm_and_projections(x, gamma, weights, 1e-3, PLAIN), strict=True):
+        expected = bounds.projection(normalised, weight)
+        assert_same(found, expected.value, expected.variance, expected.worst)
+
+
+def test_rotation_rounds_each_product_and_the_sum() -> None:
+    x, angle = small(3, 16, seed=1), normal(16, seed=2)
+    cosine, sine = angle.cos(), angle.sin()  # two halves that differ, as no real table does
+    turned = torch.cat([-x.value[:, 8:], x.value[:, :8]], -1)
+    of_turned = [torch.cat([tensor[:, 8:], tensor[:, :8]], -1) for tensor in (x.variance, x.worst)]
+    value = x.value * cosine + turned * sine
+    variance = (
+        x.variance * cosine**2 + of_turned[0] * sine**2 + fp32(x.value * cosine, 2) + fp32(turned * sine, 2) + fp32(value, 1)
+    )
+    worst = x.worst * cosine.abs() + of_turned[1] * sine.abs()
+    worst = worst + bounds.U * (2 * (x.value * cosine).abs() + 2 * (turned * sine).abs() + value.abs())
+    assert_same(bounds.rotate_half(x, cosine, sine), value, variance, worst)
+
+
+def test_silu_follows_the_document() -> None:
+    gate, up, unit = small(4, 30, seed=1), small(4, 30, seed=2), bounds.U
+    g = gate.value
+    sigmoid = 1 / (1 + torch.exp(-g))
+    silu, slope = g * sigmoid, sigmoid + g * sigmoid * (1 - sigmoid)
+    s2 = gate.variance * slope**2 + (4 * unit * silu) ** 2 / 3 + (unit * g * silu) ** 2 + (unit * g) ** 2 / 4
+    w = gate.worst * (slope.abs() + 0.5 * gate.worst) + unit * (4 + g.abs()) * silu.abs() + unit * g.abs()
+    found, expected = bounds.silu_times(gate, up), bounds.multiply(Bounds(silu, s2, w), up)
+    assert_same(found, expected.value, expected.variance, expected.worst)
+
+
+@dataclasses.dataclass
+class Heads:
+    """An attention of one query by the document, head by head and key by key; the probabilities differ from one another."""
+
+    query: Bounds
+    keys: Bounds
+    values: Bounds
+    scale: float
+
+    def head(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Value, variance and worst case without roundings of probabilities, the probabilities and the values of a head."""
+        unit, group = bounds.U, len(self.query.value) // len(self.keys.value)
+        q, k, v = self.query[number], self.keys[number // group], self.values[number // group]
+        n, width = k.value.shape
+        z, size = self.scale * k.value @ q.value, self.scale * k.value.abs() @ q.value.abs()
+        p = torch.exp(z - z.max())
+        p = p / p.sum()
+        o, magnitude = p @ v.value, p @ v.value.abs()
+        away = v.value - o
+        s2z = (unit * (size + 2 * z.abs() + 3)) ** 2 + self.scale**2 * k.variance @ q.value**2
+        wz = unit * (width * size + 2 * z.abs() + 3) + self.scale * (k.worst @ q.value.abs() + k.value.abs() @ q.worst)
+        pull = torch.einsum("j,jd,je->de", p, away, k.value)
+        few = 0.3 * math.sqrt(n) * (p**2 @ v.value**2).sqrt()
+        under = 2.0**-126 * v.value.abs().sum(0)
+        variance = self.scale**2 * pull**2 @ q.variance + p**2 @ (away**2 * s2z.unsqueeze(1)) + p**2 @ v.variance + under**2
+        variance = variance + (unit * (torch.maximum(magnitude, few) + (0.33 * math.sqrt(n) + 4) * o.abs())) ** 2
+        worst = (p * torch.expm1(wz)) @ away.abs() + p @ v.worst + unit * (2 * n + 8) * magnitude + under
+        return o, variance, worst, p, v.value
+
+
+def heads_of(doubt: bool, length: int = 20) -> tuple[Heads, Bounds, Tensor, Tensor, NewRows | None]:
+    """Keys and values of two new rows are uncertain, and so is the query, or nothing is; then what ``attention`` takes."""
+    keys, values = bf16(1, NKV, length + 3, D, seed=2), bf16(1, NKV, length + 3, D, seed=3)
+    query = small(1, NKV * G, D, seed=1)
+    k, v = bounds.exact(keys[0, :, :length]), bounds.exact(values[0, :, :length])
+    if not doubt:
+        query = bounds.exact(query.value)
+        return Heads(query[0], k, v, 0.3), query, keys, values, None
+    new = NewRows(small(NKV, 2, D, seed=4), small(NKV, 2, D, seed=5))
+
+    def with_new(old: Bounds, rows: Bounds) -> Bounds:
+        kept = old[:, :-2]
+        joined = [torch.cat([getattr(kept, name), getattr(rows, name)], 1) for name in ("value", "variance", "worst")]
+        return Bounds(joined[0], joined[1], joined[2])
+
+    return Heads(query[0], with_new(k, new.key), with_new(v, new.value), 0.3), query, keys, values, new
+
+
+@pytest.mark.parametrize("length", [2, 20])
+@pytest.mark.parametrize("doubt", [False, True])
+def test_attention_follows_the_document(doubt: bool, length: int) -> None:
+    heads, query, keys, values, new = heads_of(doubt, length)
+    found = bounds.attention(query, keys, values, [length], heads.scale, PLAIN, None if new is None else [new])
+    value, variance, worst = (torch.stack(part) for part in list(zip(*map(heads.head, range(NKV * G)), strict=True))[:3])
+    assert found.correlation is None
+    assert_same(found[0], value, variance, worst)
+
+
+@pytest.mark.parametrize("denominator", [False, True])
+@pytest.mark.parametrize("modelled", [False, True])
+def test_probabilities_in_bf16_add_their_roundings(denominator: bool, modelled: bool) -> None:
+    """Their sum may be of rounded ones, and then what all of them have in common cancels; a layer's kernel may do either."""
+    heads, query, keys, values, _ = heads_of(False)
+    names = frozenset({"probabilities", "denominator_of_rounded"} if denominator else {"probabilities"})
+    profile = Profile("probabilities", names, modelled=modelled)
+    found = bounds.attention(query, keys, values, [20], heads.scale, profile, want_correlation=True)
+    shared = own = shared_squares = own_squares = 0.0
+    for number in range(NKV * G):
+        o, variance, worst, p, v = heads.head(number)
+        moved = p.unsqueeze(1) * (v - o if denominator and not modelled else v)
+        variance = variance + 2.0**-16 / 5 * (moved**2).sum(0)
+        worst = worst + 2.0**-8 * p @ v.abs()
+        assert_same(found[0][number], o, variance, worst)
+        q = spacing(o, BF16) ** 2 / 12
+        weight = torch.sign(o) / (variance + q).sqrt()
+        of_site = 2.0**-16 / 5 * (moved @ weight) ** 2
+        shared, shared_squares = shared + float(of_site.sum()), shared_squares + float((of_site**2).sum())
+        own, own_squares = own + float((weight**2 * q).sum()), own_squares + float(((weight**2 * q) ** 2).sum())
+    assert found.correlation is not None
+    # Hardly any two heads have a probability in common.
+    count = (shared + own) ** 2 / (shared_squares + own_squares)
+    assert found.correlation.sum_variance.tolist() == pytest.approx([shared + own], rel=1e-6)
+    assert found.correlation.independent.tolist() == pytest.approx([count], rel=1e-6)
+
+
+def test_the_errors_of_a_lone_element_are_its_probabilitys_and_its_own() -> None:
+    """Two that are not alike: between one and two."""
+    query, keys = torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 2, 1, dtype=BF16)
+    values = torch.full((1, 1, 2, 1), 1.9921875, dtype=BF16)
+    rounds = Profile("probabilities", frozenset({"probabilities"}))
+    found = bounds.attention(bounds.exact(query), keys, values, [2], 1.0, rounds, want_correlation=True).correlation
+    assert found is not None
+    own, shared = 2.0**-14 / 12, 2.0**-16 / 5 * 1.9921875**2
+    assert found.independent.tolist() == pytest.approx([(own + shared) ** 2 / (own**2 + shared**2)], rel=1e-3)
+    assert 1.5 < found.independent.item() < 2
+
+
+def test_correlations_are_told_only_of_rounded_probabilities_and_only_on_request() -> None:
+    heads, query, keys, values, _ = heads_of(False)
+    rounds = Profile("probabilities", frozenset({"probabilities"}))
+    assert bounds.attention(query, keys, values, [20], heads.scale, PLAIN, want_correlation=True).correlation is None
+    assert bounds.attention(query, keys, values, [20], heads.scale, rounds).correlation is None
+    assert bounds.attention(query, keys, values, [20], heads.scale, rounds, want_correlation=False).correlation is None
+
+
+def test_every_query_has_its_own_keys_and_length() -> None:
+    query, keys, values = bounds.exact(bf16(3, NKV * G, D)), bf16(3, NKV, 9, D, seed=2), bf16(3, NKV, 9, D, seed=3)
+    rounds, lengths = Profile("probabilities", frozenset({"probabilities"})), [9, 1, 4]
+    together = bounds.attention(query, list(keys), list(values), lengths, 0.3, rounds, want_correlation=True)
+    assert together.correlation is not None
+    for row in range(3):
+        part = slice(row, row + 1)
+        alone = bounds.attention(query[part], keys[part], values[part], lengths[part], 0.3, rounds, want_correlation=True)
+        assert alone.correlation is not None
+        assert_same(together[part], alone.value, alone.variance, alone.worst)
+        assert torch.equal(together.correlation.sum_variance[part], alone.correlation.sum_variance)
+        assert torch.equal(together.correlation.independent[part], alone.correlation.independent)
+
+
+@pytest.mark.parametrize(("apart", "alike"), [(2.0**-12, True), (0.9 * 2.0**-9, True), (1.1 * 2.0**-9, False), (2.0**-6, False)])
+def test_probabilities_that_are_nearly_equal_are_rounded_alike(apart: float, alike: bool) -> None:
+    """Two keys share a head's weight, nearly evenly: their roundings are one error, or two."""
+    query = torch.ones(1, 1, 1, dtype=torch.float64)
+    keys = torch.tensor([apart / 2, -apart / 2]).double().view(1, 1, 2, 1)
+    values = torch.ones(1, 1, 2, 1, dtype=BF16)
+    rounds = Profile("probabilities", frozenset({"probabilities"}))
+    plain, found = (
+        bounds.attention(bounds.exact(query), keys, values, [2], 1.0, profile).variance.item() for profile in (PLAIN, rounds)
+    )
+    # Each moves the result by its own rounding: 1/2 each, so 1 together or the root of 1/2.
+    assert (found - plain) / bounds.PROBABILITY_VARIANCE == pytest.approx(1.0 if alike else 0.5, rel=1e-3)
+
+
+def test_equal_probabilities_of_two_heads_are_not_rounded_alike() -> None:
+    query = torch.zeros(1, 2, 1, dtype=torch.float64)
+    keys, values = torch.ones(1, 1, 2, 1, dtype=BF16), torch.tensor([1.0, 3.0], dtype=BF16).view(1, 1, 2, 1)
+    rounds = Profile("probabilities", frozenset({"probabilities"}))
+    plain, found = (bounds.attention(bounds.exact(query), keys, values, [2], 1.0, profile) for profile in (PLAIN, rounds))
+    # (1/2 + 3/2)**2 in either head; the errors of all four would add up to more.
+    added = (found.variance - plain.variance).flatten() / bounds.PROBABILITY_VARIANCE
+    assert added.tolist() == pytest.approx([4.0, 4.0], rel=1e-3)
+
+
+def test_a_probability_that_fp32_cannot_hold_may_be_lost() -> None:
+    """A key of weight exp(-100), which flushing makes zero, with a value so large that its part is all that there is."""
+    query, keys = torch.ones(1, 1, 1, dtype=torch.float64), torch.tensor([0.0, -100.0]).double().view(1, 1, 2, 1)
+    values = torch.tensor([0.0, 1e30]).double().view(1, 1, 2, 1)
+    found = bounds.attention(bounds.exact(query), keys, values, [2], 1.0, PLAIN)
+    assert found.value.item() == pytest.approx(math.exp(-100) * 1e30)
+    assert found.worst.item() > found.value.item()
+    assert found.variance.sqrt().item() > found.value.item()
+    assert found.variance.sqrt().item() == pytest.approx(1e30 * 2.0**-126)
+
+
+def test_a_score_that_nobody_knows_leaves_its_worst_case_finite() -> None:
+    heads, query, keys, values, _ = heads_of(False)
+    hopeless = Bounds(query.value, query.variance, torch.full_like(query.value, 1e9))
+    new = NewRows(bounds.exact(keys[0, :, 18:20]), bounds.exact(values[0, :, 18:20]))
+    found = bounds.attention(hopeless, keys, values, [20], heads.scale, PLAIN, [new])
+    assert bool(torch.isfinite(found.worst).all())
+    assert bool((found.worst > 1e20).all())

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import conformance
 from conformance.arithmetic import CONTRACT, Arithmetic
+from conformance.bounds import Bounds, Correlation, Profile
 from conformance.buffers import GUARD_ALIGNMENT, GUARD_BYTES, Guarded, bits, poison, poisoned, same_bits
 from conformance.cases import Case, CaseKey, make_case
-from conformance.errors import UsageError
+from conformance.contract import Dims, Stage, Tensors, write
+from conformance.errors import UnavailableError, UsageError
 from conformance.executors.base import Outcome, PassDifference
 from conformance.judge import Oracle, judge, kappa, spread_limit
+from conformance.ulp import spacing
 from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
 
 BF16 = torch.bfloat16
@@ -412,6 +418,8 @@ def test_errors_that_a_tokens_roundings_share_do_not_reject_a_prefill(end: str, 
     outputs = rounded_everywhere(case)
     assert judged(case, outputs).ok
     monkeypatch.setattr(Oracle, "independent_errors", lambda self, argument, profile: torch.tensor(math.inf))
+    monkeypatch.setattr(Oracle, "independent_in_row", lambda self, argument, profile, row: math.inf)
+    monkeypatch.setattr(Oracle, "independent_in_tile", lambda self, argument, profile, row, columns: math.inf)
     assert detectors(judged(case, outputs)) == ["spread"]
 
 
@@ -485,3 +493,903 @@ def test_rounding_that_had_to_lean_is_no_bias() -> None:
     leaning = bits(outputs["out"])
     leaning += 1
     assert "element" in detectors(judged(case, outputs))
+
+
+# -- spread and bias, on stages made up for it ----------------------------------------------------------------------------------
+
+
+ROWS, COLUMNS = 5, 40  # two whole tiles and half a one
+
+
+def made_up(
+    value: torch.Tensor,
+    variance: torch.Tensor,
+    *,
+    worst: torch.Tensor | None = None,
+    dtype: torch.dtype = BF16,
+    composite: bool = False,
+    correlation: Correlation | None = None,
+    reference: Callable[..., torch.Tensor] | None = None,
+    sequences: list[int] | None = None,
+    heads: int = 0,
+    causes: list[str] | None = None,
+) -> Case:
+    """A case of a stage with one output, ``out``, and these bounds of it; elements are limited by their variance alone.
+
+    With ``heads`` the rows are those of a cache, by token and head.
+    """
+    rows, columns = value.shape
+    cache_rows, heads = torch.arange(rows) if heads else None, max(1, heads)
+    limit = torch.full_like(value, math.inf) if worst is None else worst
+    estimate = Bounds(value, variance, limit, cache_rows, correlation)
+    stage = Stage(
+        name="made_up",
+        summary="",
+        arguments=(write("out", "B*NKV V", dtype),),
+        reference=lambda inputs, dims, arithmetic: {"out": reference(arithmetic)} if reference else {},
+        error_model=lambda inputs, dims, profile: {"out": estimate},
+        make_inputs=lambda *arguments: {},
+        regimes=("normal",),
+        profiles=(Profile("only", frozenset({"owned"})),),
+        composite=composite,
+        sequences=None if sequences is None else lambda inputs, dims: torch.tensor(sequences),
+        localise=None if causes is None else lambda inputs, outputs, dims: causes,
+    )
+    dims = Dims(B=rows // heads, NH=heads, NKV=heads, D=2, I=1, V=columns, L=1, S=1, BS=1, NB=1)
+    return Case(CaseKey.parse("rms_norm:tiny:B=1:normal:1"), stage, dims, {})
+
+
+def different(rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> torch.Tensor:
+    """bf16 values of mixed signs and sizes, all different, in the middle of their binades."""
+    draw = torch.Generator().manual_seed(seed)
+    number = torch.randperm(64 * 40, generator=draw)[: rows * columns].view(rows, columns).double()
+    signs = torch.randint(0, 2, (rows, columns), generator=draw) * 2.0 - 1.0
+    return signs * (1.25 + (number % 64) / 128) * 2.0 ** (torch.div(number, 64, rounding_mode="floor") - 20)
+
+
+def off_by(out: torch.Tensor, scaled: torch.Tensor, uncertainty: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact values that ``out`` is so many standard deviations away from, and their variance: so many ULPs, squared."""
+    ulp = spacing(out, BF16)
+    value = out - scaled * ulp * math.sqrt(uncertainty**2 + 1 / 12)
+    assert torch.equal(spacing(value, BF16), ulp)
+    return value, (uncertainty * ulp) ** 2
+
+
+def alternating(size: float | torch.Tensor, rows: int = ROWS, columns: int = COLUMNS) -> torch.Tensor:
+    """Errors of that size that cancel along rows, and nearly down columns."""
+    steps = torch.arange(rows).unsqueeze(1) * 0 + torch.arange(columns)
+    return size * (1.0 - 2.0 * (steps % 2)).double()
+
+
+def verdict_on(case: Case, out: torch.Tensor, oracle: Oracle | None = None) -> Verdict:
+    return judge(case, Outcome("ok", outputs={"out": out.to(case.stage.argument("out").dtype)}), oracle=oracle)
+
+
+def spread_allows(count: float) -> float:
+    """The mean square of ``count`` independent errors that the numerics document allows."""
+    part = 2 / (9 * max(2.0, count))
+    return 1.1 * (1 - part + 5.5 * math.sqrt(part)) ** 3
+
+
+def bias_allows(count: int, variance: float) -> float:
+    return 6 * math.sqrt(variance) + 0.02 * count
+
+
+EVERY = slice(None)
+#: Rows, columns, elements, and what they are called in a message.
+AREAS: list[tuple[slice, slice, int, str]] = [
+    (EVERY, EVERY, 200, "the whole tensor"),
+    (slice(2, 3), EVERY, 40, "row 2"),
+    (slice(2, 3), slice(16, 32), 16, "row 2, columns 16..31"),
+    (slice(4, 5), slice(32, 40), 8, "row 4, columns 32..39"),
+    (EVERY, slice(16, 32), 80, "columns 16..31 of every row"),
+    (EVERY, slice(32, 40), 40, "columns 32..39 of every row"),
+]
+
+
+@pytest.mark.parametrize("size", [0.98, 1.02])
+@pytest.mark.parametrize(("rows", "columns", "count", "name"), AREAS, ids=[area[3] for area in AREAS])
+def test_errors_that_are_too_large_together_are_found_where_they_are(
+    rows: slice, columns: slice, count: int, name: str, size: float
+) -> None:
+    """Each of them is within its own allowance; a local fault cannot hide in the rest of the tensor."""
+    scaled = torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
+    each = math.sqrt(size * spread_allows(count))
+    scaled[rows, columns] = alternating(each)[rows, columns]
+    out = different()
+    verdict = verdict_on(made_up(*off_by(out, scaled)), out)
+    assert verdict.share == pytest.approx(size, rel=1e-6)
+    assert detectors(verdict) == (["spread"] if size > 1 else [])
+    if size > 1:
+        (finding,) = verdict.findings
+        place = (rows.start or 0, columns.start or 0)
+        assert (finding.argument, finding.index, finding.where) == (
+            "out",
+            place,
+            {"row": place[0], "kv_head": 0, "column": place[1]},
+        )
+        assert f"errors of out in {name} are {each:.3g} times what rounding explains" in finding.message
+        assert f"(mean square {size:.3g} times the limit)" in finding.message
+        assert (finding.count, finding.total) == (200, 200)
+        assert finding.share == pytest.approx(size, rel=1e-6)
+        assert finding.ulps == pytest.approx(each * math.sqrt(13 / 12), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.98, 1.02])
+@pytest.mark.parametrize("lean", [1, -1])
+@pytest.mark.parametrize(("rows", "count", "name"), [(EVERY, 200, "the whole tensor"), (slice(3, 4), 40, "row 3")])
+def test_errors_that_lean_are_found_in_a_row_and_in_the_whole(rows: slice, count: int, name: str, lean: int, size: float) -> None:
+    out = different()
+    each = size * bias_allows(count, count) / count
+    scaled = torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
+    scaled[rows] = (lean * each * torch.sign(out))[rows]
+    verdict = verdict_on(made_up(*off_by(out, scaled)), out)
+    assert verdict.share == pytest.approx(size, rel=1e-6)
+    assert detectors(verdict) == (["bias"] if size > 1 else [])
+    if size > 1:
+        (finding,) = verdict.findings
+        assert (finding.argument, finding.index) == ("out", (rows.start or 0, 0))
+        assert finding.where == {"row": rows.start or 0, "kv_head": 0, "column": 0}
+        assert (
+            f"out is too {'large' if lean > 0 else 'small'} in magnitude throughout {name}: on average {each:.3g} "
+            in finding.message
+        )
+        assert f"{size:.3g} times the limit" in finding.message
+        assert (finding.count, finding.total) == (200, 200)
+        assert finding.share == pytest.approx(size, rel=1e-6)
+
+
+@pytest.mark.parametrize("uncertainty", [0.0, 0.1, 0.2, 0.3, 5.0])
+def test_what_a_certain_value_is_rounded_by_is_no_bias(uncertainty: float) -> None:
+    """A value known to a part of a step is rounded the way it must be; how much of that is left follows the document."""
+    out = different(1)
+    ulp = spacing(out, BF16)
+    value, variance = out - 0.3 * torch.sign(out) * ulp, (uncertainty * ulp) ** 2
+    scaled = 0.3 / math.sqrt(uncertainty**2 + 1 / 12)
+    accident = 1 - math.exp(-2 * math.pi**2 * uncertainty**2)
+    expected = max(scaled**2 / spread_allows(40), 40 * scaled * accident / bias_allows(40, 40))
+    verdict = verdict_on(made_up(value, variance), out)
+    assert verdict.ok
+    assert verdict.share == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("from_tie", "says"), [(0.0, False), (0.9e-5, False), (1.1e-5, True)])
+def test_next_to_a_tie_the_direction_says_nothing(from_tie: float, says: bool) -> None:
+    out = different(1, 60)
+    ulp, offset = spacing(out, BF16), torch.full((1, 60), 0.4, dtype=torch.float64)
+    offset[0, ::6] = 0.5 - from_tie
+    verdict = verdict_on(made_up(out - offset * torch.sign(out) * ulp, ulp**2), out)
+    count = 60 if says else 50
+    lean = float(offset.sum() if says else 20.0) / math.sqrt(13 / 12)
+    assert verdict.share == pytest.approx(lean / bias_allows(count, count), rel=1e-6)
+
+
+def repeated(times: int, columns: int = COLUMNS) -> torch.Tensor:
+    """A row of values that come ``times`` times each, side by side."""
+    return different(1, columns // times).repeat_interleave(times, 1)
+
+
+@pytest.mark.parametrize("size", [0.98, 1.02])
+def test_values_that_repeat_are_one_error(size: float) -> None:
+    """Ten values, four times each: the mean square of their errors scatters as that of ten, and of four in a tile."""
+    out, of_value = repeated(4), alternating(1.0, 1, 10).repeat_interleave(4, 1)
+    whole = verdict_on(made_up(*off_by(out, of_value * math.sqrt(size * spread_allows(10)))), out)
+    assert whole.share == pytest.approx(size, rel=1e-6)
+    assert whole.ok == (size < 1)
+    scaled = torch.zeros(1, COLUMNS, dtype=torch.float64)
+    scaled[:, 16:32] = (of_value * math.sqrt(size * spread_allows(4)))[:, 16:32]
+    tile = verdict_on(made_up(*off_by(out, scaled)), out)
+    assert tile.share == pytest.approx(size, rel=1e-6)
+    leaning = verdict_on(made_up(*off_by(out, torch.sign(out) * size * bias_allows(40, 40 * 4) / 40)), out)
+    assert leaning.share == pytest.approx(size, rel=1e-6)
+    assert leaning.ok == (size < 1)
+
+
+@pytest.mark.parametrize("size", [0.98, 1.02])
+def test_rows_that_repeat_one_another_are_one_error(size: float) -> None:
+    """Five rows of the same values: what is the same down the rows averages out along them only."""
+    out, limit = different(1).expand(ROWS, -1), spread_allows
+    whole = verdict_on(made_up(*off_by(out, alternating(math.sqrt(size * limit(40))))), out)
+    assert whole.share == pytest.approx(size, rel=1e-6)
+    scaled = torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
+    scaled[:, :16] = alternating(math.sqrt(size * limit(16)))[:, :16]
+    assert verdict_on(made_up(*off_by(out, scaled)), out).share == pytest.approx(size, rel=1e-6)
+    # The limit of a row is tighter than that of the tensor here: 200 errors, of which one in five is different.
+    leaning = verdict_on(made_up(*off_by(out, torch.sign(out) * 0.9)), out)
+    assert leaning.share == pytest.approx(max(36 / bias_allows(40, 40), 180 / bias_allows(200, 1000)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("values", "judged_at_all"), [(7, False), (8, True)])
+def test_a_row_of_few_values_says_nothing(values: int, judged_at_all: bool) -> None:
+    out = different(1, values).repeat(1, 6)
+    scaled = alternating(1.0, 1, values).repeat(1, 6) * math.sqrt(2 * spread_allows(values))
+    verdict = verdict_on(made_up(*off_by(out, scaled)), out)
+    assert detectors(verdict) == (["spread"] if judged_at_all else [])
+    assert verdict.share is not None
+    if not judged_at_all:
+        assert 0.5 < verdict.share < 0.9  # what its elements use of their own allowance
+    else:
+        assert verdict.share == pytest.approx(2, rel=1e-6)
+        assert verdict.findings[0].count == values * 6
+
+
+def test_a_row_of_few_values_hides_no_other_row() -> None:
+    out, scaled = different(), torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
+    out[0] = out[0, 0]
+    scaled[3] = alternating(math.sqrt(1.5 * spread_allows(40)))[3]
+    verdict = verdict_on(made_up(*off_by(out, scaled)), out)
+    assert [(finding.detector, finding.index, finding.count) for finding in verdict.findings] == [("spread", (3, 0), 160)]
+
+
+def test_what_is_not_finite_or_was_not_written_is_no_part_of_the_statistics() -> None:
+    """Two elements overflow, and rightly so; two were not written. The others' errors are judged all the same."""
+    out, size = different(), 1.5
+    scaled = alternating(math.sqrt(size * spread_allows(36 + 160)))
+    value, variance = off_by(out, scaled)
+    value[1, :2] = out[1, :2] = math.inf
+    case, found = made_up(value, variance), out.to(BF16)
+    poison(found[1, 2:4])
+    verdict = verdict_on(case, found)
+    assert detectors(verdict) == ["unwritten", "spread"]
+    assert verdict.findings[0].count == 2
+    assert (verdict.findings[1].count, verdict.findings[1].total) == (196, 200)
+    assert verdict.findings[1].share == pytest.approx(size, rel=1e-2)
+
+
+def test_an_exact_zero_leans_to_neither_side() -> None:
+    out = different()
+    value, variance = off_by(out, torch.zeros_like(out))
+    out[1, 3], value[1, 3], variance[1, 3] = 2.0**-10, 0.0, 2.0**-20
+    verdict = verdict_on(made_up(value, variance), out)
+    assert verdict.ok
+    assert verdict.share is not None
+    assert verdict.share < 0.5
+
+
+def test_an_element_of_which_nothing_is_known_is_told_before_one_that_is_too_far_off() -> None:
+    out, scaled = different(), torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
+    scaled[0, 2] = (1.2 * kappa(200) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+    scaled[3, 7] = 1.0
+    value, variance = off_by(out, scaled)
+    variance[3, 7] = math.nan
+    (finding,) = verdict_on(made_up(value, variance), out).findings
+    assert (finding.detector, finding.index, finding.count) == ("element", (3, 7), 2)
+
+
+@pytest.mark.parametrize("size", [0.98, 1.02])
+def test_roundings_that_a_row_shares_make_its_errors_fewer(size: float) -> None:
+    """A row of four independent errors: the row and its tiles may be further off together, and lean more."""
+    rows, few, varied = 40, torch.full((40,), 40.0).double(), torch.full((40,), 40.0).double()
+    few[2], varied[2], out = 4.0, 400.0, different(40)
+
+    def share(scaled: torch.Tensor) -> float | None:
+        verdict = verdict_on(made_up(*off_by(out, scaled), correlation=Correlation(few, varied)), out)
+        assert verdict.ok == (size < 1)
+        return verdict.share
+
+    in_tile, in_short_tile = (1 / (1 / count + 1 / 4 - 1 / 40) for count in (16, 8))
+    for columns, count in ((EVERY, 4.0), (slice(16, 32), in_tile), (slice(32, 40), in_short_tile)):
+        scaled = torch.zeros(rows, COLUMNS, dtype=torch.float64)
+        scaled[2, columns] = alternating(math.sqrt(size * spread_allows(count)))[2, columns]
+        assert share(scaled) == pytest.approx(size, rel=1e-6)
+    scaled = torch.zeros(rows, COLUMNS, dtype=torch.float64)
+    scaled[2] = torch.sign(out[2]) * size * bias_allows(40, 400) / 40
+    assert share(scaled) == pytest.approx(size, rel=1e-6)
+
+
+def test_more_independent_errors_than_values_are_not_believed() -> None:
+    out = repeated(4)
+    many = Correlation(torch.tensor([1e9]).double(), torch.tensor([0.0]).double())
+    scaled = alternating(1.0, 1, 10).repeat_interleave(4, 1) * math.sqrt(0.9 * spread_allows(10))
+    assert verdict_on(made_up(*off_by(out, scaled), correlation=many), out).share == pytest.approx(0.9, rel=1e-6)
+
+
+# -- layers: which errors are independent ---------------------------------------------------------------------------------------
+
+
+class Told(Oracle):
+    """An oracle that is told how many independent errors rows and tiles hold and how much elements vary; notes what is asked."""
+
+    def __init__(
+        self,
+        case: Case,
+        of_rows: list[float],
+        of_tiles: dict[tuple[int, int], float],
+        of_elements: dict[tuple[int, int], float] | None = None,
+    ) -> None:
+        super().__init__(case)
+        self.of_rows, self.of_tiles = torch.tensor(of_rows, dtype=torch.float64), of_tiles
+        self.of_elements = of_elements or {}
+        self.elements: list[tuple[int, int]] = []
+        self.asked: list[object] = []
+
+    def independent_errors(self, argument: str, profile: Profile) -> torch.Tensor:
+        assert (argument, profile.name) == ("out", "only")
+        self.asked.append("rows")
+        return self.of_rows
+
+    def element_variance(self, argument: str, profile: Profile, row: int, column: int) -> float:
+        assert (argument, profile.name) == ("out", "only")
+        self.elements.append((row, column))
+        return self.of_elements.get((row, column), 0.0)
+
+    def independent_in_row(self, argument: str, profile: Profile, row: int) -> float:
+        assert (argument, profile.name) == ("out", "only")
+        self.asked.append(row)
+        return float(self.of_rows[row])
+
+    def independent_in_all_rows(self, argument: str, profile: Profile, columns: slice) -> float:
+        assert (argument, profile.name) == ("out", "only")
+        self.asked.append(("all", columns.start, columns.stop))
+        return float(self.of_rows.sum())
+
+    def independent_in_tile(self, argument: str, profile: Profile, row: int, columns: slice) -> float:
+        assert (argument, profile.name) == ("out", "only")
+        self.asked.append((row, columns.start, columns.stop))
+        return self.of_tiles.get((row, columns.start), 16.0)
+
+
+def layer(scaled: torch.Tensor, of_rows: list[float], of_tiles: dict[tuple[int, int], float]) -> tuple[Verdict, Told]:
+    out = different(*scaled.shape)
+    case = made_up(*off_by(out, scaled), composite=True)
+    oracle = Told(case, of_rows, of_tiles)
+    return verdict_on(case, out, oracle), oracle
+
+
+def tiles_off(rows: int = ROWS, **sizes: float) -> torch.Tensor:
+    """Errors in some tiles, named ``r2t16`` by row and column, of so many times what 16 independent ones may be."""
+    scaled = torch.zeros(rows, 48, dtype=torch.float64)
+    for name, size in sizes.items():
+        row, column = map(int, name[1:].split("t"))
+        scaled[row, column : column + 16] = alternating(math.sqrt(size * spread_allows(16)), 1, 16)
+    return scaled
+
+
+def test_a_layers_errors_may_lean() -> None:
+    out = different()
+    case = made_up(*off_by(out, torch.sign(out) * 1.1), composite=True)
+    assert verdict_on(case, out, Told(case, [40.0] * 5, {})).ok
+
+
+def test_a_layers_errors_are_counted_only_where_they_are_too_large() -> None:
+    verdict, oracle = layer(alternating(1.2), [40.0] * 5, {})
+    assert (verdict.ok, oracle.asked) == (True, [])
+    verdict, oracle = layer(alternating(1.5), [4.0] * 5, {})
+    assert (verdict.ok, oracle.asked) == (True, [("all", 0, 40)])
+    assert verdict.share == pytest.approx(1.5**2 / spread_allows(5 * 16), rel=1e-6)  # now a column of tiles is worst
+    verdict, oracle = layer(alternating(1.5), [40.0] * 5, {})
+    assert (detectors(verdict), oracle.asked) == (["spread"], [("all", 0, 40)])
+
+
+def test_rows_that_share_their_errors_are_looked_at_together() -> None:
+    """Sixteen tiles one above the other, each within its limit: of one token's rows in layer after layer they are one error."""
+    errors = torch.zeros(16, 48, dtype=torch.float64)
+    errors[:, 16:32] = alternating(1.5, 16, 16)
+    verdict, oracle = layer(errors, [48.0] * 16, {})
+    assert [(finding.detector, finding.index) for finding in verdict.findings] == [("spread", (0, 16))]
+    assert oracle.asked == [("all", 16, 32)]
+    verdict, oracle = layer(errors, [1.0] * 16, {})
+    assert (verdict.ok, oracle.asked) == (True, [("all", 16, 32)])
+
+
+def test_a_layer_that_is_wrong_anyway_is_told_with_its_spread_and_not_counted() -> None:
+    scaled = alternating(1.5)
+    scaled[0, 0] = 20.0
+    verdict, oracle = layer(scaled, [4.0] * 5, {})
+    assert (detectors(verdict), oracle.asked) == (["element", "spread"], [])
+
+
+def test_a_tile_that_few_roundings_steer_is_looked_at_by_itself() -> None:
+    """Three independent errors, not sixteen, explain it; where the answer is sixteen or twelve, it is a finding."""
+    errors = tiles_off(r2t16=1.3)
+    verdict, oracle = layer(errors, [48.0] * 5, {(2, 16): 3.0})
+    assert verdict.ok
+    assert verdict.share == pytest.approx(1.3 * spread_allows(16) / 3 / spread_allows(48), rel=1e-6)  # now the row is worst
+    assert oracle.asked == [2, (2, 16, 32)]
+    for count in (16.0, 12.0):
+        verdict, oracle = layer(errors, [48.0] * 5, {(2, 16): count})
+        assert [(finding.detector, finding.index) for finding in verdict.findings] == [("spread", (2, 16))]
+        assert verdict.share == pytest.approx(1.3 * spread_allows(16) / spread_allows(count), rel=1e-6)
+        assert oracle.asked == [2, (2, 16, 32)]
+    # What the row's errors share was counted before: a tile is never told to have more independent ones than it was thought to.
+    verdict, oracle = layer(tiles_off(r2t16=2.0), [48.0, 48.0, 8.0, 48.0, 48.0], {(2, 16): 1e6})
+    assert verdict.share == pytest.approx(2 * spread_allows(16) / spread_allows(1 / (1 / 16 + 1 / 8 - 1 / 48)), rel=1e-6)
+
+
+def test_tiles_are_looked_at_one_by_one_from_the_worst_on() -> None:
+    errors = tiles_off(r2t16=1.3, r4t32=1.2, r0t0=1.1)
+    explained = {(2, 16): 3.0, (4, 32): 3.0, (0, 0): 3.0}
+    verdict, oracle = layer(errors, [48.0] * 5, explained)
+    assert (verdict.ok, oracle.asked) == (True, [2, (2, 16, 32), 4, (4, 32, 48), 0, (0, 0, 16)])
+    del explained[(4, 32)]
+    verdict, oracle = layer(errors, [48.0] * 5, explained)
+    assert [(finding.detector, finding.index) for finding in verdict.findings] == [("spread", (4, 32))]
+    assert oracle.asked == [2, (2, 16, 32), 4, (4, 32, 48)]
+
+
+def test_a_tile_that_nothing_could_explain_is_not_looked_at() -> None:
+    """Two independent errors are the fewest: they may be 4.6 times as large as sixteen."""
+    (limit_of_two,) = spread_limit(torch.tensor([2.0], dtype=torch.float64)).tolist()
+    assert limit_of_two == pytest.approx(4.6 * spread_allows(16), rel=0.02)
+    out = different(ROWS, 48)
+    for size, asked in ((4.6, [2, (2, 16, 32)]), (4.8, [])):
+        scaled = tiles_off(r2t16=size)
+        value, variance = off_by(out, scaled, 3.0)
+        case = made_up(value, variance, composite=True)
+        oracle = Told(case, [1e3] * 5, {(2, 16): 1.0})
+        verdict = verdict_on(case, out, oracle)
+        assert oracle.asked == asked
+        assert "element" not in detectors(verdict)
+
+
+@pytest.mark.parametrize(("wrong", "looks", "ok"), [(4, 8, True), (8, 17, True), (9, 17, False)])
+def test_only_so_many_rows_and_tiles_are_looked_at_by_themselves(wrong: int, looks: int, ok: bool) -> None:
+    """Eight rows and tiles before all rows are counted together, and eight after that."""
+    places = [(4 * number, 16 * (number % 3)) for number in range(wrong)]
+    errors = tiles_off(40, **{f"r{row}t{tile}": 1.5 - 0.01 * number for number, (row, tile) in enumerate(places)})
+    verdict, oracle = layer(errors, [48.0] * 40, dict.fromkeys(places, 2.0))
+    assert (verdict.ok, len(oracle.asked)) == (ok, looks)
+    assert ("rows" in oracle.asked) == (looks > 8)
+    if not ok:
+        assert verdict.findings[0].index == places[8]
+
+
+@pytest.mark.parametrize("composite", [True, False])
+@pytest.mark.parametrize(("many", "asked"), [(1, True), (16, True), (17, False)])
+def test_a_few_elements_of_a_layer_may_vary_by_more_than_the_model_says(many: int, asked: bool, composite: bool) -> None:
+    """Where few roundings steer a row, their own effects tell how far an element may be off; many elements are just wrong."""
+    out, scaled = different(40, 48), torch.zeros(40, 48, dtype=torch.float64)
+    places = [(2 * number, (16 * number + number) % 48) for number in range(many)]
+    for row, column in places:
+        scaled[row, column] = (1.2 * kappa(40 * 48) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+    value, variance = off_by(out, scaled)
+    case = made_up(value, variance, composite=composite)
+    more = {place: float(variance[place]) * (1.2 / 0.95) ** 2 for place in places}
+    for explained in (more, {}):
+        oracle = Told(case, [48.0] * 40, {}, explained)
+        verdict = verdict_on(case, out, oracle)
+        helped = bool(explained) and asked and composite
+        assert oracle.elements == (places if asked and composite else [])
+        assert verdict.share == pytest.approx(0.95 if helped else 1.2, rel=1e-6)
+        assert [(finding.detector, finding.count) for finding in verdict.findings] == ([] if helped else [("element", many)])
+
+
+def test_one_element_that_is_explained_explains_no_other() -> None:
+    out, scaled = different(40, 48), torch.zeros(40, 48, dtype=torch.float64)
+    scaled[3, 5] = scaled[8, 40] = (1.2 * kappa(40 * 48) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+    value, variance = off_by(out, scaled)
+    case = made_up(value, variance, composite=True)
+    verdict = verdict_on(case, out, Told(case, [48.0] * 40, {}, {(3, 5): 1e3 * float(variance[3, 5])}))
+    assert [(finding.detector, finding.index, finding.count) for finding in verdict.findings] == [("element", (8, 40), 1)]
+
+
+# -- how many independent errors there are --------------------------------------------------------------------------------------
+
+
+def independent(effects: torch.Tensor, deviations: torch.Tensor | None = None, rows: int = 2) -> tuple[torch.Tensor, Oracle]:
+    """Per row, of outputs that bf16 roundings of ones move by ``effects [roundings, columns]``: what the judge counts."""
+    value = torch.full((rows, effects.shape[1]), 1.5, dtype=torch.float64)
+    variance = torch.zeros_like(value) if deviations is None else (deviations**2).expand_as(value).clone()
+
+    def reference(arithmetic: Arithmetic) -> torch.Tensor:
+        return arithmetic.round(torch.ones(rows, len(effects))) @ effects.float()
+
+    case = made_up(value, variance, composite=True, reference=reference)
+    oracle = Oracle(case)
+    return oracle.independent_errors("out", case.stage.profiles[0]), oracle
+
+
+def in_groups(size: int, columns: int = 64) -> torch.Tensor:
+    """Each rounding moves ``size`` columns by the same."""
+    return torch.eye(columns // size).repeat_interleave(size, 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 64])
+def test_errors_are_as_many_as_the_roundings_that_cause_them(size: int) -> None:
+    found, oracle = independent(in_groups(size), rows=16)
+    assert found.shape == (16,)
+    # Eight random directions tell it to about a quarter, sixteen rows of them better.
+    assert float(found.log().mean().exp()) == pytest.approx(64 // size, rel=0.3)
+    tiles = [oracle.independent_in_tile("out", oracle.case.stage.profiles[0], row, slice(16, 32)) for row in range(16)]
+    assert torch.tensor(tiles).log().mean().exp().item() == pytest.approx(max(1, 16 // size), rel=0.15)
+    assert min(tiles) >= 1
+
+
+def test_a_tile_may_hold_fewer_errors_than_its_row_has_room_for() -> None:
+    effects = in_groups(1)
+    effects[16:32, 16:32] = 0
+    effects[16, 16:32] = 1
+    found, oracle = independent(effects)
+    profile = oracle.case.stage.profiles[0]
+    assert bool((found > 5).all())
+    assert oracle.independent_in_tile("out", profile, 1, slice(16, 32)) == pytest.approx(1, abs=0.2)
+    assert oracle.independent_in_tile("out", profile, 1, slice(0, 16)) > 8
+
+
+def test_an_error_counts_by_how_far_the_element_may_be_off() -> None:
+    """One rounding moves half of the columns by much; but what is uncertain by more still is hardly moved by it."""
+    effects = torch.cat([in_groups(1, 32), torch.zeros(32, 32)], 1)
+    effects[0, 32:] = 3.0
+    deviations = torch.cat([torch.zeros(32), torch.full((32,), 10.0)]).double()
+    certain, _ = independent(effects, rows=16)
+    found, _ = independent(effects, deviations, rows=16)
+    assert float(certain.log().mean().exp()) < 2
+    assert float(found.log().mean().exp()) == pytest.approx(32, rel=0.2)
+
+
+def test_how_many_errors_there_are_does_not_depend_on_their_size() -> None:
+    plain, _ = independent(in_groups(2))
+    small, _ = independent(in_groups(2), torch.full((64,), 1e3).double())
+    assert torch.allclose(plain, small, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [0, 2])
+def test_an_element_varies_by_the_roundings_that_reach_it(heads: int) -> None:
+    effects = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    value = torch.full((4, 30), 1.5, dtype=torch.float64)
+
+    def reference(arithmetic: Arithmetic) -> torch.Tensor:
+        unused = arithmetic.round(torch.ones(4, 3))
+        assert unused.shape == (4, 3)
+        return arithmetic.round(2 * torch.ones(4, 20)) @ effects * torch.arange(1.0, 5.0).unsqueeze(1)
+
+    case = made_up(value, torch.ones_like(value), composite=True, reference=reference, heads=heads)
+    oracle = Oracle(case)
+    for row, column in ((0, 0), (1, 7), (3, 29)):
+        # A step of bf16 at 2 is 2**-6.
+        expected = float(effects[:, column].double().square().sum()) * (row + 1) ** 2 * 2.0**-12 / 12
+        assert oracle.element_variance("out", case.stage.profiles[0], row, column) == pytest.approx(expected, rel=1e-5)
+
+
+def test_counting_errors_neither_uses_nor_changes_the_global_random_numbers() -> None:
+    """The same run gets the same verdict, whatever was drawn before."""
+    counts = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.random.get_rng_state()
+        found, oracle = independent(in_groups(2))
+        tile = oracle.independent_in_tile("out", oracle.case.stage.profiles[0], 1, slice(16, 32))
+        assert torch.equal(torch.random.get_rng_state(), state)
+        counts.append([*found.tolist(), tile])
+    assert counts[0] == counts[1]
+
+
+def of_tokens(groups: list[int], sequences: list[int], owned: dict[int, float], heads: int = 0) -> torch.Tensor:
+    """Errors per row of tokens whose roundings move so many columns each; some sequences have one of their own that moves all.
+
+    Sequences take turns at their own roundings in the order of ``owned``.
+    """
+    effects = torch.stack([torch.cat([in_groups(size), torch.zeros(64 - 64 // size, 64)]) for size in groups])
+    of_row = torch.tensor(sequences).repeat_interleave(max(1, heads))
+
+    def reference(arithmetic: Arithmetic) -> torch.Tensor:
+        shared = arithmetic.round(torch.ones(len(sequences), len(groups) // len(sequences) * 64))
+        result = torch.einsum("rk,rkc->rc", shared.reshape(len(groups), 64), effects)
+        for sequence, size in owned.items():
+            own = arithmetic.optional(torch.ones(1), "owned", sequence)
+            result = result + size * own * (of_row == sequence).unsqueeze(1)
+        return result
+
+    value = torch.full((len(groups), 64), 1.5, dtype=torch.float64)
+    case = made_up(value, torch.zeros_like(value), composite=True, reference=reference, sequences=sequences, heads=heads)
+    return Oracle(case).independent_errors("out", case.stage.profiles[0])
+
+
+def close_to(found: torch.Tensor, expected: list[float]) -> bool:
+    """Within a factor of two: a row's count is told to a quarter or so."""
+    ratio = found / torch.tensor(expected)
+    return bool(((ratio > 0.5) & (ratio < 2)).all())
+
+
+@pytest.mark.parametrize("sequences", [[0, 0, 0, 1, 1, 2], [2, 2, 0, 1, 1, 1], [1, 0, 2, 1, 0, 1]])
+def test_tokens_of_a_sequence_are_counted_each_by_itself(sequences: list[int]) -> None:
+    """A row of every sequence at a time; those of one sequence must not be mixed."""
+    assert close_to(of_tokens([1, 64, 8, 64, 1, 8], sequences, {}), [64, 1, 8, 1, 64, 8])
+
+
+@pytest.mark.parametrize("owned", [{0: 8.0, 1: 0.0}, {1: 0.0, 0: 8.0}, {1: 8.0, 0: 0.0}, {0: 0.0, 1: 8.0}])
+def test_a_rounding_of_one_sequence_is_shared_by_its_rows_alone(owned: dict[int, float]) -> None:
+    sequences = [0, 0, 0, 1, 1, 1, 1]
+    shared = {sequence for sequence, size in owned.items() if size}
+    expected = [1.0 if sequence in shared else 64.0 for sequence in sequences]
+    assert close_to(of_tokens([1] * 7, sequences, owned), expected)
+
+
+def test_cache_rows_stand_by_token_and_head() -> None:
+    assert close_to(of_tokens([1, 64, 64, 1, 8, 1], [0, 1, 2], {}, heads=2), [64, 1, 1, 64, 8, 64])
+
+
+# -- findings say where and what ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("causes", "told"), [([], ""), (["one"], ". Cause: one"), (["one", "two"], ". Cause: one; two")])
+def test_the_causes_are_told_with_the_first_finding_and_no_finding_is_lost(causes: list[str], told: str) -> None:
+    out, scaled = different(), alternating(2.0)
+    scaled[0, 0] = 20.0
+    value, variance = off_by(out, scaled)
+    found = out.to(BF16)
+    found[4, 7] = math.nan
+    plain, verdict = (verdict_on(made_up(value, variance, causes=given), found) for given in (None, causes))
+    assert detectors(verdict) == detectors(plain) == ["not_finite", "element", "spread"]
+    assert verdict.findings[0].message == plain.findings[0].message + told
+    assert verdict.findings[1:] == plain.findings[1:]
+
+
+def test_a_run_that_failed_somewhere_unknown_is_told_without_a_place(norm_case: Case) -> None:
+    assert judge(norm_case, Outcome("crashed", message="what happened")).findings[0].message == "what happened"
+
+
+def test_the_first_guilty_pass_is_told() -> None:
+    def differs(compiler_pass: str, count: int) -> PassDifference:
+        return PassDifference(compiler_pass, "f", "y", "", 1.0, count, 10, f"{compiler_pass} changed {count}")
+
+    case = make_case(CaseKey.parse("rms_norm:tiny:B=2:normal:1"))
+    found: list[Finding] = []
+    for passes in (["Pass_05"], ["Pass_07", "Pass_05", "Pass_07", "Pass_09", "Pass_05"]):
+        differences = tuple(differs(name, number + 1) for number, name in enumerate(passes))
+        outcome = Outcome("ok", outputs=perfect(case), pass_differences=differences, passes_compared=33)
+        found += judge(case, outcome).findings
+    assert [(finding.detector, finding.count, finding.total) for finding in found] == [
+        ("compiler_pass", 1, 10),
+        ("compiler_pass", 2, 10),
+    ]
+    assert found[0].message == "Pass_05 changed 1 (1 of 33 comparisons differ)"
+    assert found[1].message == "Pass_05 changed 2 (5 of 33 comparisons differ; so do 2 later passes)"
+
+
+def test_changed_inputs_and_guards_are_told_by_argument(norm_case: Case) -> None:
+    outcome = Outcome("ok", outputs=perfect(norm_case), changed_inputs={"x": 2}, guard_damage={"out": "1 elements past the end"})
+    changed, damaged = judge(norm_case, outcome).findings
+    assert changed == Finding("changed_input", "x is an input, and 2 of its elements changed", "x", count=2)
+    assert damaged == Finding("out_of_bounds", "memory next to out was overwritten: 1 elements past the end", "out")
+
+
+def test_rows_that_had_to_keep_their_contents_are_counted_and_the_first_is_named(cache_case: Case) -> None:
+    outputs, dims = perfect(cache_case), cache_case.dims
+    before = cache_case.inputs["v_cache"]
+    finite = [row for row in range(len(before)) if same_bits(outputs["v_cache"][row], before[row])]
+    bits(outputs["v_cache"])[finite[9], 5] ^= 1
+    bits(outputs["v_cache"])[finite[7], 11:13] ^= 1
+    (finding,) = judged(cache_case, outputs).findings
+    slot, offset = divmod(finite[7], dims.BS)
+    page, head = divmod(slot, dims.NKV)
+    where = {"layer": 0, "page": page, "kv_head": head, "offset": offset, "lane": 11}
+    assert (finding.detector, finding.argument, finding.index) == ("out_of_bounds", "v_cache", (finite[7], 11))
+    assert (finding.where, finding.count, finding.total) == (where, 2, len(before))
+    assert finding.message == (
+        "2 rows of v_cache that must keep their contents changed, the first at "
+        f"layer 0, page {page}, kv head {head}, offset {offset}, lane 11"
+    )
+
+
+# -- which profile explains a run -----------------------------------------------------------------------------------------------
+
+
+def one_of(shares: dict[str, list[float]], out: torch.Tensor) -> Case:
+    """A case of a stage whose profiles leave the first elements of the rows of ``out`` at these shares of their allowance."""
+    case = made_up(out, torch.ones_like(out))
+    estimates = {}
+    for name, of_rows in shares.items():
+        scaled = torch.zeros_like(out)
+        for row, share in enumerate(of_rows):
+            scaled[row, 0] = (share * kappa(out.numel()) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+        value, variance = off_by(out, scaled)
+        estimates[name] = {"out": Bounds(value, variance, torch.full_like(value, math.inf))}
+    stage = dataclasses.replace(
+        case.stage,
+        profiles=tuple(Profile(name) for name in shares),
+        error_model=lambda inputs, dims, profile: estimates[profile.name],
+    )
+    return dataclasses.replace(case, stage=stage)
+
+
+#: From the worst explanation to the best: two kinds of finding, one element more, a larger share of one element.
+EXPLANATIONS = {"two findings": [3.0], "two elements": [1.05, 1.05], "far off": [1.2], "a little off": [1.1]}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(EXPLANATIONS, 3)), ids=", ".join)
+def test_findings_are_those_of_the_profile_that_explains_most(order: tuple[str, ...]) -> None:
+    out = different()
+    verdict = verdict_on(one_of({name: EXPLANATIONS[name] for name in order}, out), out)
+    expected = max(order, key=list(EXPLANATIONS).index)
+    assert verdict.profile == expected
+    assert verdict.share == pytest.approx(EXPLANATIONS[expected][0], rel=1e-6)
+    assert verdict.shares == {"out": verdict.share}
+    assert detectors(verdict) == ["element"]
+    assert verdict.findings[0].count == len(EXPLANATIONS[expected])
+
+
+def test_two_kinds_of_finding_are_a_worse_explanation() -> None:
+    out = different()
+    assert detectors(verdict_on(one_of({"only": EXPLANATIONS["two findings"]}, out), out)) == ["element", "spread"]
+
+
+def test_the_first_profile_that_explains_a_run_is_told() -> None:
+    out = different()
+    case = one_of({"no": [1.1], "yes": [0.9], "better": [0.5]}, out)
+    verdict = verdict_on(case, out)
+    assert (verdict.ok, verdict.profile) == (True, "yes")
+    assert verdict.share == pytest.approx(0.9, rel=1e-6)
+    outcome = Outcome("ok", outputs={"out": out.to(BF16)})
+    declared = judge(case, outcome, profile="better")
+    assert (declared.ok, declared.profile) == (True, "better")
+    assert declared.share == pytest.approx(0.5, rel=1e-6)
+    assert detectors(judge(case, outcome, profile="no")) == ["element"]
+
+
+def test_an_oracle_computes_what_a_profile_allows_once() -> None:
+    out, asked = different(), []
+    case = one_of({"a": [0.1], "b": [0.2]}, out)
+    model = case.stage.error_model
+
+    def counted(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
+        asked.append(profile.name)
+        return model(inputs, dims, profile)
+
+    case = dataclasses.replace(case, stage=dataclasses.replace(case.stage, error_model=counted))
+    oracle = Oracle(case)
+    for _ in range(2):
+        assert verdict_on(case, out, oracle).ok
+        assert judge(case, Outcome("ok", outputs={"out": out.to(BF16)}), profile="b", oracle=oracle).profile == "b"
+    assert asked == ["a", "b"]
+
+
+def test_a_run_that_only_compiled_has_findings_and_no_share(norm_case: Case) -> None:
+    assert judge(norm_case, Outcome("ok")) == Verdict()
+    verdict = judge(norm_case, Outcome("ok", changed_inputs={"x": 1}, guard_damage={"out": "before"}))
+    assert (detectors(verdict), verdict.share, verdict.profile) == (["changed_input", "out_of_bounds"], None, None)
+
+
+def test_a_lane_that_cannot_run_is_no_verdict(norm_case: Case) -> None:
+    with pytest.raises(UnavailableError, match=r"^the lane cannot run here: no card$"):
+        judge(norm_case, Outcome("unavailable", message="no card"))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_callers_settings_are_as_before_and_do_not_matter(gradients: bool, norm_case: Case) -> None:
+    """An unavailable lane raises: also then."""
+    case = make_case(CaseKey.parse(f"{PREFILL}:normal:2"))
+    outputs = rounded_everywhere(case)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch.inference_mode(not gradients):
+            assert judged(case, outputs).ok
+            with pytest.raises(UnavailableError):
+                judge(norm_case, Outcome("unavailable"))
+            assert torch.is_grad_enabled() == gradients
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("allowed", "used"), [(True, "1.2 times its allowance"), (False, "where no error is allowed")])
+def test_an_element_is_told_with_both_values_and_what_it_uses(allowed: bool, used: str) -> None:
+    out, scaled = different(), torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
+    out[3, 2] = -1.5
+    scaled[3, 2] = (1.2 * kappa(200) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+    value, variance = off_by(out, scaled)
+    limit = torch.full_like(value, math.inf)
+    if not allowed:
+        limit[3, 2] = 0.0
+    verdict = verdict_on(made_up(value, variance, worst=limit), out)
+    (finding,) = verdict.findings
+    ulps = float(scaled[3, 2]) * math.sqrt(13 / 12)
+    assert finding.message == (
+        f"out[3, 2] is -1.5, expected {float(value[3, 2]):.6g}: {ulps:.3g} ulp off, {used}; 1 of 200 elements, in 1 of 5 rows"
+    )
+    assert (finding.detector, finding.argument, finding.index) == ("element", "out", (3, 2))
+    assert (finding.where, finding.count, finding.total) == ({"row": 3, "kv_head": 0, "column": 2}, 1, 200)
+    assert finding.ulps == pytest.approx(ulps, rel=1e-6)
+    assert finding.share == (pytest.approx(1.2, rel=1e-6) if allowed else math.inf)
+
+
+@pytest.mark.parametrize(("element", "spread", "bias"), [(0.5, 0.4, 0.3), (0.4, 0.7, 0.3), (0.3, 0.4, 0.9)])
+def test_the_share_of_a_run_is_the_largest_of_its_tests(element: float, spread: float, bias: float) -> None:
+    out = different()
+    lean = bias * bias_allows(160, 200) / 160  # of all rows but one, so that no row leans by as much
+    scaled = alternating(math.sqrt(spread * spread_allows(200) - lean**2)) + lean * torch.sign(out)
+    scaled[0] = alternating(math.sqrt(spread * spread_allows(200)))[0]
+    scaled[0, 0] = (element * kappa(200) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+    verdict = verdict_on(made_up(*off_by(out, scaled)), out)
+    assert verdict.ok
+    assert verdict.share == pytest.approx(max(element, spread, bias), rel=0.1)
+
+
+PATTERNS = {
+    "all 200 elements": [(row, column) for row in range(5) for column in range(40)],
+    "5 of 200 elements: every row, columns 7": [(row, 7) for row in range(5)],
+    "10 of 200 elements: every row, columns 7..8": [(row, column) for row in range(5) for column in (7, 8)],
+    "40 of 200 elements: rows 3": [(3, column) for column in range(40)],
+    "120 of 200 elements: rows 0..1, 3": [(row, column) for row in (0, 1, 3) for column in range(40)],
+    "4 of 200 elements: rows 2, columns 1, 3, 5, 7": [(2, column) for column in (1, 3, 5, 7)],
+    "6 of 200 elements: rows 2, columns 1, 3, 5, 7 and 2 more": [(2, column) for column in (1, 3, 5, 7, 9, 11)],
+    "1 of 200 elements, in 1 of 5 rows": [(4, 39)],
+    "3 of 200 elements, in 2 of 5 rows": [(0, 0), (0, 1), (4, 0)],
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_what_was_not_written_is_told_by_its_shape(pattern: str) -> None:
+    out = different().to(BF16)
+    for row, column in PATTERNS[pattern]:
+        poison(out[row, column : column + 1])
+    case = made_up(out.double().nan_to_num(1.0), torch.ones(ROWS, COLUMNS, dtype=torch.float64))
+    (finding,) = verdict_on(case, out).findings
+    row, column = PATTERNS[pattern][0]
+    place = f"row {row}, kv head 0, column {column}"
+    assert finding.message == f"out was not written: {pattern}, the first at out[{row}, {column}] ({place})"
+    assert (finding.detector, finding.index) == ("unwritten", (row, column))
+    assert (finding.count, finding.total) == (len(PATTERNS[pattern]), 200)
+
+
+def test_a_single_row_has_no_pattern_of_rows() -> None:
+    out = different(1).to(BF16)
+    poison(out[0, 3:4])
+    poison(out[0, 9:10])
+    case = made_up(different(1), torch.ones(1, COLUMNS, dtype=torch.float64))
+    message = verdict_on(case, out).findings[0].message
+    assert message.startswith("out was not written: 2 of 40 elements: every row, columns 3, 9, ")
+    out[0, 9] = 1.0
+    assert "out was not written: 1 of 40 elements, the first at " in verdict_on(case, out).findings[0].message
+    two = different(2).to(BF16)
+    poison(two[1, 3:4])
+    case = made_up(different(2), torch.ones(2, COLUMNS, dtype=torch.float64))
+    assert "out was not written: 1 of 80 elements, in 1 of 2 rows, the first at " in verdict_on(case, two).findings[0].message
+
+
+def test_an_output_that_was_not_written_at_all_has_no_share(projection_case: Case) -> None:
+    outputs = perfect(projection_case)
+    poison(outputs["k"])
+    verdict = judged(projection_case, outputs)
+    assert detectors(verdict) == ["unwritten"]
+    assert sorted(verdict.shares) == ["q", "v"]
+
+
+def test_one_output_in_one_word_and_the_others_by_their_elements(projection_case: Case) -> None:
+    outputs = perfect(projection_case)
+    outputs["q"].zero_()
+    outputs["k"][1, 5] = 1e3
+    outputs["k"][0, 7] = math.nan
+    verdict = judged(projection_case, outputs)
+    assert [(finding.detector, finding.argument) for finding in verdict.findings] == [
+        ("all_zeros", "q"),
+        ("not_finite", "k"),
+        ("element", "k"),
+    ]
+    size = outputs["q"].numel()
+    assert verdict.findings[0] == Finding("all_zeros", "q is all zeros", "q", (0, 0), count=size, total=size)
+
+
+def test_a_copy_is_told_with_its_extent(norm_case: Case) -> None:
+    (finding,) = judged(norm_case, {"out": norm_case.inputs["x"].clone()}).findings
+    assert finding == Finding("echo", "out only repeats x", "out", (0, 0), count=5 * 256, total=5 * 256)
+    almost = norm_case.inputs["x"].clone()
+    almost[4, 255] += 1
+    assert "echo" not in detectors(judged(norm_case, {"out": almost}))
+
+
+def test_a_cache_row_that_already_held_its_new_contents_is_not_stale(cache_case: Case) -> None:
+    outputs = perfect(cache_case)
+    rows = Oracle(cache_case).bounds(cache_case.stage.profiles[0])["k_cache"].rows
+    assert rows is not None
+    cache_case.inputs["k_cache"][rows[2]] = outputs["k_cache"][rows[2]]
+    assert judged(cache_case, outputs).ok
+    outputs["k_cache"][rows[1]] = cache_case.inputs["k_cache"][rows[1]]
+    (finding,) = judged(cache_case, outputs).findings
+    width, total = cache_case.dims.D, len(rows) * cache_case.dims.D
+    assert (finding.detector, finding.index, finding.count, finding.total) == ("stale_row", (int(rows[1]), 0), width, total)
+    assert finding.message.startswith(
+        f"k_cache still holds what it held before the run: {width} of {total} elements: rows {int(rows[1])}, the first"
+    )
+
+
+def test_an_infinity_that_the_oracle_has_is_agreement_in_fp32_too() -> None:
+    value = torch.tensor([[math.inf, -math.inf, math.nan, 1.0]], dtype=torch.float64)
+    case = made_up(value, torch.ones_like(value), dtype=torch.float32)
+    assert verdict_on(case, value).ok
+    for place, wrong in ((0, -math.inf), (1, math.nan), (2, math.inf), (3, math.nan), (3, math.inf)):
+        found = value.clone()
+        found[0, place] = wrong
+        (finding,) = verdict_on(case, found).findings
+        assert (finding.detector, finding.index, finding.count) == ("not_finite", (0, place), 1)
