@@ -88,10 +88,14 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class Correlation:
-    """Per row: how many independent errors its elements share, and the variance of the signed sum of its scaled errors."""
+    """Per row: how many independent errors its elements share, and the variance of the signed sum of its scaled errors.
+
+    ``head_variance [rows, NH]`` is the variance of the signed sum of each head.
+    """
 
     independent: torch.Tensor
     sum_variance: torch.Tensor
+    head_variance: torch.Tensor | None = None
 
 
 def exact(value: torch.Tensor) -> Bounds:
@@ -319,9 +323,8 @@ def attention(
         parts.append(_attention_of_one(query[index], keys[index], values[index], length, scale, profile, new, want_correlation))
     correlation = None
     if want_correlation and profile.makes("probabilities"):
-        sums = torch.stack([part[1] for part in parts])
-        squares = torch.stack([part[2] for part in parts])
-        correlation = Correlation((sums**2 / squares.clamp_min(1e-300)).clamp_min(1), sums)
+        sums, squares, of_heads = (torch.stack(column) for column in list(zip(*parts, strict=True))[1:])
+        correlation = Correlation((sums**2 / squares.clamp_min(1e-300)).clamp_min(1), sums, of_heads)
     stacked = [torch.stack([getattr(part[0], name) for part in parts]) for name in ("value", "variance", "worst")]
     return Bounds(stacked[0], stacked[1], stacked[2], correlation=correlation)
 
@@ -335,7 +338,7 @@ def _attention_of_one(
     profile: Profile,
     new: NewRows | None,
     want_correlation: bool,
-) -> tuple[Bounds, torch.Tensor, torch.Tensor]:
+) -> tuple[Bounds, torch.Tensor, torch.Tensor, torch.Tensor]:
     kv_heads, head_dim = keys.shape[0], keys.shape[-1]
     grouped = query.reshape(kv_heads, -1, head_dim)  # [NKV, G, D]
     q = grouped.value
@@ -379,6 +382,7 @@ def _attention_of_one(
     variance += underflow**2
     worst += underflow
     sum_variance = square_sum = torch.zeros((), dtype=torch.float64)
+    head_variance = torch.zeros(query.value.shape[0], dtype=torch.float64)
     if profile.makes("probabilities") and length > 1:  # the probability of a lone key is 1, which no rounding changes
         from_rounded = profile.makes("denominator_of_rounded") and not profile.modelled
         signed = (v.unsqueeze(1) - o.unsqueeze(2)) if from_rounded else v.unsqueeze(1)
@@ -396,7 +400,9 @@ def _attention_of_one(
             own = weight**2 * ulp_variance
             sum_variance = shared.sum() + own.sum()
             square_sum = (shared**2).sum() + (own**2).sum()
-    return Bounds(o, variance, worst).reshape(query.value.shape[0], head_dim), sum_variance, square_sum
+            of_heads = bins.sum_of_heads(bins.squared(pull)).flatten() * PROBABILITY_VARIANCE
+            head_variance = of_heads + own.flatten(0, 1).sum(-1)
+    return Bounds(o, variance, worst).reshape(query.value.shape[0], head_dim), sum_variance, square_sum, head_variance
 
 
 @dataclasses.dataclass(frozen=True)

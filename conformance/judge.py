@@ -712,6 +712,10 @@ class _Statistics:
         # Values that agree in magnitude to 12 bits are rounded alike: their errors are one and the same.
         magnitudes = flat.value.abs().view(torch.int64) >> 40
         self.distinct = _count_distinct(magnitudes)
+        # One head if a row is not made of them.
+        lanes = case.dims.D if part.argument.shape.endswith("*D") else magnitudes.shape[1]
+        self.heads = magnitudes.shape[1] // lanes
+        self.distinct_in_head = _count_distinct(magnitudes.view(len(magnitudes), self.heads, lanes))
         padded = torch.nn.functional.pad(magnitudes, (0, -magnitudes.shape[1] % TILE), value=-1)
         self.distinct_in_tile = _count_distinct(padded.view(len(magnitudes), -1, TILE))
         # So are those of rows that repeat one another: per column, which part of the values down the rows are different.
@@ -849,7 +853,11 @@ class _Statistics:
         return best
 
     def bias(self, result: _Numeric) -> float:
-        """The signed sum of scaled errors, for each row and the tensor: truncation, or a factor that is slightly off."""
+        """The signed sum of scaled errors, for each row and the tensor: truncation, or a factor that is slightly off.
+
+        Also the squares of those of the heads: a factor that is off in each head by another amount, a denominator of softmax
+        that was rounded, makes some too large and others too small, and a row as a whole neither.
+        """
         offset = rounded(self.value, self.part.argument.dtype) - self.value
         tie = (offset.abs() - self.ulp / 2).abs() < TIE_ULPS * self.ulp
         counted = self.counted & ~tie
@@ -872,7 +880,10 @@ class _Statistics:
         share = torch.where(limits > 0, sums.abs() / limits.clamp_min(1e-300), torch.zeros_like(sums))
         worst = int(share.argmax())
         amount = float(share[worst])
-        if amount > 1:
+        of_heads, head = self._lean_of_heads(signed, counted, variance) if self.heads > 1 else (0.0, 0)
+        if of_heads > max(amount, 1):
+            self._found_lean_of_heads(of_heads, head, counted, result)
+        elif amount > 1:
             argument = self.part.argument
             row = worst if worst < len(counts) else None
             index = self.part.index((row or 0) * self.value.shape[1])
@@ -893,7 +904,44 @@ class _Statistics:
                     total=counted.numel(),
                 )
             )
-        return amount
+        return max(amount, of_heads)
+
+    def _lean_of_heads(self, signed: torch.Tensor, counted: torch.Tensor, row_variance: torch.Tensor) -> tuple[float, int]:
+        """The mean square of the heads' signed sums, each over its deviation, as a share of its limit; and the worst head."""
+        by_head = len(signed), self.heads, -1
+        counts = counted.view(by_head).sum(-1).double()
+        variance = counts * (counts / torch.minimum(self.distinct_in_head.double(), counts).clamp_min(1))
+        correlation = self.estimate.correlation
+        if correlation is not None and correlation.head_variance is not None:
+            variance = torch.maximum(variance, correlation.head_variance)
+        lean = (signed.view(by_head).sum(-1).abs() - BIAS_SLACK * counts).clamp_min(0)
+        some = counts > 0
+        square = torch.where(some, lean**2 / variance.clamp_min(1e-300), 0.0)
+        # Heads whose errors are one and the same make their row's sum vary by more than theirs add up to.
+        together = (row_variance / torch.where(some, variance, 0.0).sum(1).clamp_min(1e-300)).clamp_min(1)
+        independent = (some.sum(1) / together).sum() * self.different_rows.mean()
+        mean = square.sum() / some.sum().clamp_min(1)
+        return float(mean / spread_limit(independent)), int(square.argmax())
+
+    def _found_lean_of_heads(self, share: float, worst: int, counted: torch.Tensor, result: _Numeric) -> None:
+        argument = self.part.argument
+        lanes = counted.shape[1] // self.heads
+        index = self.part.index(worst * lanes)
+        where = argument.where(index[-len(argument.size(self.case.dims)) :], self.case.dims)
+        result.wrong += 1
+        result.findings.append(
+            Finding(
+                "bias",
+                f"heads of {argument.name} are too large or too small in magnitude, each of them throughout: what they lean by "
+                f"has a mean square of {share:.3g} times the limit (a factor of each head's own is slightly off)",
+                argument.name,
+                index,
+                where,
+                share=share,
+                count=int(counted.sum()),
+                total=counted.numel(),
+            )
+        )
 
 
 def _count_distinct(rows: torch.Tensor) -> torch.Tensor:

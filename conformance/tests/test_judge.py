@@ -18,6 +18,8 @@ from conformance.cases import Case, CaseKey, make_case
 from conformance.contract import Dims, Stage, Tensors, write
 from conformance.errors import UnavailableError, UsageError
 from conformance.executors.base import Outcome, PassDifference
+from conformance.executors.eager import run_eager
+from conformance.faults.kernels import Choices, torch_kernel
 from conformance.judge import Oracle, judge, kappa, spread_limit
 from conformance.ulp import spacing
 from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
@@ -782,6 +784,19 @@ def test_more_independent_errors_than_values_are_not_believed() -> None:
     many = Correlation(torch.tensor([1e9]).double(), torch.tensor([0.0]).double())
     scaled = alternating(1.0, 1, 10).repeat_interleave(4, 1) * math.sqrt(0.9 * spread_allows(10))
     assert verdict_on(made_up(*off_by(out, scaled), correlation=many), out).share == pytest.approx(0.9, rel=1e-6)
+
+
+def test_a_factor_of_each_heads_own_is_found_where_no_row_leans() -> None:
+    """A denominator of softmax rounded to bf16: some heads come out too large, others too small."""
+    lengths = "128+128+128+128+127+128+114+125+122+127+123+128+123+119+119+127"
+    case = make_case(CaseKey.parse(f"attention:tiny:B=16,seq_lens={lengths}:long:1930531386"))
+    wrong = judge(case, run_eager(torch_kernel("attention", fault="denominator_in_bf16"), case))
+    (finding,) = wrong.findings
+    assert finding.detector == "bias"
+    assert finding.message.startswith("heads of out are too large or too small in magnitude")
+    assert set(finding.where) == {"row", "head", "lane"}
+    for choices in (Choices(), Choices(probabilities="after"), Choices(probabilities="before"), Choices(probabilities="both")):
+        assert judge(case, run_eager(torch_kernel("attention", choices), case)).ok
 
 
 # -- layers: which errors are independent ---------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ def test_a_night_has_the_examples_that_the_exam_asks_for_and_ci_a_fifth_of_them(
         # A fault that this number of cases shows with 99.9% is shown by so many with 75%.
         hidden_in_one_case = 0.001 ** (1 / stage.examples)
         assert 1 - hidden_in_one_case ** profile_named("ci").stratified(stage) >= 0.74
-    assert profile_named("ci").stratified(stage_named("attention")) > profile_named("ci").stratified(stage_named("rms_norm"))
 
 
 @pytest.mark.parametrize("stage", ["rms_norm", "attention"])
