@@ -21,7 +21,7 @@ from conformance.cases import Case, Space, make_case, stratified_keys
 from conformance.contract import stage_named, stages
 from conformance.executors.base import Outcome
 from conformance.executors.eager import run_eager
-from conformance.faults.catalogue import dims_of, random_variant, subjects
+from conformance.faults.catalogue import random_variant, subjects
 
 #: Integers and copies are right or wrong: no constant decides.
 STAGES = [name for name, stage in stages().items() if not stage.composite and name not in ("kv_write", "greedy_sample")]
@@ -90,10 +90,11 @@ def legal_runs(count: int) -> list[Run]:
     """Random legal combinations, ``count`` of each stage."""
     runs = []
     for stage in STAGES:
-        keys = stratified_keys(Space.of(stage_named(stage), dims_of(stage)), 2)
-        for index, key in enumerate(itertools.islice(keys, count)):
-            case = make_case(key)
-            runs.append(Run(case, run_eager(random_variant(stage, index, seed=2).make(), case)))
+        for index in range(count):
+            variant = random_variant(stage, index, seed=2)  # of one geometry or another
+            keys = stratified_keys(Space.of(stage_named(stage), dict(variant.dims)), 2)
+            case = make_case(next(itertools.islice(keys, index, None)))
+            runs.append(Run(case, run_eager(variant.make(), case)))
     return runs
 
 

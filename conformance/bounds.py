@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from conformance.ulp import Mode, _rounded, spacing
+from conformance.ulp import Mode, _rounded, rounded, spacing
 
 #: Unit roundoff of fp32.
 U = 2.0**-24
@@ -294,6 +294,10 @@ def rotate_half(x: Bounds, cosine: torch.Tensor, sine: torch.Tensor) -> Bounds:
 PROBABILITY_VARIANCE = 2.0**-16 / 5
 
 
+#: Fewer probabilities that agree may agree by accident.
+FEWEST_ALIKE = 4
+
+
 @dataclasses.dataclass(frozen=True)
 class NewRows:
     """The key and value rows that a layer has just written for one query: ``[NKV, m, D]``, the last ``m`` that it attends to."""
@@ -387,8 +391,11 @@ def _attention_of_one(
         from_rounded = profile.makes("denominator_of_rounded") and not profile.modelled
         signed = (v.unsqueeze(1) - o.unsqueeze(2)) if from_rounded else v.unsqueeze(1)
         bins = _equal_probabilities(p)
+        # What rounding does to each probability relative to it, before or after it is normalised.
+        exponentials = torch.exp(z - z.amax(-1, keepdim=True))
+        relative = torch.maximum(_relative_rounding(p), _relative_rounding(exponentials)).flatten().unsqueeze(1)
         moved = (p.unsqueeze(-1) * signed).flatten(0, 2)
-        variance += PROBABILITY_VARIANCE * bins.sum_of_heads(bins.squared(moved)).view_as(o)
+        variance += bins.sum_of_heads(bins.squared(moved, relative)).view_as(o)
         worst += 2.0**-8 * magnitude
         if want_correlation:
             # d(sum of signed scaled errors) / d(one rounded probability), and one term per final rounding.
@@ -396,11 +403,11 @@ def _attention_of_one(
             weight = torch.sign(o) / (variance + ulp_variance).sqrt()
             pull = (moved * weight.unsqueeze(2).expand_as(spread).flatten(0, 2)).sum(-1, keepdim=True)
             # Heads whose probabilities agree round them alike too: all of a row's, where its query is small.
-            shared = _equal_probabilities(p, across_heads=True).squared(pull) * PROBABILITY_VARIANCE
+            shared = _equal_probabilities(p, across_heads=True).squared(pull, relative)
             own = weight**2 * ulp_variance
             sum_variance = shared.sum() + own.sum()
             square_sum = (shared**2).sum() + (own**2).sum()
-            of_heads = bins.sum_of_heads(bins.squared(pull)).flatten() * PROBABILITY_VARIANCE
+            of_heads = bins.sum_of_heads(bins.squared(pull, relative)).flatten()
             head_variance = of_heads + own.flatten(0, 1).sum(-1)
     return Bounds(o, variance, worst).reshape(query.value.shape[0], head_dim), sum_variance, square_sum, head_variance
 
@@ -413,18 +420,29 @@ class _Bins:
     heads: torch.Tensor
     count: int
 
-    def squared(self, terms: torch.Tensor) -> torch.Tensor:
-        """By bin, what errors of the size of ``terms [heads * n, D]`` add up to, squared: alike or independent, as is larger.
+    def squared(self, terms: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
+        """By bin, the variance that roundings of ``terms [heads * n, D]`` add up to: alike or independent, as is larger.
 
-        Alike, they cancel where the terms do; the small differences between members of a bin then remain.
+        Alike, they cancel where the terms do; the small differences between members of a bin then remain. Where a bin has several
+        members the error that they share is no accident, but ``relative [heads * n, 1]`` of each: 255 probabilities of 1 / 255
+        all lie on a tie of bf16, and err by five times the variance that roundings have on average.
         """
+        several = torch.bincount(self.members, minlength=len(self.heads))[self.members] >= FEWEST_ALIKE
+        average = PROBABILITY_VARIANCE**0.5
+        size = torch.where(several.unsqueeze(1), relative.clamp_min(average), average)
         zeros = terms.new_zeros(len(self.heads), terms.shape[-1])
-        alike = zeros.index_add(0, self.members, terms) ** 2
-        return torch.maximum(alike, zeros.index_add_(0, self.members, terms * terms))
+        errors = terms * size
+        alike = zeros.index_add(0, self.members, errors) ** 2
+        return torch.maximum(alike, zeros.index_add_(0, self.members, errors * errors))
 
     def sum_of_heads(self, sums: torch.Tensor) -> torch.Tensor:
         """Sums over the bins of each head."""
         return sums.new_zeros(self.count, sums.shape[-1]).index_add_(0, self.heads, sums)
+
+
+def _relative_rounding(value: torch.Tensor) -> torch.Tensor:
+    """How far bf16 rounds each positive value, relative to it; 0 for those that it cannot hold."""
+    return torch.where(value > SMALLEST_NORMAL, (rounded(value, BF16) - value).abs() / value, 0.0)
 
 
 def _equal_probabilities(p: torch.Tensor, across_heads: bool = False) -> _Bins:

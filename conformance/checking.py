@@ -335,8 +335,9 @@ def _text(report: Report, width: int = 80, most: int = 6) -> str:
     """The report for a person: one line that says how it went, then each finding with its place, size and case key."""
     cases = f"{report.examples} case{'s' if report.examples != 1 else ''}"
     share = "" if report.share is None else f", at most {report.share:.2f} of the allowance used"
+    remarks = dict.fromkeys(run.outcome.message for run in report.runs if run.outcome.status == "ok" and run.outcome.message)
     if report.ok:
-        return f"{report.kernel} ({report.stage}, {report.lane}): passed {cases}{share}"
+        return "\n  ".join([f"{report.kernel} ({report.stage}, {report.lane}): passed {cases}{share}", *remarks])
     failed = sum(not run.verdict.ok for run in report.runs)
     lines = [f"{report.kernel} ({report.stage}, {report.lane}): FAILED {failed} of {len(report.runs)} runs of {cases}"]
     if report.examples < report.planned:

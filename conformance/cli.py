@@ -352,7 +352,8 @@ def _standings(
 def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: int | None, out: Path | None) -> None:
     """Ask how good a judge the harness is: known faults and legal variants, by our rule and by those in use elsewhere.
 
-    Exit code 1 if our rule rejected a legal kernel, missed a fault of a single stage, or more than 3% of those of layers.
+    Exit code 1 if our rule rejected a legal kernel, missed a fault of a single stage, or more than 3% of those of layers; with
+    --full also if a single stage's own number of examples shows a fault with less than 99%.
     """
     import conformance.exam as examination
     import reports.exam

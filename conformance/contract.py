@@ -212,7 +212,7 @@ class Stage:
     #: A layer or a chain of layers: judged with every optional rounding modelled, and localised.
     composite: bool = False
     #: So many stratified cases show every fault of the exam's catalogue with 99.9%: the default number of examples, which the
-    #: profiles of the suites follow. Measured by ``conformance exam --full``, which fails where it no longer holds; at least 50.
+    #: profiles of the suites follow. Measured by ``conformance exam --full``, which fails where it is less than 99%; at least 50.
     examples: int = 50
     #: ``localise(inputs, outputs, dims) -> list of sentences`` says which part of a composite stage went wrong first.
     localise: Callable[[Tensors, Tensors, Dims], list[str]] | None = None

@@ -234,7 +234,7 @@ class Exam:
 
     @property
     def failed(self) -> bool:
-        """Whether a legal kernel was rejected, a fault of a single stage missed, or too many of those of layers and chains."""
+        """Whether a legal kernel was rejected, a fault of a single stage missed or hardly shown, or too many of layers missed."""
         missed = self.missed()
         of_layers = sum(one.composite for one in missed)
         layers = sum(one.composite for one in self.faults)
@@ -259,9 +259,13 @@ class Exam:
         return needed
 
     def too_few_examples(self) -> dict[str, str]:
-        """The stages whose own number of examples is too small by what this exam measured, with the fault that shows it."""
+        """The single stages whose own number of examples is too small by what this exam measured, and the fault that shows it.
+
+        Layers and chains may miss some faults, so one that they show seldom is no reason.
+        """
         needed = self.examples_needed(LEAST_CONFIDENCE) if self.effort.measures else {}
-        return {stage: name for stage, (count, name) in needed.items() if count > stage_named(stage).examples}
+        given = {name: stage_named(name) for name in needed}
+        return {name: needed[name][1] for name, one in given.items() if not one.composite and needed[name][0] > one.examples}
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that ``from_json`` reads."""
@@ -611,10 +615,10 @@ def _judge_trials(
     judged: list[Judged] = []
     with runner as run:
         for index, trial in enumerate(trials, first):
-            if kernel.refusal(trial.case.dims) is not None:
-                continue
             if standing.trials >= least and (subject.legal or _is_settled(standing, measures)):
                 break
+            if kernel.refusal(trial.case.dims) is not None:
+                continue
             watched = _Watched(run)
             plan = plan_for(index, subject.lane, kernel.stage) if subject.lane == "eager" else _INTERPRETED[composite]
             runs: list[Judged] = []

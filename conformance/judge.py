@@ -45,9 +45,12 @@ TIE_ULPS = 1e-5
 PROBES = 8
 #: The same for one row, or one tile of it, that is looked at by itself: 120 pairs, so to about an eighth.
 PROBES_OF_ONE = 16
-#: How many rows and tiles, and how many elements, that are too far off are looked at by themselves before they are believed.
+#: How many areas that are too far off are looked at by themselves before all rows are counted, roughly, and how many after that.
 MOST_AREAS = 8
-MOST_ELEMENTS = 16
+#: How many elements that are too far off are looked at by themselves before they are believed, and how far they may be: none was
+#: seen to vary by more than four times what the model says, which allows it twice as much.
+MOST_ELEMENTS = 12
+MOST_ELEMENT_SHARE = 4.0
 #: A row with fewer different magnitudes than this says nothing statistical.
 FEWEST_DISTINCT = 8
 #: Elements looked at together: few enough that their float64 temporaries (256 KB each) stay in a core's cache, which is several
@@ -120,6 +123,7 @@ class _Sensitivity:
             error_bounds.rounding_variance(spacing(site.double(), BF16)).sqrt() for _, site, _ in arithmetic.sites
         ]
         self._of_rows: dict[str, torch.Tensor] = {}
+        self._of_elements: dict[tuple[str, int, int], float] = {}
         self._of_ones: dict[tuple[str, int | None, int | None, int | None], float] = {}
 
     def _scaled(self, name: str) -> torch.Tensor:
@@ -140,14 +144,17 @@ class _Sensitivity:
 
     def of_element(self, name: str, row: int, column: int) -> float:
         """The variance of an element's error, to first order."""
-        rows = self._bounds[name].rows
-        value = self._results[name] if rows is None else self._results[name][rows]
-        gradients = torch.autograd.grad(value[row, column], self._zeros, retain_graph=True, allow_unused=True)
-        return sum(
-            float((gradient.double() * deviation).square().sum())
-            for gradient, deviation in zip(gradients, self._deviations, strict=True)
-            if gradient is not None
-        )
+        place = name, row, column
+        if place not in self._of_elements:
+            rows = self._bounds[name].rows
+            value = self._results[name] if rows is None else self._results[name][rows]
+            gradients = torch.autograd.grad(value[row, column], self._zeros, retain_graph=True, allow_unused=True)
+            self._of_elements[place] = sum(
+                float((gradient.double() * deviation).square().sum())
+                for gradient, deviation in zip(gradients, self._deviations, strict=True)
+                if gradient is not None
+            )
+        return self._of_elements[place]
 
     def of_rows(self, name: str) -> torch.Tensor:
         """For every judged row of an output, one at least.
@@ -516,13 +523,15 @@ def _finite_and_element(
     """The worst share of its allowance that an element uses."""
     scan = _scan(part, estimate, skip)
     suspects = torch.nonzero(scan.beyond)
-    if case.stage.composite and 0 < len(suspects) <= MOST_ELEMENTS:
+    if case.stage.composite and 0 < len(suspects) <= MOST_ELEMENTS and scan.highest <= MOST_ELEMENT_SHARE:
         # The error model takes the errors that a sum has for terms as independent. Where a few roundings steer a row (those of a
         # query that reads two keys), they are not: some columns vary four times as much as it says, and others less.
         variance = estimate.variance.clone()
         for row, column in suspects.tolist():
             exact = oracle.element_variance(part.argument.name, profile, row, column)
-            variance[row, column] = max(float(variance[row, column]), exact)
+            if exact <= float(variance[row, column]):
+                break  # this one is wrong, and so is the run
+            variance[row, column] = exact
         estimate = Bounds(estimate.value, variance, estimate.worst)
         scan = _scan(part, estimate, skip)
     if bool(scan.broken.any()):
@@ -774,7 +783,7 @@ class _Statistics:
         """The area of a composite stage's output that is furthest off, once its independent errors are counted.
 
         A row that is too far off, and then a tile in it, is looked at by itself, until one remains that is too far off all the
-        same. Where many are, all rows are counted together first, roughly.
+        same; so are the tensor and its columns of tiles. After ``MOST_AREAS`` of them all rows are counted together, roughly.
         """
         name = self.part.argument.name
         independent = self.distinct.double()
@@ -783,24 +792,28 @@ class _Statistics:
         looks, all_counted = 0, False
         # However few roundings steer an area, beyond this it is wrong.
         while area.share > 1 and area.mean_square <= float(spread_limit(torch.tensor(2.0))):
+            unseen_row = area.row is not None and area.row not in rows
+            unseen_area = (area.row is None or area.is_tile) and area.place not in alone
+            if not unseen_row and not unseen_area:
+                break
             if looks == MOST_AREAS:
                 if all_counted:
                     break
+                exact = independent[list(rows)]
                 independent = torch.minimum(independent, self.independent)
+                independent[list(rows)] = exact
                 looks, all_counted = 0, True
-            elif area.row is not None and area.row not in rows:
+            elif area.row is not None and unseen_row:
                 found = self.oracle.independent_in_row(name, self.profile, area.row)
                 independent[area.row] = independent[area.row].clamp_max(found)
                 rows.add(area.row)
                 looks += 1
-            elif (area.row is None or area.is_tile) and area.place not in alone:
-                if area.row is None:
-                    alone[area.place] = self.oracle.independent_in_all_rows(name, self.profile, area.columns)
-                else:
-                    alone[area.place] = self.oracle.independent_in_tile(name, self.profile, area.row, area.columns)
+            elif area.row is None:
+                alone[area.place] = self.oracle.independent_in_all_rows(name, self.profile, area.columns)
                 looks += 1
             else:
-                break
+                alone[area.place] = self.oracle.independent_in_tile(name, self.profile, area.row, area.columns)
+                looks += 1
             area = self._worst_area(square, independent, alone)
         return area
 

@@ -57,7 +57,7 @@ class SuiteProfile:
 
 
 PROFILES: dict[str, SuiteProfile] = {
-    # One case of each regime, again and again the same while a kernel is being written.
+    # One case of each regime and two more, again and again the same while a kernel is being written.
     "dev": SuiteProfile("dev", share=0, drawn=2, deterministic=True, shrink=False),
     # The same cases on every machine and in every process: no database, no shrinking. A fifth of the examples that show the
     # least visible fault with 99.9% shows it with 1 - 0.001 ** (1 / 5) = 75%; most faults are seen at the first case.

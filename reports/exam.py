@@ -219,6 +219,7 @@ def _examples(exam: Exam) -> str:
         f"Examples a kernel: {_pair(effort.single)} of single stages, {_pair(effort.composite)} of layers and chains, "
         f"{_pair(effort.interpreted)} interpreted{until}. Legal choices combined at random: {effort.random_single:,} a single "
         f"stage, {effort.random_composite:,} a layer or chain."
+        + (" Shares of single trials lean to the faults that show seldom, which have more of them." if effort.measures else "")
     )
 
 
@@ -700,10 +701,7 @@ def _needed(page: Page, exam: Exam) -> None:
     needed = exam.examples_needed()
     if not needed:
         return
-    page.section(
-        f"At most so many examples show every caught fault with {100 * CONFIDENCE:g}%; so many a check has by default; "
-        "and the fault that needs them"
-    )
+    page.section(f"Examples that show every caught fault with {100 * CONFIDENCE:g}%, those of a check, the fault that needs most")
     room = max(map(len, needed))
     for stage, contract in conformance.stages().items():
         if stage in needed:

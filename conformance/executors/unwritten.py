@@ -59,11 +59,10 @@ def look_at_graph(outcome: Outcome, runtime: Runtime, jit: Any, stage: Stage, di
     arguments = [torch.empty(argument.size(dims), dtype=argument.dtype) for argument in stage.arguments]
     with runtime.output_folder(sum(argument.nbytes for argument in arguments)) as folder:
         runtime.call(jit, arguments, stage="TENSOR_GRAPH")
-        found = sorted(folder.glob("output/output_*/program.json"))
         try:
-            (path,) = found
+            (path,) = folder.glob("output/output_*/program.json")
             outcome.unwritten_reads = find_unwritten_reads(path, [argument.name for argument in stage.arguments])
-        except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
             outcome.message = (
                 "reads of memory that nothing wrote were not looked for: the compiled graph is not as this version of PyPTO "
                 f"is known to write it ({type(error).__name__}: {error})"

@@ -258,7 +258,8 @@ def test_bf16_probabilities_stay_within_their_variance(query_size: float) -> Non
         assert bool((error.abs() <= estimate.worst[0]).all())
         scaled.append(error / estimate.variance[0].sqrt())
     together = torch.cat(scaled)
-    assert 0.5 < float(together.square().mean()) < 1.3
+    # Those that agree are allowed the average error at least, also where their own is smaller.
+    assert 0.3 < float(together.square().mean()) < 1.3
     assert float(together.abs().max()) < 6
 
 

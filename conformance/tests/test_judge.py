@@ -950,7 +950,7 @@ def test_only_so_many_rows_and_tiles_are_looked_at_by_themselves(wrong: int, loo
 
 
 @pytest.mark.parametrize("composite", [True, False])
-@pytest.mark.parametrize(("many", "asked"), [(1, True), (16, True), (17, False)])
+@pytest.mark.parametrize(("many", "asked"), [(1, True), (12, True), (13, False)])
 def test_a_few_elements_of_a_layer_may_vary_by_more_than_the_model_says(many: int, asked: bool, composite: bool) -> None:
     """Where few roundings steer a row, their own effects tell how far an element may be off; many elements are just wrong."""
     out, scaled = different(40, 48), torch.zeros(40, 48, dtype=torch.float64)
@@ -964,7 +964,8 @@ def test_a_few_elements_of_a_layer_may_vary_by_more_than_the_model_says(many: in
         oracle = Told(case, [48.0] * 40, {}, explained)
         verdict = verdict_on(case, out, oracle)
         helped = bool(explained) and asked and composite
-        assert oracle.elements == (places if asked and composite else [])
+        looked_at = places if explained else places[:1]  # the first that is not explained is enough
+        assert oracle.elements == (looked_at if asked and composite else [])
         assert verdict.share == pytest.approx(0.95 if helped else 1.2, rel=1e-6)
         assert [(finding.detector, finding.count) for finding in verdict.findings] == ([] if helped else [("element", many)])
 

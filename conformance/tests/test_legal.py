@@ -133,6 +133,10 @@ ONCE_REJECTED = {
         "attention:tiny:B=16,D=16,NH=40,NKV=8,seq_lens=75+125+70+128+82+14+127+16+17+20+12+100+28+17+64+128:small:896205371",
         Choices(probabilities="after"),
     ),
+    "255 probabilities of 1 / 255 all lie on a tie of bf16": (
+        f"attention:tiny:B=16,S=256,seq_lens={'+'.join(['255'] * 16)}:small:6",
+        Choices(probabilities="after"),
+    ),
     "constant rows repeat one another": ("rms_norm:tiny:B=11:constant:438427099", Choices(order="tile64", normalised=True)),
     "a rounded branch cancels its residual exactly": ("o_proj:tiny:B=16:cancel:1784904468", Choices(branch=True)),
     "one attention weight steers a whole row of a later layer": (
