@@ -73,7 +73,8 @@ class Choices:
     #: Optional bf16 roundings.
     normalised: bool = False
     before_rope: bool = False
-    gate_up: bool = False
+    gate: bool = False
+    up: bool = False
     branch: bool = False
     #: Optional inside a layer only: projections of the norm's output, and the residual after attention.
     projection: bool = False
@@ -110,7 +111,7 @@ ROW_TILE = 16
 
 #: Rounds where the Hugging Face implementation does (its RoPE apart, which the contract keeps in fp32).
 HUGGING_FACE_LIKE = Choices(
-    probabilities="after", normalised=True, before_rope=True, gate_up=True, branch=True, projection=True, residual=True
+    probabilities="after", normalised=True, before_rope=True, gate=True, up=True, branch=True, projection=True, residual=True
 )
 
 _ATTENTION = (
@@ -148,7 +149,7 @@ RELEVANT: dict[str, tuple[str, ...]] = {
     "attention": _ATTENTION,
     "paged_attention": _ATTENTION,
     "o_proj": ("order", "padded", "residual_first", "cast", "branch"),
-    "mlp": ("order", "padded", "cast", "silu", "gate_up", "branch"),
+    "mlp": ("order", "padded", "cast", "silu", "gate", "up", "branch"),
     "lm_head": ("order", "padded", "cast", "root", "mean_of_terms", "gamma_first", "normalised", "deferred_final_norm"),
     "greedy_sample": ("scan",),
     **{
@@ -491,7 +492,7 @@ class Maker:
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """What the down projection is applied to, in bf16."""
-        gate, up = self.maybe(self.choices.gate_up, gate), self.maybe(self.choices.gate_up, up)
+        gate, up = self.maybe(self.choices.gate, gate), self.maybe(self.choices.up, up)
         if self.has("gate_and_up_exchanged"):
             gate, up = up, gate
         activation = self.at("activation", self._activation)(gate, up)

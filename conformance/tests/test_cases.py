@@ -549,11 +549,11 @@ PAGED_ROW_KEYS = {
     "prefill_fwd": "prefill_fwd:tiny:B=5,L=2,NB=20,S=80,seq_lens=70+16+35+40+3,chunk_lens=4+16+1+20+2:mixed_rows",
 }
 SEEDS = {
-    "paged_attention": (1, 3),
-    "paged_decode_layer": (1, 2),
-    "paged_decode_fwd": (1, 2),
-    "prefill_layer": (1, 2),
-    "prefill_fwd": (1, 0),
+    "paged_attention": (0, 1),
+    "paged_decode_layer": (0, 2),
+    "paged_decode_fwd": (0, 1),
+    "prefill_layer": (4, 0),
+    "prefill_fwd": (2, 0),
 }
 ORDER = (4, 0, 2)
 

@@ -111,7 +111,7 @@ ONCE_REJECTED = {
     "a few roundings steer a tile of an outlier row": (
         "prefill_layer:awkward:B=16,NH=9,NKV=3,D=32,NB=58,S=48,seq_lens=38+44+15+48+34+8+48+35+17+16+8+7+33+7+48+7,"
         "chunk_lens=9+1+1+1+1+1+1+1+1+1+1+1+1+1+1+1:outlier:1826666345",
-        Choices(normalised=True, before_rope=True, gate_up=True, branch=True, projection=True, visit="backward"),
+        Choices(normalised=True, before_rope=True, gate=True, up=True, branch=True, projection=True, visit="backward"),
     ),
     "probabilities all about 1/n are rounded alike": (
         "attention:tiny:B=16,seq_lens=60+8+127+128+128+1+15+116+2+1+66+16+115+1+106+29:mixed_rows:1916677662",
@@ -187,7 +187,8 @@ def test_a_declared_profile_suffices_for_the_kernel_that_has_it(stage: str) -> N
     ("stage", "made", "profile"),
     [
         ("qk_norm", "before_rope", "before_rope"),
-        ("mlp", "gate_up", "gate_up"),
+        ("mlp", "gate", "gate"),
+        ("mlp", "up", "up"),
         ("o_proj", "branch", "branch"),
         ("lm_head", "normalised", "normalised"),
         ("lm_head", "deferred_final_norm", "deferred_norm"),

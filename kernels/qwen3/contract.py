@@ -50,7 +50,7 @@ def _profiles(*roundings: str, casts: Sequence[Mode] = ("half_even", "half_away"
 
 
 #: Inside a layer every optional rounding may or may not happen, and the norms' division may come after the projections.
-_EVERYWHERE = frozenset({"normalised", "before_rope", "projection", "probabilities", "branch", "residual", "gate_up"})
+_EVERYWHERE = frozenset({"normalised", "before_rope", "projection", "probabilities", "branch", "residual", "gate", "up"})
 _LAYER_PROFILES = (
     Profile("modelled", _EVERYWHERE, modelled=True),
     Profile("modelled,deferred_norm", _EVERYWHERE | {"deferred_norm"}, modelled=True),
@@ -236,7 +236,7 @@ MLP = _stage(
         write("out", "B H", f32),
     ),
     regimes=(*_VALUE_REGIMES, "cancel"),
-    profiles=_profiles("gate_up", "branch"),
+    profiles=_profiles("gate", "up", "branch"),
 )
 LM_HEAD = _stage(
     "lm_head",

@@ -110,8 +110,8 @@ def o_proj(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
 
 
 def _mlp_of(gate: Bounds, up: Bounds, w_down: torch.Tensor, profile: Profile) -> Bounds:
-    gate = bounds.optional_rounding(gate, profile, "gate_up")
-    up = bounds.optional_rounding(up, profile, "gate_up")
+    gate = bounds.optional_rounding(gate, profile, "gate")
+    up = bounds.optional_rounding(up, profile, "up")
     activation = bounds.rounding(bounds.silu_times(gate, up), profile)
     return bounds.optional_rounding(bounds.projection(activation, w_down), profile, "branch")
 

@@ -125,8 +125,8 @@ def o_proj(attn: Tensor, wo: Tensor, residual: Tensor, *, dims: Dims, a: Arithme
 def mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor]:
     """``bf16(silu(x @ w_gate) * (x @ w_up)) @ w_down``, ``[B, H]``."""
     x = a.wide(x)
-    gate = a.optional(a.matmul(x, w_gate), "gate_up")
-    up = a.optional(a.matmul(x, w_up), "gate_up")
+    gate = a.optional(a.matmul(x, w_gate), "gate")
+    up = a.optional(a.matmul(x, w_up), "up")
     activation = a.round(torch.nn.functional.silu(gate) * up)
     return (a.optional(a.matmul(activation, w_down), "branch"),)
 
