@@ -522,12 +522,11 @@ def _finite_and_element(
 ) -> float:
     """The worst share of its allowance that an element uses."""
     scan = _scan(part, estimate, skip)
-    suspects = torch.nonzero(scan.beyond)
-    if case.stage.composite and 0 < len(suspects) <= MOST_ELEMENTS and scan.highest <= MOST_ELEMENT_SHARE:
+    if case.stage.composite and scan.highest <= MOST_ELEMENT_SHARE and 0 < _count(scan.beyond) <= MOST_ELEMENTS:
         # The error model takes the errors that a sum has for terms as independent. Where a few roundings steer a row (those of a
         # query that reads two keys), they are not: some columns vary four times as much as it says, and others less.
         variance = estimate.variance.clone()
-        for row, column in suspects.tolist():
+        for row, column in torch.nonzero(scan.beyond).tolist():
             exact = oracle.element_variance(part.argument.name, profile, row, column)
             if exact <= float(variance[row, column]):
                 break  # this one is wrong, and so is the run
