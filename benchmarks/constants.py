@@ -2,7 +2,8 @@
 
 The same runs, of random legal combinations and of kernels that round, accumulate or truncate where they must not, are judged
 again and again, each time with one constant tighter or looser than it is. A constant is right where a tighter one rejects correct
-kernels and a looser one lets faults pass. ``constants.md`` has the figures and the reasons. About 15 minutes on one core.
+kernels and a looser one lets faults pass; the reason for each stands beside it in ``judge.py`` and ``bounds.py``. About half an
+hour on one core; ``--stages rms_norm,mlp`` looks at some only.
 """
 
 from __future__ import annotations
@@ -86,10 +87,10 @@ class Run:
     fault: str = ""
 
 
-def legal_runs(count: int) -> list[Run]:
+def legal_runs(chosen: Sequence[str], count: int) -> list[Run]:
     """Random legal combinations, ``count`` of each stage."""
     runs = []
-    for stage in STAGES:
+    for stage in chosen:
         for index in range(count):
             variant = random_variant(stage, index, seed=2)  # of one geometry or another
             keys = stratified_keys(Space.of(stage_named(stage), dict(variant.dims)), 2)
@@ -98,10 +99,10 @@ def legal_runs(count: int) -> list[Run]:
     return runs
 
 
-def faulty_runs(rounds: int) -> list[Run]:
+def faulty_runs(chosen_stages: Sequence[str], rounds: int) -> list[Run]:
     """Kernels with a fault of precision, ``rounds`` times in every kind of data."""
     runs = []
-    for stage in STAGES:
+    for stage in chosen_stages:
         contract = stage_named(stage)
         chosen = [one for one in subjects() if one.stage == stage and one.kind == "precision"]
         for dims in {str(dict(one.dims)): dict(one.dims) for one in chosen}.values():
@@ -139,10 +140,15 @@ def line(what: str, legal: Sequence[Run], faulty: Sequence[Run]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--legal", type=int, default=100, metavar="N", help="legal runs of each stage")
+    parser.add_argument("--stages", default=",".join(STAGES), metavar="NAMES", help="stages, parted by commas")
     parser.add_argument("--faults", type=int, default=1, metavar="N", help="runs of a fault in each kind of data")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    legal, faulty = legal_runs(options.legal), faulty_runs(options.faults)
+    stages_asked = options.stages.split(",")
+    for name in stages_asked:
+        if name not in STAGES:
+            parser.error(f"--stages: {name!r} is none of {', '.join(STAGES)}")
+    legal, faulty = legal_runs(stages_asked, options.legal), faulty_runs(stages_asked, options.faults)
     print(f"{'constant':38} {'legal runs rejected':>13} {'faulty ones':>16} {'faults never shown':>12}")
     print(line("as they are", legal, faulty), flush=True)
     for setting in SETTINGS:
