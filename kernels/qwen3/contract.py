@@ -200,6 +200,7 @@ ATTENTION = _stage(
     regimes=_ATTENTION_REGIMES,
     profiles=_ATTENTION_PROFILES,
     has_lengths=True,
+    examples=60,
 )
 PAGED_ATTENTION = _stage(
     "paged_attention",
@@ -217,6 +218,7 @@ PAGED_ATTENTION = _stage(
     drawn=("B", "NB"),
     has_lengths=True,
     capabilities=("paged_kv", "variable_batch"),
+    examples=60,
 )
 O_PROJ = _stage(
     "o_proj",
