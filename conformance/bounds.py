@@ -292,8 +292,6 @@ def rotate_half(x: Bounds, cosine: torch.Tensor, sine: torch.Tensor) -> Bounds:
 
 #: Variance of the relative error of one bf16 rounding, averaged over mantissas: ``(2**-8)**2 / 5`` per probability.
 PROBABILITY_VARIANCE = 2.0**-16 / 5
-
-
 #: Fewer probabilities that agree may agree by accident.
 FEWEST_ALIKE = 4
 

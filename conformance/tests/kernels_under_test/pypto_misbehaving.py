@@ -8,10 +8,19 @@ from conformance.contract import Dims
 from conformance.declaration import kernel
 
 
+def _normalised(pypto: Any, x: Any, weight: Any, dims: Dims) -> Any:
+    """The right result, ``[B, H]`` bf16."""
+    pypto.set_vec_tile_shapes(4, dims.H)
+    wide = pypto.cast(x, pypto.DT_FP32)
+    mean_square = pypto.sum(pypto.mul(pypto.mul(wide, wide), 1.0 / dims.H), -1, True)
+    normalised = pypto.div(wide, pypto.sqrt(pypto.add(mean_square, dims.eps)))
+    return pypto.cast(pypto.mul(normalised, weight), pypto.DT_BF16)
+
+
 def _right(dims: Dims) -> Any:
     import pypto
 
-    B, H, eps = dims.B, dims.H, dims.eps
+    B, H = dims.B, dims.H
 
     @pypto.frontend.jit()
     def rms_norm(
@@ -19,11 +28,7 @@ def _right(dims: Dims) -> Any:
         weight: pypto.Tensor([1, H], pypto.DT_FP32),
         out: pypto.Tensor([B, H], pypto.DT_BF16),
     ):
-        pypto.set_vec_tile_shapes(4, H)
-        wide = pypto.cast(x, pypto.DT_FP32)
-        mean_square = pypto.sum(pypto.mul(pypto.mul(wide, wide), 1.0 / H), -1, True)
-        normalised = pypto.div(wide, pypto.sqrt(pypto.add(mean_square, eps)))
-        out[:] = pypto.cast(pypto.mul(normalised, weight), pypto.DT_BF16)
+        out[:] = _normalised(pypto, x, weight, dims)
 
     return rms_norm
 
@@ -36,7 +41,7 @@ def in_pieces(dims: Dims) -> Any:
     """Right; the two halves of its output are assembled by one call."""
     import pypto
 
-    B, H, eps = dims.B, dims.H, dims.eps
+    B, H = dims.B, dims.H
 
     @pypto.frontend.jit()
     def rms_norm(
@@ -44,11 +49,7 @@ def in_pieces(dims: Dims) -> Any:
         weight: pypto.Tensor([1, H], pypto.DT_FP32),
         out: pypto.Tensor([B, H], pypto.DT_BF16),
     ):
-        pypto.set_vec_tile_shapes(4, H)
-        wide = pypto.cast(x, pypto.DT_FP32)
-        mean_square = pypto.sum(pypto.mul(pypto.mul(wide, wide), 1.0 / H), -1, True)
-        normalised = pypto.div(wide, pypto.sqrt(pypto.add(mean_square, eps)))
-        result = pypto.cast(pypto.mul(normalised, weight), pypto.DT_BF16)
+        result = _normalised(pypto, x, weight, dims)
         first = pypto.mul(pypto.view(result, [B, H // 2], [0, 0]), 1.0)
         second = pypto.mul(pypto.view(result, [B, H // 2], [0, H // 2]), 1.0)
         pypto.assemble([(first, [0, 0]), (second, [0, H // 2])], out, parallel=True)
