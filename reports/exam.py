@@ -701,7 +701,8 @@ def _needed(page: Page, exam: Exam) -> None:
     needed = exam.examples_needed()
     if not needed:
         return
-    page.section(f"Examples that show every caught fault with {100 * CONFIDENCE:g}%, those of a check, the fault that needs most")
+    # At most: the fewer trials a share was measured in, the lower it is taken.
+    page.section(f"At most so many examples show every caught fault with {100 * CONFIDENCE:g}%; those of a check; for this fault")
     room = max(map(len, needed))
     for stage, contract in conformance.stages().items():
         if stage in needed:
