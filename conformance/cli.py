@@ -376,6 +376,11 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
     def show(done: int, total: int) -> None:
         click.echo(f"\r\033[K{done} of {total} parts judged", nl=False, err=True)
 
+    def keep(result: examination.Exam) -> None:
+        if out is not None:
+            examination.write_json(result, out / "exam.json")
+            (out / "exam.html").write_text(reports.exam.page(result), encoding="utf-8")
+
     result = examination.take(
         examination.EFFORTS["full" if full else "quick"],
         seed=seed,
@@ -383,13 +388,11 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
         lane=lane,
         processes=processes,
         progress=show if is_interactive() else None,
+        keep=keep,
     )
     if is_interactive():
         click.echo("\r\033[K", nl=False, err=True)
-    # Kept before anything is shown: it may have taken hours.
-    if out is not None:
-        examination.write_json(result, out / "exam.json")
-        (out / "exam.html").write_text(reports.exam.page(result), encoding="utf-8")
+    keep(result)  # before anything is shown: it may have taken hours
     click.echo(reports.exam.table(result, colour=sys.stdout.isatty()))
     if out is not None:
         click.echo(f"kept in {out}: exam.json, exam.html")

@@ -57,6 +57,8 @@ ROUGH = Arithmetic(torch.bfloat16, rounds=False)
 SUBJECTS_PER_TASK = 8
 #: How many rejected legal runs are kept with their cases.
 MOST_REJECTIONS = 5
+#: Seconds between two times that an exam so far is kept.
+KEPT_EVERY = 60.0
 #: How many interpreted kernels there are to each one of a sample: every one needs a process of its own, which takes seconds.
 INTERPRETED_SAMPLE = 8
 #: Detectors that need more than the outputs of one run: no rule that compares outputs could stand in for them.
@@ -198,8 +200,8 @@ class Exam:
 
     @property
     def variants(self) -> list[Standing]:
-        """Legal kernels that could be judged."""
-        return [one for one in self.standings if one.legal and not one.error]
+        """Legal kernels that were judged, if not all to their end: a rejection counts whatever came after it."""
+        return [one for one in self.standings if one.legal and one.trials]
 
     @property
     def hidden(self) -> list[Standing]:
@@ -362,31 +364,51 @@ def take(
     lane: str | None = None,
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    keep: Callable[[Exam], None] | None = None,
 ) -> Exam:
-    """Judge the catalogue. ``progress`` is told how many tasks are done, of how many; it all follows from ``seed``."""
-    began = time.monotonic()
+    """Judge the catalogue; what comes of it follows from ``seed``.
+
+    ``progress`` is told how many tasks are done, of how many. ``keep`` is given the exam so far every ``KEPT_EVERY`` seconds: of
+    hours of work that are killed, it has all but the last. An exam that is interrupted (``KeyboardInterrupt``), or loses a
+    process, returns what it has. In both, a subject that was not judged to its end is an error, so that neither is a pass.
+    """
+    began = kept = time.monotonic()
     # Those of layers first, which are the longest, so that no process ends alone with one.
     tasks = sorted(
         _tasks(chosen_subjects(effort, stage, lane), effort, seed), key=lambda task: not stage_named(task.stage).composite
     )
     workers = min(processes or os.cpu_count() or 1, len(tasks))
     results: dict[int, _Result] = {}
-    for number, result in _results(tasks, workers):
-        results[number] = result
-        if progress is not None:
-            progress(len(results), len(tasks))
-    standings: dict[str, Standing] = {}
-    costs: dict[str, Cost] = collections.defaultdict(Cost)
-    for number in range(len(tasks)):  # not in the order in which processes ended
-        for one in results[number].standings:
-            # The random combinations of a stage come in several parts.
-            if one.id in standings:
-                _join(standings[one.id], one)
-            else:
-                standings[one.id] = one
-        for name, cost in results[number].costs.items():
-            costs[name].add(cost)
-    return Exam(effort, seed, list(standings.values()), dict(costs), time.monotonic() - began)
+
+    def so_far(missing: str) -> Exam:
+        standings: dict[str, Standing] = {}
+        costs: dict[str, Cost] = collections.defaultdict(Cost)
+        for number, task in enumerate(tasks):  # not in the order in which processes ended
+            result = results.get(number) or _not_judged(task, missing)
+            for one in result.standings:
+                # The random combinations of a stage come in several parts.
+                if one.id in standings:
+                    _join(standings[one.id], one)
+                else:
+                    standings[one.id] = one
+            for name, cost in result.costs.items():
+                costs[name].add(cost)
+        return Exam(effort, seed, list(standings.values()), dict(costs), time.monotonic() - began)
+
+    missing = ""
+    try:
+        for number, result in _results(tasks, workers):
+            results[number] = result
+            if progress is not None:
+                progress(len(results), len(tasks))
+            if keep is not None and time.monotonic() - kept > KEPT_EVERY:
+                kept = time.monotonic()
+                keep(so_far("the exam had not come to it"))
+    except KeyboardInterrupt:
+        missing = "the exam was interrupted"
+    except concurrent.futures.BrokenExecutor:
+        missing = "the exam lost a process, which was killed or ran out of memory"
+    return so_far(missing)
 
 
 # Tasks
@@ -449,6 +471,20 @@ def _results(tasks: Sequence[_Task], workers: int) -> Iterator[tuple[int, _Resul
     finally:
         # Whoever is interrupted, or loses a process, need not wait for what has not begun.
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _not_judged(task: _Task, why: str) -> _Result:
+    """The subjects of a task that was not performed, as errors."""
+    known = {one.id: one for one in catalogue()} if task.ids else {}
+    chosen = [known[name] for name in task.ids] or [random_variant(task.stage, task.first, task.seed)]
+    standings = [_unjudged(one) for one in chosen]
+    for one in standings:
+        one.error = why
+    return _Result(standings, {})
+
+
+def _unjudged(subject: Subject) -> Standing:
+    return Standing(subject.id, subject.stage, subject.name, subject.lane, subject.kind, subject.summary, subject.hidden)
 
 
 def _perform(task: _Task) -> _Result:
@@ -587,7 +623,7 @@ def _stand(
 
     ``first`` is the number of the first trial, by which its extra runs are chosen. Whatever goes wrong is this subject's error.
     """
-    standing = Standing(subject.id, subject.stage, subject.name, subject.lane, subject.kind, subject.summary, subject.hidden)
+    standing = _unjudged(subject)
     try:
         _judge_trials(subject, standing, trials, least, space, costs, first, measures)
     except Exception as error:

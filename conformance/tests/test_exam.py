@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,59 @@ def test_what_goes_wrong_with_one_kernel_is_its_own_error_and_loses_no_other(mon
     assert found.score(OURS).caught == 1
     assert not found.failed
     assert not found.passed
+
+
+@pytest.mark.parametrize(
+    ("stop", "why"),
+    [
+        (KeyboardInterrupt(), "the exam was interrupted"),
+        (BrokenProcessPool(), "the exam lost a process, which was killed or ran out of memory"),
+    ],
+)
+def test_an_exam_cut_short_has_what_it_judged_and_is_no_pass(
+    monkeypatch: pytest.MonkeyPatch, stop: BaseException, why: str
+) -> None:
+    perform, performed = exam._perform, []
+
+    def once(task: Any) -> Any:
+        if len(performed) == 3:
+            raise stop
+        performed.append(task)
+        return perform(task)
+
+    effort = dataclasses.replace(SHORT, single=(2, 50), random_single=600)  # combinations in three parts
+    whole = take(effort, stage="greedy_sample", lane="eager", processes=1)
+    monkeypatch.setattr(exam, "_perform", once)
+    found = take(effort, stage="greedy_sample", lane="eager", processes=1)
+    assert [one.id for one in found.standings] == [one.id for one in whole.standings]
+    judged = {name for task in performed for name in task.ids}
+    assert judged and [one for one in found.standings if one.id in judged] == [
+        one for one in whole.standings if one.id in judged
+    ]
+    assert {one.id for one in found.errors} == {one.id for one in found.standings} - judged
+    assert {one.error for one in found.errors} == {why}
+    assert whole.passed and not found.passed and not found.failed
+    assert "could not be judged" in exam_report.table(found) and why in exam_report.page(found)
+
+
+def test_an_exam_is_kept_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exam, "KEPT_EVERY", -1.0)
+    kept: list[Exam] = []
+    effort = dataclasses.replace(SHORT, single=(2, 50))
+    whole = take(effort, stage="greedy_sample", lane="eager", processes=1, keep=kept.append)
+    assert len(kept) > 1
+    unjudged = [len(one.errors) for one in kept]
+    assert unjudged == sorted(unjudged, reverse=True) and unjudged[0] > unjudged[-1] == 0
+    assert kept[-1].standings == whole.standings
+    assert not any(one.failed for one in kept) and not any(one.passed for one in kept[:-1] if one.errors)
+
+
+def test_a_rejection_counts_though_the_rest_was_not_judged() -> None:
+    part = Standing("greedy_sample/random", "greedy_sample", "random", "eager", None, "", error="the exam was interrupted")
+    found = Exam(SHORT, 0, [part], {})
+    assert not found.failed
+    part.trials, part.rejected = 250, {OURS: 1}
+    assert found.failed
 
 
 def test_another_seed_draws_other_combinations() -> None:
