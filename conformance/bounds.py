@@ -425,7 +425,7 @@ class _Bins:
         members the error that they share is no accident, but ``relative [heads * n, 1]`` of each: 255 probabilities of 1 / 255
         all lie on a tie of bf16, and err by five times the variance that roundings have on average.
         """
-        several = torch.bincount(self.members, minlength=len(self.heads))[self.members] >= FEWEST_ALIKE
+        several = torch.bincount(self.members)[self.members] >= FEWEST_ALIKE
         average = PROBABILITY_VARIANCE**0.5
         size = torch.where(several.unsqueeze(1), relative.clamp_min(average), average)
         zeros = terms.new_zeros(len(self.heads), terms.shape[-1])

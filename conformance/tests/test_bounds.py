@@ -628,6 +628,7 @@ def test_probabilities_in_bf16_add_their_roundings(denominator: bool, modelled: 
     profile = Profile("probabilities", names, modelled=modelled)
     found = bounds.attention(query, keys, values, [20], heads.scale, profile, want_correlation=True)
     shared = own = shared_squares = own_squares = 0.0
+    of_heads = []
     for number in range(NKV * G):
         o, variance, worst, p, v = heads.head(number)
         moved = p.unsqueeze(1) * (v - o if denominator and not modelled else v)
@@ -639,11 +640,13 @@ def test_probabilities_in_bf16_add_their_roundings(denominator: bool, modelled: 
         of_site = 2.0**-16 / 5 * (moved @ weight) ** 2
         shared, shared_squares = shared + float(of_site.sum()), shared_squares + float((of_site**2).sum())
         own, own_squares = own + float((weight**2 * q).sum()), own_squares + float(((weight**2 * q) ** 2).sum())
-    assert found.correlation is not None
+        of_heads.append(float(of_site.sum() + (weight**2 * q).sum()))
+    assert found.correlation is not None and found.correlation.head_variance is not None
     # Hardly any two heads have a probability in common.
     count = (shared + own) ** 2 / (shared_squares + own_squares)
     assert found.correlation.sum_variance.tolist() == pytest.approx([shared + own], rel=1e-6)
     assert found.correlation.independent.tolist() == pytest.approx([count], rel=1e-6)
+    assert found.correlation.head_variance.tolist() == [pytest.approx(of_heads, rel=1e-6)]
 
 
 def test_the_errors_of_a_lone_element_are_its_probabilitys_and_its_own() -> None:
@@ -678,6 +681,8 @@ def test_every_query_has_its_own_keys_and_length() -> None:
         assert_same(together[part], alone.value, alone.variance, alone.worst)
         assert torch.equal(together.correlation.sum_variance[part], alone.correlation.sum_variance)
         assert torch.equal(together.correlation.independent[part], alone.correlation.independent)
+        assert together.correlation.head_variance is not None and alone.correlation.head_variance is not None
+        assert torch.equal(together.correlation.head_variance[part], alone.correlation.head_variance)
 
 
 @pytest.mark.parametrize(("apart", "alike"), [(2.0**-12, True), (0.9 * 2.0**-9, True), (1.1 * 2.0**-9, False), (2.0**-6, False)])
@@ -702,6 +707,67 @@ def test_equal_probabilities_of_two_heads_are_not_rounded_alike() -> None:
     # (1/2 + 3/2)**2 in either head; the errors of all four would add up to more.
     added = (found.variance - plain.variance).flatten() / bounds.PROBABILITY_VARIANCE
     assert added.tolist() == pytest.approx([4.0, 4.0], rel=1e-3)
+
+
+def test_equal_probabilities_of_two_heads_lean_the_row_together() -> None:
+    """Each head's sum by itself, and the row's as one."""
+    query = torch.zeros(1, 2, 1, dtype=torch.float64)
+    keys, values = torch.ones(1, 1, 2, 1, dtype=BF16), torch.tensor([1.0, 3.0], dtype=BF16).view(1, 1, 2, 1)
+    rounds = Profile("probabilities", frozenset({"probabilities"}))
+    found = bounds.attention(bounds.exact(query), keys, values, [2], 1.0, rounds, want_correlation=True)
+    assert found.correlation is not None and found.correlation.head_variance is not None
+    own = 2.0**-12 / 12  # of 2 = 1/2 + 3/2
+    whole = float(found.variance[0, 0]) + own
+    head = 4 * bounds.PROBABILITY_VARIANCE
+    assert found.correlation.head_variance.flatten().tolist() == pytest.approx([(head + own) / whole] * 2, rel=1e-6)
+    assert found.correlation.sum_variance.tolist() == pytest.approx([(4 * head + 2 * own) / whole], rel=1e-6)
+    assert found.correlation.independent.tolist() == pytest.approx(
+        [(4 * head + 2 * own) ** 2 / ((4 * head) ** 2 + 2 * own**2)], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("count", [3, 4, 30])
+@pytest.mark.parametrize("before_normalised", [False, True])
+def test_alike_probabilities_err_by_their_own_rounding_where_it_is_large(count: int, before_normalised: bool) -> None:
+    """Beside one larger one in each of two heads: near a tie of bf16 before or after the division by their sum.
+
+    Fewer than four may agree by accident, and err as roundings do on average.
+    """
+    tie = 1 + 2.0**-8 + 2.0**-12  # of bf16: 1 or 1 + 2**-7
+    if before_normalised:
+        shares = [tie / 4, tie / 16]
+    else:
+        shares = [p / (1 - count * p) for p in (tie / 64, tie / 128)]
+    largest = [1.0, 2.0]  # scores; of either head the largest is not 0
+    keys = torch.zeros(1, 1, count + 1, 4, dtype=torch.float64)
+    query = torch.eye(4, dtype=torch.float64)[:2].view(1, 2, 4)
+    for head, (share, top) in enumerate(zip(shares, largest, strict=True)):
+        keys[0, 0, :, head] = torch.tensor([top] + [top + math.log(share)] * count, dtype=torch.float64)
+    values = torch.ones(1, 1, count + 1, 4, dtype=BF16)
+    rounds = Profile("probabilities", frozenset({"probabilities"}))
+    plain, found = (bounds.attention(bounds.exact(query), keys, values, [count + 1], 1.0, one).variance for one in (PLAIN, rounds))
+    average = bounds.PROBABILITY_VARIANCE**0.5
+    for head, share in enumerate(shares):
+        p = share / (1 + count * share)
+
+        def rounding(value: float) -> float:
+            return abs(float(rounded(torch.tensor(value).double(), BF16)) / value - 1)
+
+        size = max(average, rounding(p), rounding(share)) if count >= 4 else average
+        assert count < 4 or size > 2 * average
+        expected = (count * p * size) ** 2 + (p / share * average) ** 2
+        assert (found - plain)[0, head].tolist() == pytest.approx([expected] * 4, rel=1e-6)
+
+
+def test_what_rounding_does_to_a_probability_below_fp32s_range_is_counted_once() -> None:
+    """As lost, not as rounded."""
+    query = torch.ones(1, 1, 1, dtype=torch.float64)
+    keys = torch.tensor([0.0] + [-87.4] * 4).double().view(1, 1, 5, 1)
+    values = torch.tensor([0.0] + [1e30] * 4).double().view(1, 1, 5, 1)
+    assert 2.0**-127 < math.exp(-87.4) < 2.0**-126
+    rounds = Profile("probabilities", frozenset({"probabilities"}))
+    found = bounds.attention(bounds.exact(query), keys, values, [5], 1.0, rounds)
+    assert found.variance.sqrt().item() == pytest.approx(4e30 * 2.0**-126, rel=1e-3)
 
 
 def test_a_probability_that_fp32_cannot_hold_may_be_lost() -> None:
