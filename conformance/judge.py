@@ -589,7 +589,7 @@ def _not_finite(out: torch.Tensor, value: torch.Tensor, dtype: torch.dtype, want
     strange = ~torch.isfinite(out)
     if not bool(strange.any()):
         return None
-    oracle = rounded(value, dtype) if dtype != torch.float32 else value.to(dtype).to(torch.float64)
+    oracle = rounded(value, dtype)
     # Bit-equal infinities and NaNs of both are agreement; one-sided ones are not.
     strange &= ~((out == oracle) | (out.isnan() & oracle.isnan()))
     return strange if wanted is None else strange & wanted
@@ -639,7 +639,7 @@ def _integers(case: Case, part: _Part, estimate: Bounds, skip: torch.Tensor | No
     result.findings.append(
         Finding(
             "element",
-            f"{_at(part.argument, index)} is {found}, expected {expected}; {_pattern(case, part, wrong)}",
+            f"{_at(part.argument, index)} is {found}, expected {expected}; {_pattern(part, wrong)}",
             part.argument.name,
             index,
             part.argument.where(index, case.dims),
@@ -663,8 +663,7 @@ def _element_finding(case: Case, part: _Part, estimate: Bounds, worst: _Worst, b
     used = "where no error is allowed" if math.isinf(amount) else f"{amount:.3g} times its allowance"
     return Finding(
         "element",
-        f"{_at(argument, index)} is {found:.6g}, expected {expected:.6g}: {ulps:.3g} ulp off, {used}; "
-        f"{_pattern(case, part, beyond)}",
+        f"{_at(argument, index)} is {found:.6g}, expected {expected:.6g}: {ulps:.3g} ulp off, {used}; {_pattern(part, beyond)}",
         argument.name,
         index,
         where,
@@ -980,7 +979,7 @@ def _extent(case: Case, part: _Part, mask: torch.Tensor, detector: str, what: st
     where = argument.where(index[-len(argument.size(case.dims)) :], case.dims)
     return Finding(
         detector,
-        f"{argument.name} {what}: {_pattern(case, part, mask)}, the first at {_at(argument, index)} ({_place(where)})",
+        f"{argument.name} {what}: {_pattern(part, mask)}, the first at {_at(argument, index)} ({_place(where)})",
         argument.name,
         index,
         where,
@@ -1005,7 +1004,7 @@ def _area(part: _Part, row: int | None, columns: slice, width: int) -> str:
     return f"row {number}, {across}" if across else f"row {number}"
 
 
-def _pattern(case: Case, part: _Part, mask: torch.Tensor) -> str:
+def _pattern(part: _Part, mask: torch.Tensor) -> str:
     """How much is wrong and in what shape: all of it, whole rows, a block of columns, or scattered elements."""
     count, total = _count(mask), mask.numel()
     if count == total:

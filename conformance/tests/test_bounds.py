@@ -242,6 +242,12 @@ def test_attention_never_looks_past_the_length() -> None:
         assert torch.equal(getattr(before, name), getattr(after, name))
 
 
+def test_the_unit_roundoff_is_what_fp32_rounds_by_at_most() -> None:
+    value = normal(100000)
+    found = float(((value.float().double() - value) / value).abs().max())
+    assert 0.9 * bounds.U < found <= bounds.U
+
+
 @pytest.mark.parametrize("query_size", [1.0, 1e-2, 1e-4, 0.0])
 def test_bf16_probabilities_stay_within_their_variance(query_size: float) -> None:
     """Also where small queries make all probabilities alike, and one rounding of them all moves the whole row."""
@@ -641,7 +647,8 @@ def test_probabilities_in_bf16_add_their_roundings(denominator: bool, modelled: 
         shared, shared_squares = shared + float(of_site.sum()), shared_squares + float((of_site**2).sum())
         own, own_squares = own + float((weight**2 * q).sum()), own_squares + float(((weight**2 * q) ** 2).sum())
         of_heads.append(float(of_site.sum() + (weight**2 * q).sum()))
-    assert found.correlation is not None and found.correlation.head_variance is not None
+    assert found.correlation is not None
+    assert found.correlation.head_variance is not None
     # Hardly any two heads have a probability in common.
     count = (shared + own) ** 2 / (shared_squares + own_squares)
     assert found.correlation.sum_variance.tolist() == pytest.approx([shared + own], rel=1e-6)
@@ -681,7 +688,8 @@ def test_every_query_has_its_own_keys_and_length() -> None:
         assert_same(together[part], alone.value, alone.variance, alone.worst)
         assert torch.equal(together.correlation.sum_variance[part], alone.correlation.sum_variance)
         assert torch.equal(together.correlation.independent[part], alone.correlation.independent)
-        assert together.correlation.head_variance is not None and alone.correlation.head_variance is not None
+        assert together.correlation.head_variance is not None
+        assert alone.correlation.head_variance is not None
         assert torch.equal(together.correlation.head_variance[part], alone.correlation.head_variance)
 
 
@@ -715,7 +723,8 @@ def test_equal_probabilities_of_two_heads_lean_the_row_together() -> None:
     keys, values = torch.ones(1, 1, 2, 1, dtype=BF16), torch.tensor([1.0, 3.0], dtype=BF16).view(1, 1, 2, 1)
     rounds = Profile("probabilities", frozenset({"probabilities"}))
     found = bounds.attention(bounds.exact(query), keys, values, [2], 1.0, rounds, want_correlation=True)
-    assert found.correlation is not None and found.correlation.head_variance is not None
+    assert found.correlation is not None
+    assert found.correlation.head_variance is not None
     own = 2.0**-12 / 12  # of 2 = 1/2 + 3/2
     whole = float(found.variance[0, 0]) + own
     head = 4 * bounds.PROBABILITY_VARIANCE
@@ -734,10 +743,7 @@ def test_alike_probabilities_err_by_their_own_rounding_where_it_is_large(count: 
     Fewer than four may agree by accident, and err as roundings do on average.
     """
     tie = 1 + 2.0**-8 + 2.0**-12  # of bf16: 1 or 1 + 2**-7
-    if before_normalised:
-        shares = [tie / 4, tie / 16]
-    else:
-        shares = [p / (1 - count * p) for p in (tie / 64, tie / 128)]
+    shares = [tie / 4, tie / 16] if before_normalised else [p / (1 - count * p) for p in (tie / 64, tie / 128)]
     largest = [1.0, 2.0]  # scores; of either head the largest is not 0
     keys = torch.zeros(1, 1, count + 1, 4, dtype=torch.float64)
     query = torch.eye(4, dtype=torch.float64)[:2].view(1, 2, 4)
@@ -745,7 +751,9 @@ def test_alike_probabilities_err_by_their_own_rounding_where_it_is_large(count: 
         keys[0, 0, :, head] = torch.tensor([top] + [top + math.log(share)] * count, dtype=torch.float64)
     values = torch.ones(1, 1, count + 1, 4, dtype=BF16)
     rounds = Profile("probabilities", frozenset({"probabilities"}))
-    plain, found = (bounds.attention(bounds.exact(query), keys, values, [count + 1], 1.0, one).variance for one in (PLAIN, rounds))
+    plain, found = (
+        bounds.attention(bounds.exact(query), keys, values, [count + 1], 1.0, one).variance for one in (PLAIN, rounds)
+    )
     average = bounds.PROBABILITY_VARIANCE**0.5
     for head, share in enumerate(shares):
         p = share / (1 + count * share)

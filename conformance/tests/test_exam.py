@@ -317,7 +317,8 @@ def test_what_goes_wrong_with_one_kernel_is_its_own_error_and_loses_no_other(mon
 def test_an_exam_cut_short_has_what_it_judged_and_is_no_pass(
     monkeypatch: pytest.MonkeyPatch, stop: BaseException, why: str
 ) -> None:
-    perform, performed = exam._perform, []
+    perform = exam._perform
+    performed: list[Any] = []
 
     def once(task: Any) -> Any:
         if len(performed) == 3:
@@ -331,13 +332,15 @@ def test_an_exam_cut_short_has_what_it_judged_and_is_no_pass(
     found = take(effort, stage="greedy_sample", lane="eager", processes=1)
     assert [one.id for one in found.standings] == [one.id for one in whole.standings]
     judged = {name for task in performed for name in task.ids}
-    assert judged and [one for one in found.standings if one.id in judged] == [
-        one for one in whole.standings if one.id in judged
-    ]
+    assert judged
+    assert [one for one in found.standings if one.id in judged] == [one for one in whole.standings if one.id in judged]
     assert {one.id for one in found.errors} == {one.id for one in found.standings} - judged
     assert {one.error for one in found.errors} == {why}
-    assert whole.passed and not found.passed and not found.failed
-    assert "could not be judged" in exam_report.table(found) and why in exam_report.page(found)
+    assert whole.passed
+    assert not found.passed
+    assert not found.failed
+    assert "could not be judged" in exam_report.table(found)
+    assert why in exam_report.page(found)
 
 
 def test_an_exam_is_kept_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,9 +350,11 @@ def test_an_exam_is_kept_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
     whole = take(effort, stage="greedy_sample", lane="eager", processes=1, keep=kept.append)
     assert len(kept) > 1
     unjudged = [len(one.errors) for one in kept]
-    assert unjudged == sorted(unjudged, reverse=True) and unjudged[0] > unjudged[-1] == 0
+    assert unjudged == sorted(unjudged, reverse=True)
+    assert unjudged[0] > unjudged[-1] == 0
     assert kept[-1].standings == whole.standings
-    assert not any(one.failed for one in kept) and not any(one.passed for one in kept[:-1] if one.errors)
+    assert not any(one.failed for one in kept)
+    assert not any(one.passed for one in kept[:-1] if one.errors)
 
 
 def test_a_rejection_counts_though_the_rest_was_not_judged() -> None:

@@ -15,13 +15,13 @@ from conformance.arithmetic import CONTRACT, Arithmetic
 from conformance.bounds import Bounds, Correlation, Profile
 from conformance.buffers import GUARD_ALIGNMENT, GUARD_BYTES, Guarded, bits, poison, poisoned, same_bits
 from conformance.cases import Case, CaseKey, make_case
-from conformance.contract import Dims, Stage, Tensors, write
+from conformance.contract import Dims, Stage, Tensors, read, write
 from conformance.errors import UnavailableError, UsageError
-from conformance.executors.base import Outcome, PassDifference
+from conformance.executors.base import Outcome, PassDifference, UnwrittenRead
 from conformance.executors.eager import run_eager
 from conformance.faults.kernels import Choices, torch_kernel
 from conformance.judge import Oracle, judge, kappa, spread_limit
-from conformance.ulp import spacing
+from conformance.ulp import rounded, spacing
 from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
 
 BF16 = torch.bfloat16
@@ -227,19 +227,28 @@ def test_the_right_integers_pass_and_use_nothing(sample_case: Case) -> None:
     assert verdict.shares == {"token_ids": 0}
 
 
-@pytest.mark.parametrize(("added", "many"), [(1, False), (-500, False), (1, True)])
-def test_a_wrong_integer_is_an_element_with_its_place_and_both_values(sample_case: Case, added: int, many: bool) -> None:
+@pytest.mark.parametrize(
+    ("added", "wrong", "extent"),
+    [
+        (1, [2], "1 of 4 elements"),
+        (-500, [2], "1 of 4 elements"),
+        (1, [1, 3], "2 of 4 elements: every row, columns 1, 3"),
+        (1, [0, 1, 2, 3], "all 4 elements"),
+    ],
+)
+def test_a_wrong_integer_is_an_element_with_its_place_and_both_values(
+    sample_case: Case, added: int, wrong: list[int], extent: str
+) -> None:
     outputs = perfect(sample_case)
     expected = outputs["token_ids"].tolist()
-    outputs["token_ids"][2 if not many else slice(None)] += added
+    outputs["token_ids"][wrong] += added
     verdict = judged(sample_case, outputs)
     assert detectors(verdict) == ["element"]
     (finding,) = verdict.findings
-    row = 0 if many else 2
-    extent = "all 4 elements" if many else "1 of 4 elements"
+    row = wrong[0]
     assert finding.message == f"token_ids[{row}] is {expected[row] + added}, expected {expected[row]}; {extent}"
     assert (finding.argument, finding.index, finding.where) == ("token_ids", (row,), {"row": row})
-    assert (finding.count, finding.total, finding.share) == (4 if many else 1, 4, math.inf)
+    assert (finding.count, finding.total, finding.share) == (len(wrong), 4, math.inf)
     assert verdict.share == math.inf
 
 
@@ -514,11 +523,12 @@ def made_up(
     reference: Callable[..., torch.Tensor] | None = None,
     sequences: list[int] | None = None,
     heads: int = 0,
+    lanes: int = 0,
     causes: list[str] | None = None,
 ) -> Case:
     """A case of a stage with one output, ``out``, and these bounds of it; elements are limited by their variance alone.
 
-    With ``heads`` the rows are those of a cache, by token and head.
+    With ``heads`` the rows are those of a cache, by token and head; with ``lanes`` columns are those of heads so wide.
     """
     rows, columns = value.shape
     cache_rows, heads = torch.arange(rows) if heads else None, max(1, heads)
@@ -527,7 +537,7 @@ def made_up(
     stage = Stage(
         name="made_up",
         summary="",
-        arguments=(write("out", "B*NKV V", dtype),),
+        arguments=(write("out", "B NH*D" if lanes else "B*NKV V", dtype),),
         reference=lambda inputs, dims, arithmetic: {"out": reference(arithmetic)} if reference else {},
         error_model=lambda inputs, dims, profile: {"out": estimate},
         make_inputs=lambda *arguments: {},
@@ -537,8 +547,19 @@ def made_up(
         sequences=None if sequences is None else lambda inputs, dims: torch.tensor(sequences),
         localise=None if causes is None else lambda inputs, outputs, dims: causes,
     )
-    dims = Dims(B=rows // heads, NH=heads, NKV=heads, D=2, I=1, V=columns, L=1, S=1, BS=1, NB=1)
+    query_heads, width = (columns // lanes, lanes) if lanes else (heads, 2)
+    dims = Dims(B=rows // heads, NH=query_heads, NKV=heads, D=width, I=1, V=columns, L=1, S=1, BS=1, NB=1)
     return Case(CaseKey.parse("rms_norm:tiny:B=1:normal:1"), stage, dims, {})
+
+
+def in_rows(case: Case, rows: list[int]) -> Case:
+    """The same case, its judged rows standing in these rows of a cache."""
+    model = case.stage.error_model
+
+    def moved(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
+        return {"out": dataclasses.replace(model(inputs, dims, profile)["out"], rows=torch.tensor(rows))}
+
+    return dataclasses.replace(case, stage=dataclasses.replace(case.stage, error_model=moved))
 
 
 def different(rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> torch.Tensor:
@@ -615,6 +636,17 @@ def test_errors_that_are_too_large_together_are_found_where_they_are(
         assert (finding.count, finding.total) == (200, 200)
         assert finding.share == pytest.approx(size, rel=1e-6)
         assert finding.ulps == pytest.approx(each * math.sqrt(13 / 12), rel=1e-6)
+
+
+def test_errors_in_a_cache_are_told_by_its_own_rows() -> None:
+    """The judged rows stand in another order in the cache."""
+    scaled = torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
+    scaled[1] = alternating(math.sqrt(1.5 * spread_allows(40)))[1]
+    out = different()
+    case = in_rows(made_up(*off_by(out, scaled), heads=1), [4, 3, 2, 1, 0])
+    (finding,) = verdict_on(case, out.flip(0)).findings
+    assert "errors of out in row 3 are " in finding.message
+    assert finding.index == (3, 0)
 
 
 @pytest.mark.parametrize("size", [0.98, 1.02])
@@ -715,12 +747,29 @@ def test_a_row_of_few_values_says_nothing(values: int, judged_at_all: bool) -> N
         assert verdict.findings[0].count == values * 6
 
 
+@pytest.mark.parametrize(("step", "judged_at_all"), [(2.0**-12, True), (2.0**-13, False)])
+def test_values_that_agree_to_twelve_bits_are_one(step: float, judged_at_all: bool) -> None:
+    exact = 1.25 + step * (torch.arange(40) % 8).double().unsqueeze(0)
+    out = rounded(exact + alternating(3.0, 1) * 2.0**-7, BF16)
+    verdict = verdict_on(made_up(exact, torch.full_like(exact, 2.0**-14)), out)
+    assert detectors(verdict) == (["spread"] if judged_at_all else [])
+
+
 def test_a_row_of_few_values_hides_no_other_row() -> None:
     out, scaled = different(), torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
     out[0] = out[0, 0]
     scaled[3] = alternating(math.sqrt(1.5 * spread_allows(40)))[3]
     verdict = verdict_on(made_up(*off_by(out, scaled)), out)
     assert [(finding.detector, finding.index, finding.count) for finding in verdict.findings] == [("spread", (3, 0), 160)]
+
+
+@pytest.mark.parametrize("size", [0.98, 1.02])
+def test_a_tile_of_one_element_counts_that_one(size: float) -> None:
+    out, scaled = different(ROWS, 33), torch.zeros(ROWS, 33, dtype=torch.float64)
+    scaled[2, 32] = math.sqrt(size * spread_allows(2))
+    verdict = verdict_on(made_up(*off_by(out, scaled, 5.0)), out)
+    assert verdict.share == pytest.approx(size, rel=1e-6)
+    assert detectors(verdict) == (["spread"] if size > 1 else [])
 
 
 def test_what_is_not_finite_or_was_not_written_is_no_part_of_the_statistics() -> None:
@@ -746,6 +795,35 @@ def test_an_exact_zero_leans_to_neither_side() -> None:
     assert verdict.ok
     assert verdict.share is not None
     assert verdict.share < 0.5
+
+
+@pytest.mark.parametrize(("size", "flushed"), [(0.9, True), (1.1, False)])
+def test_what_fp32_cannot_hold_but_as_a_subnormal_may_be_zero(size: float, flushed: bool) -> None:
+    value = torch.tensor([[size * 2.0**-126, 1.0]], dtype=torch.float64)
+    little = torch.full_like(value, 1e-60)
+    verdict = verdict_on(made_up(value, little**2, worst=little, dtype=torch.float32), torch.tensor([[0.0, 1.0]]))
+    assert detectors(verdict) == ([] if flushed else ["element"])
+
+
+@pytest.mark.parametrize("count", [1, 200, 1 << 20])
+def test_how_far_a_correct_element_may_be_off_follows_the_document(count: int) -> None:
+    """A normal error is beyond it with a probability of a millionth, at the most, for all elements together."""
+    assert kappa(count) == pytest.approx(math.sqrt(2 * math.log(2e6 * count)), rel=1e-12)
+
+
+@pytest.mark.parametrize("block", [1 << 15, 10])
+def test_of_elements_that_allow_no_error_the_largest_is_told(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Whatever its value, and wherever it stands."""
+    monkeypatch.setattr("conformance.judge.BLOCK", block)
+    value = torch.ones(ROWS, COLUMNS, dtype=torch.float64)
+    value[1, 2], value[2, 30], value[4, 5] = 100.0, -8.0, 2.0
+    case = made_up(value, torch.zeros_like(value), worst=torch.zeros_like(value))
+    out = value.clone()
+    out[1, 2], out[2, 30], out[4, 5] = 101.0, -4.0, 1.0
+    (finding,) = verdict_on(case, out).findings
+    assert (finding.detector, finding.index, finding.count) == ("element", (2, 30), 3)
+    out[2, 30] = -8.0
+    assert verdict_on(case, out).findings[0].index == (1, 2)  # of equal ones the first
 
 
 def test_an_element_of_which_nothing_is_known_is_told_before_one_that_is_too_far_off() -> None:
@@ -784,6 +862,117 @@ def test_more_independent_errors_than_values_are_not_believed() -> None:
     many = Correlation(torch.tensor([1e9]).double(), torch.tensor([0.0]).double())
     scaled = alternating(1.0, 1, 10).repeat_interleave(4, 1) * math.sqrt(0.9 * spread_allows(10))
     assert verdict_on(made_up(*off_by(out, scaled), correlation=many), out).share == pytest.approx(0.9, rel=1e-6)
+
+
+HEADS, LANES = 4, 10
+
+
+def leaning(out: torch.Tensor, by: float, signs: torch.Tensor | None = None) -> torch.Tensor:
+    """Errors that make each head of ``out`` lean by so many deviations in all, every second one to the other side."""
+    sides = alternating(1.0, len(out), HEADS) if signs is None else signs
+    return torch.sign(out) * sides.repeat_interleave(LANES, 1) * by / LANES
+
+
+def heads_lean(square: float, variance: float = LANES) -> float:
+    """By how much a head leans whose square over its deviation, beyond what is always allowed, is this."""
+    return math.sqrt(square * variance) + 0.02 * LANES
+
+
+@pytest.mark.parametrize("size", [0.98, 1.02])
+def test_two_heads_a_row_are_enough_to_lean_each_its_own_way(size: float) -> None:
+    out = different(ROWS, 2 * LANES)
+    sides = alternating(1.0, ROWS, 2)
+    scaled = leaning(out, heads_lean(size * spread_allows(ROWS * 2)), sides)
+    verdict = verdict_on(made_up(*off_by(out, scaled), lanes=LANES), out)
+    assert verdict.share == pytest.approx(size, rel=1e-6)
+    assert verdict.ok == (size < 1)
+
+
+@pytest.mark.parametrize("size", [0.98, 1.02])
+def test_heads_that_lean_each_its_own_way_are_found_together(size: float) -> None:
+    out = different()
+    scaled = leaning(out, heads_lean(size * spread_allows(ROWS * HEADS)))
+    scaled[3, 10:20] *= 1 + 1e-9  # the worst
+    verdict = verdict_on(made_up(*off_by(out, scaled), lanes=LANES), out)
+    assert verdict.share == pytest.approx(size, rel=1e-6)
+    assert detectors(verdict) == (["bias"] if size > 1 else [])
+    if size > 1:
+        (finding,) = verdict.findings
+        assert finding.message.startswith(
+            "heads of out are too large or too small in magnitude, each of them throughout: what they lean by has a mean square "
+            f"of {size:.3g} times the limit"
+        )
+        assert (finding.argument, finding.index, finding.where) == ("out", (3, 10), {"row": 3, "head": 1, "lane": 0})
+        assert (finding.count, finding.total) == (200, 200)
+        assert finding.share == verdict.share
+
+
+def test_a_row_that_is_no_heads_has_no_heads_that_lean() -> None:
+    out = different()
+    scaled = leaning(out, heads_lean(2 * spread_allows(ROWS * HEADS)))
+    assert verdict_on(made_up(*off_by(out, scaled)), out).ok
+
+
+def test_a_row_that_leans_is_told_before_its_heads() -> None:
+    """Where every head leans the same way the row says more; the share is the larger one."""
+    out = different()
+    scaled = leaning(out, heads_lean(2 * spread_allows(ROWS * HEADS)), torch.ones(ROWS, HEADS).double())
+    verdict = verdict_on(made_up(*off_by(out, scaled), lanes=LANES), out)
+    assert [finding.message.split(":")[0] for finding in verdict.findings] == [
+        "out is too large in magnitude throughout the whole tensor"
+    ]
+    assert verdict.share is not None
+    assert verdict.share > 2
+    scaled[:] = 0
+    assert verdict_on(made_up(*off_by(out, scaled), lanes=LANES), out).share == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [0.98, 1.02])
+def test_values_that_repeat_within_a_head_lean_it_more(size: float) -> None:
+    """Two values five times each: the sum of their errors varies five times as much."""
+    out = different(ROWS, 8).repeat_interleave(5, 1)
+    scaled = leaning(out, heads_lean(size * spread_allows(ROWS * HEADS), LANES * 5))
+    assert verdict_on(made_up(*off_by(out, scaled), lanes=LANES), out).share == pytest.approx(size, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.98, 1.02])
+def test_rows_of_heads_that_repeat_one_another_are_one(size: float) -> None:
+    out = different(1).expand(ROWS, -1)
+    scaled = leaning(out, heads_lean(size * spread_allows(HEADS)))
+    assert verdict_on(made_up(*off_by(out, scaled), lanes=LANES), out).share == pytest.approx(size, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.98, 1.02])
+def test_what_the_errors_of_a_head_share_may_lean_it(size: float) -> None:
+    """Each head varies twice as much as its elements say; a row as much as its heads, or as though half of them were one."""
+    rows = torch.full((ROWS,), 40.0).double()
+    of_heads = torch.full((ROWS, HEADS), 2.0 * LANES).double()
+    out = different()
+    for row_variance, count in ((1.0, HEADS), (2.0 * LANES * HEADS, HEADS), (4.0 * LANES * HEADS, HEADS / 2)):
+        correlation = Correlation(rows, torch.full((ROWS,), row_variance).double(), of_heads)
+        scaled = leaning(out, heads_lean(size * spread_allows(ROWS * count), 2 * LANES))
+        verdict = verdict_on(made_up(*off_by(out, scaled), lanes=LANES, correlation=correlation), out)
+        assert verdict.share == pytest.approx(size, rel=1e-6)
+    # A deviation that is smaller than that of the elements is not believed, and none need be told.
+    for few in (torch.zeros(ROWS, HEADS).double(), None):
+        correlation = Correlation(rows, torch.full((ROWS,), 40.0).double(), few)
+        scaled = leaning(out, heads_lean(size * spread_allows(ROWS * HEADS)))
+        verdict = verdict_on(made_up(*off_by(out, scaled), lanes=LANES, correlation=correlation), out)
+        assert verdict.share == pytest.approx(size, rel=1e-6)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_head_of_which_nothing_is_counted_is_none(left: int) -> None:
+    """All that is left of a head is one element, or nothing: the others overflow, and rightly so."""
+    out = different()
+    scaled = leaning(out, heads_lean(1.2 * spread_allows(ROWS * HEADS)))
+    value, variance = off_by(out, scaled)
+    value[2, 10 + left : 20] = out[2, 10 + left : 20] = math.inf
+    verdict = verdict_on(made_up(value, variance, lanes=LANES), out)
+    of_one = (float(scaled[2, 10].abs()) - 0.02) ** 2
+    heads = ROWS * HEADS - 1 + left
+    mean = (1.2 * spread_allows(ROWS * HEADS) * (ROWS * HEADS - 1) + left * of_one) / heads
+    assert verdict.share == pytest.approx(mean / spread_allows(heads), rel=1e-6)
 
 
 def test_a_factor_of_each_heads_own_is_found_where_no_row_leans() -> None:
@@ -887,6 +1076,20 @@ def test_rows_that_share_their_errors_are_looked_at_together() -> None:
     assert (verdict.ok, oracle.asked) == (True, [("all", 16, 32)])
 
 
+def test_the_tensor_and_each_column_of_tiles_are_looked_at_by_themselves() -> None:
+    errors = alternating(1.4, 16, 48)
+    errors[:, 16:32] = alternating(1.9, 16, 16)
+    verdict, oracle = layer(errors, [1.0] * 16, {})
+    assert (verdict.ok, oracle.asked) == (True, [("all", 16, 32), ("all", 0, 48), ("all", 0, 16), ("all", 32, 48)])
+
+
+def test_only_so_many_columns_of_tiles_are_looked_at_by_themselves() -> None:
+    """Eight, with the tensor, before all rows are counted together."""
+    verdict, oracle = layer(alternating(1.6, 16, 144), [1.0] * 16, {})
+    of_tiles = [("all", 16 * number, 16 * number + 16) for number in range(7)]
+    assert (verdict.ok, oracle.asked) == (True, [("all", 0, 144), *of_tiles, "rows"])
+
+
 def test_a_layer_that_is_wrong_anyway_is_told_with_its_spread_and_not_counted() -> None:
     scaled = alternating(1.5)
     scaled[0, 0] = 20.0
@@ -970,6 +1173,17 @@ def test_a_few_elements_of_a_layer_may_vary_by_more_than_the_model_says(many: in
         assert [(finding.detector, finding.count) for finding in verdict.findings] == ([] if helped else [("element", many)])
 
 
+@pytest.mark.parametrize(("share", "asked"), [(3.9, True), (4.1, False)])
+def test_an_element_of_a_layer_that_is_far_off_is_wrong_whatever_steers_it(share: float, asked: bool) -> None:
+    out, scaled = different(40, 48), torch.zeros(40, 48, dtype=torch.float64)
+    out[3, 5], scaled[3, 5] = 1.703125, element_off(share, 40 * 48)
+    value, variance = off_by(out, scaled)
+    case = made_up(value, variance, composite=True)
+    oracle = Told(case, [48.0] * 40, {}, {(3, 5): 1e3 * float(variance[3, 5])})
+    verdict = verdict_on(case, out, oracle)
+    assert (oracle.elements, "element" in detectors(verdict)) == ([(3, 5)] if asked else [], not asked)
+
+
 def test_one_element_that_is_explained_explains_no_other() -> None:
     out, scaled = different(40, 48), torch.zeros(40, 48, dtype=torch.float64)
     scaled[3, 5] = scaled[8, 40] = (1.2 * kappa(40 * 48) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
@@ -1022,6 +1236,57 @@ def test_a_tile_may_hold_fewer_errors_than_its_row_has_room_for() -> None:
     assert oracle.independent_in_tile("out", profile, 1, slice(0, 16)) > 8
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_columns_of_all_rows_hold_the_errors_of_each_or_the_same_ones(shared: bool) -> None:
+    """Rows of sixteen errors, of which the columns asked for show eight."""
+    value = torch.full((8, 64), 1.5, dtype=torch.float64)
+
+    def reference(arithmetic: Arithmetic) -> torch.Tensor:
+        return (arithmetic.round(torch.ones(1 if shared else 8, 16)) @ in_groups(4)).expand(8, 64)
+
+    case = made_up(value, torch.zeros_like(value), composite=True, reference=reference)
+    oracle, profile = Oracle(case), case.stage.profiles[0]
+    found = [oracle.independent_in_all_rows("out", profile, columns) for columns in (slice(0, 32), slice(0, 64))]
+    assert found == [pytest.approx(8 if shared else 64, rel=0.5), pytest.approx(16 if shared else 128, rel=0.5)]
+
+
+@pytest.mark.parametrize("rows", [None, [3, 2, 1, 0]])
+def test_whatever_is_asked_first_is_counted(rows: list[int] | None) -> None:
+    """Four rows of 64, 16, 4 and one error, in order or in a cache that holds them backwards."""
+    value = torch.full((4, 64), 1.5, dtype=torch.float64)
+    effects = torch.stack([torch.cat([in_groups(size), torch.zeros(64 - 64 // size, 64)]) for size in (1, 4, 16, 64)])
+
+    def reference(arithmetic: Arithmetic) -> torch.Tensor:
+        found = torch.einsum("rk,rkc->rc", arithmetic.round(torch.ones(4, 64)), effects)
+        return found if rows is None else found[rows]
+
+    case = made_up(value, torch.zeros_like(value), composite=True, reference=reference)
+    case = case if rows is None else in_rows(case, rows)
+    profile = case.stage.profiles[0]
+    for row, count in enumerate((64, 16, 4, 1)):
+        assert Oracle(case).independent_in_row("out", profile, row) == pytest.approx(count, rel=0.4)
+        tile = Oracle(case).independent_in_tile("out", profile, row, slice(16, 32))
+        assert tile == pytest.approx(max(1, count // 4), rel=0.4)
+        # Every rounding of ones moves a column of its row by one of its steps.
+        assert Oracle(case).element_variance("out", profile, row, 5) == pytest.approx(2.0**-14 / 12, rel=1e-5)
+    assert Oracle(case).independent_in_all_rows("out", profile, slice(0, 64)) > 5
+    assert close_to(Oracle(case).independent_errors("out", profile), [64, 16, 4, 1])
+
+
+def test_the_rows_of_every_layer_are_counted() -> None:
+    """Two layers of three tokens of a cache, by layer and token."""
+    groups = [1, 64, 8, 64, 8, 1]
+    value = torch.full((6, 64), 1.5, dtype=torch.float64)
+    effects = torch.stack([torch.cat([in_groups(size), torch.zeros(64 - 64 // size, 64)]) for size in groups])
+
+    def reference(arithmetic: Arithmetic) -> torch.Tensor:
+        of_tokens = arithmetic.round(torch.ones(3, 2, 64))
+        return torch.einsum("tlk,ltkc->ltc", of_tokens, effects.view(2, 3, 64, 64)).reshape(6, 64)
+
+    case = made_up(value, torch.zeros_like(value), composite=True, reference=reference, sequences=[0, 1, 2])
+    assert close_to(Oracle(case).independent_errors("out", case.stage.profiles[0]), [64, 1, 8, 1, 8, 64])
+
+
 def test_an_error_counts_by_how_far_the_element_may_be_off() -> None:
     """One rounding moves half of the columns by much; but what is uncertain by more still is hardly moved by it."""
     effects = torch.cat([in_groups(1, 32), torch.zeros(32, 32)], 1)
@@ -1039,8 +1304,8 @@ def test_how_many_errors_there_are_does_not_depend_on_their_size() -> None:
     assert torch.allclose(plain, small, rtol=1e-5)
 
 
-@pytest.mark.parametrize("heads", [0, 2])
-def test_an_element_varies_by_the_roundings_that_reach_it(heads: int) -> None:
+@pytest.mark.parametrize("rows", [None, [2, 0, 3, 1]])
+def test_an_element_varies_by_the_roundings_that_reach_it(rows: list[int] | None) -> None:
     effects = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
     value = torch.full((4, 30), 1.5, dtype=torch.float64)
 
@@ -1049,11 +1314,12 @@ def test_an_element_varies_by_the_roundings_that_reach_it(heads: int) -> None:
         assert unused.shape == (4, 3)
         return arithmetic.round(2 * torch.ones(4, 20)) @ effects * torch.arange(1.0, 5.0).unsqueeze(1)
 
-    case = made_up(value, torch.ones_like(value), composite=True, reference=reference, heads=heads)
-    oracle = Oracle(case)
+    case = made_up(value, torch.ones_like(value), composite=True, reference=reference)
+    oracle = Oracle(case if rows is None else in_rows(case, rows))
     for row, column in ((0, 0), (1, 7), (3, 29)):
+        factor = 1 + (row if rows is None else rows[row])
         # A step of bf16 at 2 is 2**-6.
-        expected = float(effects[:, column].double().square().sum()) * (row + 1) ** 2 * 2.0**-12 / 12
+        expected = float(effects[:, column].double().square().sum()) * factor**2 * 2.0**-12 / 12
         assert oracle.element_variance("out", case.stage.profiles[0], row, column) == pytest.approx(expected, rel=1e-5)
 
 
@@ -1160,6 +1426,17 @@ def test_changed_inputs_and_guards_are_told_by_argument(norm_case: Case) -> None
     assert damaged == Finding("out_of_bounds", "memory next to out was overwritten: 1 elements past the end", "out")
 
 
+@pytest.mark.parametrize(
+    ("location", "told"), [("mine.py:7", "out[0] is read unwritten (mine.py:7)"), (None, "out[0] is read unwritten")]
+)
+def test_a_read_of_what_nobody_wrote_is_told_with_its_place_in_the_kernel(
+    norm_case: Case, location: str | None, told: str
+) -> None:
+    unwritten = UnwrittenRead("out", "out[0] is read unwritten", location, 3, 70)
+    verdict = judge(norm_case, Outcome("ok", outputs=perfect(norm_case), unwritten_reads=(unwritten,)))
+    assert verdict.findings == (Finding("unwritten_read", told, "out", count=3, total=70),)
+
+
 def test_rows_that_had_to_keep_their_contents_are_counted_and_the_first_is_named(cache_case: Case) -> None:
     outputs, dims = perfect(cache_case), cache_case.dims
     before = cache_case.inputs["v_cache"]
@@ -1181,19 +1458,31 @@ def test_rows_that_had_to_keep_their_contents_are_counted_and_the_first_is_named
 # -- which profile explains a run -----------------------------------------------------------------------------------------------
 
 
+def element_off(share: float, count: int = 200) -> float:
+    """How many deviations an element is off that uses this share of its allowance, as one of so many."""
+    return (share * kappa(count) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+
+
 def one_of(shares: dict[str, list[float]], out: torch.Tensor) -> Case:
     """A case of a stage whose profiles leave the first elements of the rows of ``out`` at these shares of their allowance."""
-    case = made_up(out, torch.ones_like(out))
-    estimates = {}
+    errors = {}
     for name, of_rows in shares.items():
-        scaled = torch.zeros_like(out)
+        errors[name] = torch.zeros_like(out)
         for row, share in enumerate(of_rows):
-            scaled[row, 0] = (share * kappa(out.numel()) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+            errors[name][row, 0] = element_off(share, out.numel())
+    return explained_by(errors, out)
+
+
+def explained_by(errors: dict[str, torch.Tensor], out: torch.Tensor, lanes: int = 0) -> Case:
+    """A case of a stage whose profiles leave ``out`` so many deviations off, each element."""
+    case = made_up(out, torch.ones_like(out), lanes=lanes)
+    estimates = {}
+    for name, scaled in errors.items():
         value, variance = off_by(out, scaled)
         estimates[name] = {"out": Bounds(value, variance, torch.full_like(value, math.inf))}
     stage = dataclasses.replace(
         case.stage,
-        profiles=tuple(Profile(name) for name in shares),
+        profiles=tuple(Profile(name) for name in errors),
         error_model=lambda inputs, dims, profile: estimates[profile.name],
     )
     return dataclasses.replace(case, stage=stage)
@@ -1213,6 +1502,50 @@ def test_findings_are_those_of_the_profile_that_explains_most(order: tuple[str, 
     assert verdict.shares == {"out": verdict.share}
     assert detectors(verdict) == ["element"]
     assert verdict.findings[0].count == len(EXPLANATIONS[expected])
+
+
+@pytest.mark.parametrize("kind", ["spread", "bias", "heads"])
+@pytest.mark.parametrize("first", ["element", "other"])
+def test_of_one_finding_each_the_smaller_share_explains_more(kind: str, first: str) -> None:
+    """Whatever its kind: a tensor that is off counts as one element that is."""
+    out = different()
+    for element, other in ((1.2, 1.5), (1.5, 1.2)):
+        errors = {"element": torch.zeros_like(out), "other": alternating(math.sqrt(other * spread_allows(200)))}
+        errors["element"][0, 0] = element_off(element)
+        if kind == "bias":
+            errors["other"] = torch.sign(out) * other * bias_allows(200, 200) / 200
+        elif kind == "heads":
+            errors["other"] = leaning(out, heads_lean(other * spread_allows(ROWS * HEADS)))
+        case = explained_by({name: errors[name] for name in sorted(errors, key=lambda name: name != first)}, out, LANES)
+        verdict = verdict_on(case, out)
+        assert verdict.profile == ("element" if element < other else "other")
+        assert len(verdict.findings) == 1
+
+
+@pytest.mark.parametrize("kind", ["spread", "bias", "heads"])
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_of_two_findings_each_the_fewer_wrong_elements_explain_more(kind: str, first: str) -> None:
+    """One that is far off beside a tensor that is off, and two that are less."""
+    out = different()
+    base = {
+        "spread": alternating(math.sqrt(1.5 * spread_allows(200))),
+        "bias": torch.sign(out) * 1.5 * bias_allows(200, 200) / 200,
+        "heads": leaning(out, heads_lean(1.5 * spread_allows(ROWS * HEADS))),
+    }[kind]
+    errors = {"one": base.clone(), "two": base.clone()}
+    errors["one"][0, 0] = element_off(1.7)
+    errors["two"][0, 0] = errors["two"][2, 20] = element_off(1.6)
+    case = explained_by({name: errors[name] for name in sorted(errors, key=lambda name: name != first)}, out, LANES)
+    verdict = verdict_on(case, out)
+    assert verdict.profile == "one"
+    assert "element" in detectors(verdict)
+    assert len(verdict.findings) > 1
+
+
+def test_of_explanations_that_are_alike_the_first_is_told() -> None:
+    out = different()
+    verdict = verdict_on(one_of({"a": [1.2], "b": [1.2], "c": [1.2]}, out), out)
+    assert (verdict.profile, verdict.ok) == ("a", False)
 
 
 def test_two_kinds_of_finding_are_a_worse_explanation() -> None:
@@ -1385,6 +1718,27 @@ def test_a_copy_is_told_with_its_extent(norm_case: Case) -> None:
     assert "echo" not in detectors(judged(norm_case, {"out": almost}))
 
 
+@pytest.mark.parametrize(("columns", "told"), [(1, "element"), (2, "echo")])
+def test_one_number_that_is_equal_is_no_copy(columns: int, told: str) -> None:
+    value = torch.full((1, columns), 2.0, dtype=torch.float64)
+    case = made_up(value, torch.zeros_like(value), worst=torch.zeros_like(value))
+    arguments = (read("x", "B*NKV V", BF16), *case.stage.arguments)
+    copied = torch.full((1, columns), 3.0, dtype=BF16)
+    case = dataclasses.replace(case, stage=dataclasses.replace(case.stage, arguments=arguments), inputs={"x": copied})
+    assert detectors(verdict_on(case, copied)) == [told]
+
+
+def test_all_rows_of_an_output_that_is_updated_in_place_may_have_to_be_written() -> None:
+    value = different()
+    case = made_up(value, torch.zeros_like(value), worst=torch.zeros_like(value))
+    before = torch.ones(ROWS, COLUMNS, dtype=BF16)
+    argument = dataclasses.replace(case.stage.arguments[0], access="io")
+    case = dataclasses.replace(case, stage=dataclasses.replace(case.stage, arguments=(argument,)), inputs={"out": before})
+    outputs = value.clone()
+    outputs[3] = 1.0
+    assert ("stale_row", (3, 0)) in [(one.detector, one.index) for one in verdict_on(case, outputs).findings]
+
+
 def test_a_cache_row_that_already_held_its_new_contents_is_not_stale(cache_case: Case) -> None:
     outputs = perfect(cache_case)
     rows = Oracle(cache_case).bounds(cache_case.stage.profiles[0])["k_cache"].rows
@@ -1409,3 +1763,4 @@ def test_an_infinity_that_the_oracle_has_is_agreement_in_fp32_too() -> None:
         found[0, place] = wrong
         (finding,) = verdict_on(case, found).findings
         assert (finding.detector, finding.index, finding.count) == ("not_finite", (0, place), 1)
+        assert finding.message.startswith("out is not finite: 1 of 4 elements, the first at ")

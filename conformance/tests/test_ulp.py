@@ -127,3 +127,12 @@ def test_a_dtype_without_ulps_is_refused_in_one_line() -> None:
     ) as error:
         spacing(torch.zeros(1, dtype=torch.float64), torch.int32)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_beyond_the_largest_value_by_half_a_step_is_infinite(dtype: torch.dtype) -> None:
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=torch.float64)
+    tie = largest + spacing(largest, dtype) / 2
+    below = torch.nextafter(tie, torch.zeros((), dtype=torch.float64))
+    found = rounded(torch.stack([largest, below, tie, -below, -tie]), dtype)
+    assert found.tolist() == [float(largest), float(largest), math.inf, -float(largest), -math.inf]
