@@ -39,6 +39,8 @@ COPIED = ("conformance", "kernels", "fixtures", "reports", "benchmarks", "confte
 MODULES = ("conformance.ulp", "conformance.bounds", "conformance.judge")
 #: What mutmut writes for a change that no test reaches, that no test notices, that one does, and that never ends.
 NO_TESTS, SURVIVED, KILLED, TIMEOUT = 33, 0, 1, 36
+#: What a change has that is to be tried.
+UNSETTLED = (None, NO_TESTS, SURVIVED)
 #: Seconds of CPU after which a change is taken to never end.
 PATIENCE = 60
 
@@ -99,7 +101,7 @@ class Runner:
         self.patterns = patterns
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """Try every change that has no result yet."""
+        """Try every change that no test has noticed yet: there may be other tests now."""
         from mutmut.mutation.data import SourceFileMutationData
         from mutmut.mutation.trampoline import set_mutant_under_test
         from mutmut.utils.format_utils import mangled_name_from_mutant_name
@@ -110,7 +112,7 @@ class Runner:
         for module in MODULES:
             data = SourceFileMutationData(path=Path(*module.split(".")).with_suffix(".py"))
             data.load()
-            names = sorted(name for name, code in data.exit_code_by_key.items() if code is None and self.wanted(name))
+            names = sorted(name for name, code in data.exit_code_by_key.items() if code in UNSETTLED and self.wanted(name))
             random.Random(0).shuffle(names)  # a run that was ended early has tried a sample
             for number, name in enumerate(names, 1):
                 reaching = tests.get(mangled_name_from_mutant_name(name), [])
@@ -125,7 +127,7 @@ class Runner:
         known = json.loads(file.read_text()) if file.exists() else {}
         for module, constant, value in changed_constants():
             name = f"{module}.{constant} = {value}"
-            if name not in known and self.wanted(name):
+            if known.get(name) in UNSETTLED and self.wanted(name):
                 change = functools.partial(setattr, importlib.import_module(module), constant, value)
                 known[name] = self.tried(everything, change)
                 file.write_text(json.dumps(known, indent=4))

@@ -552,6 +552,18 @@ def made_up(
     return Case(CaseKey.parse("rms_norm:tiny:B=1:normal:1"), stage, dims, {})
 
 
+def with_another(case: Case, another: Case) -> Case:
+    """A case with the output of another one as well, ``other``."""
+    mine, others = case.stage.error_model, another.stage.error_model
+
+    def both(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
+        return {**mine(inputs, dims, profile), "other": others(inputs, dims, profile)["out"]}
+
+    argument = dataclasses.replace(another.stage.arguments[0], name="other")
+    stage = dataclasses.replace(case.stage, arguments=(*case.stage.arguments, argument), error_model=both)
+    return dataclasses.replace(case, stage=stage)
+
+
 def in_rows(case: Case, rows: list[int]) -> Case:
     """The same case, its judged rows standing in these rows of a cache."""
     model = case.stage.error_model
@@ -797,6 +809,13 @@ def test_an_exact_zero_leans_to_neither_side() -> None:
     assert verdict.share < 0.5
 
 
+def test_results_of_the_other_sign_are_as_far_off_as_they_are() -> None:
+    out = different()
+    verdict = verdict_on(made_up(-out, (spacing(out, BF16) / 4) ** 2), out)
+    assert "element" in detectors(verdict)
+    assert verdict.findings[0].count == ROWS * COLUMNS
+
+
 @pytest.mark.parametrize(("size", "flushed"), [(0.9, True), (1.1, False)])
 def test_what_fp32_cannot_hold_but_as_a_subnormal_may_be_zero(size: float, flushed: bool) -> None:
     value = torch.tensor([[size * 2.0**-126, 1.0]], dtype=torch.float64)
@@ -902,7 +921,7 @@ def test_heads_that_lean_each_its_own_way_are_found_together(size: float) -> Non
             "heads of out are too large or too small in magnitude, each of them throughout: what they lean by has a mean square "
             f"of {size:.3g} times the limit"
         )
-        assert (finding.argument, finding.index, finding.where) == ("out", (3, 10), {"row": 3, "head": 1, "lane": 0})
+        assert (finding.argument, str(finding.index), finding.where) == ("out", "(3, 10)", {"row": 3, "head": 1, "lane": 0})
         assert (finding.count, finding.total) == (200, 200)
         assert finding.share == verdict.share
 
@@ -973,6 +992,11 @@ def test_a_head_of_which_nothing_is_counted_is_none(left: int) -> None:
     heads = ROWS * HEADS - 1 + left
     mean = (1.2 * spread_allows(ROWS * HEADS) * (ROWS * HEADS - 1) + left * of_one) / heads
     assert verdict.share == pytest.approx(mean / spread_allows(heads), rel=1e-6)
+    # Where a row varies by more than its heads add up to, by those that are left: 80 of 40, and of 30 or 31 in that row.
+    correlation = Correlation(torch.full((ROWS,), 40.0).double(), torch.full((ROWS,), 80.0).double())
+    verdict = verdict_on(made_up(value, variance, lanes=LANES, correlation=correlation), out)
+    count = (ROWS - 1) * HEADS / 2 + (HEADS - 1 + left) * (30 + left) / 80
+    assert verdict.share == pytest.approx(mean / spread_allows(count), rel=1e-6)
 
 
 def test_a_factor_of_each_heads_own_is_found_where_no_row_leans() -> None:
@@ -1092,9 +1116,16 @@ def test_only_so_many_columns_of_tiles_are_looked_at_by_themselves() -> None:
 
 def test_a_layer_that_is_wrong_anyway_is_told_with_its_spread_and_not_counted() -> None:
     scaled = alternating(1.5)
-    scaled[0, 0] = 20.0
+    scaled[0, 0] = element_off(1.2)
     verdict, oracle = layer(scaled, [4.0] * 5, {})
     assert (detectors(verdict), oracle.asked) == (["element", "spread"], [])
+    out = different()
+    case = with_another(made_up(*off_by(out, alternating(1.5)), composite=True), made_up(*off_by(out, scaled)))
+    told = Told(case, [4.0] * 5, {})
+    outputs = {"out": out.to(BF16), "other": out.to(BF16) + 1e30}
+    verdict = judge(case, Outcome("ok", outputs=outputs), oracle=told)
+    assert {(finding.detector, finding.argument) for finding in verdict.findings} == {("element", "other"), ("spread", "other")}
+    assert told.asked == [("all", 0, 40)]  # what is wrong with another output says nothing of this one
 
 
 def test_a_tile_that_few_roundings_steer_is_looked_at_by_itself() -> None:
@@ -1182,6 +1213,16 @@ def test_an_element_of_a_layer_that_is_far_off_is_wrong_whatever_steers_it(share
     oracle = Told(case, [48.0] * 40, {}, {(3, 5): 1e3 * float(variance[3, 5])})
     verdict = verdict_on(case, out, oracle)
     assert (oracle.elements, "element" in detectors(verdict)) == ([(3, 5)] if asked else [], not asked)
+
+
+def test_what_was_not_written_is_told_once_where_an_element_is_explained() -> None:
+    out, scaled = different(40, 48), torch.zeros(40, 48, dtype=torch.float64)
+    scaled[3, 5] = element_off(1.2, 40 * 48)
+    value, variance = off_by(out, scaled)
+    case, found = made_up(value, variance, composite=True), out.to(BF16)
+    poison(found[20, 7:9])
+    verdict = verdict_on(case, found, Told(case, [48.0] * 40, {}, {(3, 5): 1e3 * float(variance[3, 5])}))
+    assert detectors(verdict) == ["unwritten"]
 
 
 def test_one_element_that_is_explained_explains_no_other() -> None:
@@ -1509,7 +1550,7 @@ def test_findings_are_those_of_the_profile_that_explains_most(order: tuple[str, 
 def test_of_one_finding_each_the_smaller_share_explains_more(kind: str, first: str) -> None:
     """Whatever its kind: a tensor that is off counts as one element that is."""
     out = different()
-    for element, other in ((1.2, 1.5), (1.5, 1.2)):
+    for element, other in ((1.1, 1.2), (1.2, 1.1)):
         errors = {"element": torch.zeros_like(out), "other": alternating(math.sqrt(other * spread_allows(200)))}
         errors["element"][0, 0] = element_off(element)
         if kind == "bias":
@@ -1517,9 +1558,10 @@ def test_of_one_finding_each_the_smaller_share_explains_more(kind: str, first: s
         elif kind == "heads":
             errors["other"] = leaning(out, heads_lean(other * spread_allows(ROWS * HEADS)))
         case = explained_by({name: errors[name] for name in sorted(errors, key=lambda name: name != first)}, out, LANES)
-        verdict = verdict_on(case, out)
+        outcome = Outcome("ok", outputs={"out": out.to(BF16)})
+        verdict = judge(case, outcome)
         assert verdict.profile == ("element" if element < other else "other")
-        assert len(verdict.findings) == 1
+        assert [len(judge(case, outcome, profile=name).findings) for name in errors] == [1, 1]
 
 
 @pytest.mark.parametrize("kind", ["spread", "bias", "heads"])
@@ -1533,13 +1575,26 @@ def test_of_two_findings_each_the_fewer_wrong_elements_explain_more(kind: str, f
         "heads": leaning(out, heads_lean(1.5 * spread_allows(ROWS * HEADS))),
     }[kind]
     errors = {"one": base.clone(), "two": base.clone()}
-    errors["one"][0, 0] = element_off(1.7)
-    errors["two"][0, 0] = errors["two"][2, 20] = element_off(1.6)
-    case = explained_by({name: errors[name] for name in sorted(errors, key=lambda name: name != first)}, out, LANES)
-    verdict = verdict_on(case, out)
-    assert verdict.profile == "one"
-    assert "element" in detectors(verdict)
-    assert len(verdict.findings) > 1
+    errors["one"][0, 0] = element_off(1.2)
+    errors["two"][0, 0] = errors["two"][2, 20] = element_off(1.05)
+    case = explained_by(
+        {name: errors[name] for name in sorted(errors, key=lambda name: name != first)}, out, LANES * (kind == "heads")
+    )
+    outcome = Outcome("ok", outputs={"out": out.to(BF16)})
+    assert judge(case, outcome).profile == "one"
+    for name in errors:
+        found = detectors(judge(case, outcome, profile=name))
+        assert found == ["element", kind if kind == "spread" else "bias"]
+
+
+@pytest.mark.parametrize("first", ["one each", "three"])
+def test_the_wrong_elements_of_all_outputs_count(first: str) -> None:
+    out = different()
+    errors = {"one each": ([1.2], [1.2]), "three": ([1.1, 1.1], [1.1])}
+    errors = {name: errors[name] for name in sorted(errors, key=lambda name: name != first)}
+    case, another = (one_of({name: both[number] for name, both in errors.items()}, out) for number in (0, 1))
+    outputs = {"out": out.to(BF16), "other": out.to(BF16)}
+    assert judge(with_another(case, another), Outcome("ok", outputs=outputs)).profile == "one each"
 
 
 def test_of_explanations_that_are_alike_the_first_is_told() -> None:
