@@ -230,6 +230,19 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return ((x * x).mean(-1, keepdim=True) + eps).rsqrt()
 
 
+def inverse_rms_drift(x: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Deviation and worst case of what summing squares in fp32 adds to ``1 / rms`` of each row, relative to it.
+
+    The sum has no cancellation: its relative error, of which the root takes half, grows with the root of n. A running sum is a
+    multiple of its own ULP, so what it is rounded by as a term is added depends, up to the next power of two, on that term alone:
+    equal terms err alike, and n equal squares added one by one are off by the root of n times as much again.
+    """
+    ordered = x.abs().sort(-1).values.contiguous()
+    first, last = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
+    squared_counts = (last - first).sum(-1, keepdim=True).double()  # each value stands for all that equal it: n, or n * n
+    return SUM_OF_RESULT / 2 * U * squared_counts.sqrt(), x.shape[-1] / 2 * U
+
+
 def rms_norm(x: Bounds, weight: torch.Tensor, eps: float, profile: Profile) -> Bounds:
     """``x * rsqrt(mean(x**2) + eps) * weight`` over the last axis, before its cast."""
     count = x.value.shape[-1]
@@ -242,10 +255,10 @@ def rms_norm(x: Bounds, weight: torch.Tensor, eps: float, profile: Profile) -> B
         worst = inverse * (x.worst + x.value.abs() * inverse**2 * (x.value.abs() * x.worst).mean(-1, keepdim=True))
     else:
         variance = worst = torch.zeros_like(value)
-    # The sum of squares has no cancellation: its relative error, of which the root takes half, grows with the root of n.
-    drift = U * value.abs()
-    variance = variance + (SUM_OF_RESULT / 2 * math.sqrt(count) * drift) ** 2
-    normalised = with_fp32_roundings(Bounds(value, variance, worst + count / 2 * drift), NORM_ROUNDINGS)
+    deviation, most = inverse_rms_drift(x.value)
+    size = value.abs()
+    normalised = Bounds(value, variance + (deviation * size) ** 2, worst + most * size)
+    normalised = with_fp32_roundings(normalised, NORM_ROUNDINGS)
     normalised = optional_rounding(normalised, profile, "normalised")
     return with_fp32_roundings(scaled(normalised, weight.to(torch.float64)), 1)
 
@@ -259,11 +272,12 @@ def norm_and_projections(
         return [projection(normalised, matrix) for matrix in projections]
     inverse = inverse_rms(x.value, eps)
     weighted = rounding(with_fp32_roundings(scaled(x, weight.to(torch.float64)), 1), profile)
-    # The error of 1/rms is common to the row: a few fp32 roundings, and what the uncertainty of x adds to the mean square. Its
+    # The error of 1/rms is common to the row: fp32 roundings, and what the uncertainty of x adds to the mean square. Its
     # variance follows from that of x: the worst case grows beyond all measure along a chain, and would excuse anything there.
     square = x.value * x.value
-    drift_variance = (square * x.variance).sum(-1, keepdim=True) * inverse**4 / x.value.shape[-1] ** 2
-    drift = (x.value.abs() * x.worst).mean(-1, keepdim=True) * inverse**2
+    deviation, most = inverse_rms_drift(x.value)
+    drift_variance = (square * x.variance).sum(-1, keepdim=True) * inverse**4 / x.value.shape[-1] ** 2 + deviation**2
+    drift = (x.value.abs() * x.worst).mean(-1, keepdim=True) * inverse**2 + most
     results = []
     for matrix in projections:
         product = with_fp32_roundings(scaled(projection(weighted, matrix), inverse), NORM_ROUNDINGS)
