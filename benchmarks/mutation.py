@@ -6,8 +6,8 @@ Here the tests are collected once; each change is tried in a fork, which runs th
 that noticed the last change of the same function, then the fastest.
 
 mutmut leaves decorated functions and constants alone. So decorators are taken off in the copy that it works on, and constants
-are doubled and halved. A second run goes on where the first one ended. Arguments are patterns of names, such as ``'*ulp*'``, and
-options for pytest.
+are doubled and halved. A second run goes on where the first one ended, and tries again what no test noticed. Arguments are
+patterns of names, such as ``'*ulp*'``, and options for pytest.
 """
 
 from __future__ import annotations
