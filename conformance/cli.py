@@ -6,11 +6,14 @@ Exit codes: 0 everything that had to run ran and passed; 1 findings; 2 usage; 3 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -340,6 +343,28 @@ def _standings(
     return {subject.name: comparison.of_report(subject, report)}
 
 
+@contextlib.contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """An interrupt, or a request to end, interrupts what is done here once: another would lose what is being kept.
+
+    Some send two: ``timeout`` one to the process and one to its group.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @main.command()
 @click.option(
     "--full", is_flag=True, help="many examples, 10,000 random legal runs of each single stage: hours; writes JSON and a page"
@@ -381,18 +406,19 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
             examination.write_json(result, out / "exam.json")
             (out / "exam.html").write_text(reports.exam.page(result), encoding="utf-8")
 
-    result = examination.take(
-        examination.EFFORTS["full" if full else "quick"],
-        seed=seed,
-        stage=stage,
-        lane=lane,
-        processes=processes,
-        progress=show if is_interactive() else None,
-        keep=keep,
-    )
+    with _interrupted_once():
+        result = examination.take(
+            examination.EFFORTS["full" if full else "quick"],
+            seed=seed,
+            stage=stage,
+            lane=lane,
+            processes=processes,
+            progress=show if is_interactive() else None,
+            keep=keep,
+        )
+        keep(result)  # before anything is shown: it may have taken hours
     if is_interactive():
         click.echo("\r\033[K", nl=False, err=True)
-    keep(result)  # before anything is shown: it may have taken hours
     click.echo(reports.exam.table(result, colour=sys.stdout.isatty()))
     if out is not None:
         click.echo(f"kept in {out}: exam.json, exam.html")

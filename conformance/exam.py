@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import copy
 import dataclasses
 import functools
 import itertools
@@ -390,7 +391,7 @@ def take(
                 if one.id in standings:
                     _join(standings[one.id], one)
                 else:
-                    standings[one.id] = one
+                    standings[one.id] = copy.deepcopy(one)  # others are added to it, at every time that the exam is kept
             for name, cost in result.costs.items():
                 costs[name].add(cost)
         return Exam(effort, seed, list(standings.values()), dict(costs), time.monotonic() - began)
@@ -464,13 +465,17 @@ def _results(tasks: Sequence[_Task], workers: int) -> Iterator[tuple[int, _Resul
     # Spawned: a forked child hangs in its first matrix product if the parent's thread pool was running.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    others = multiprocessing.active_children()
     try:
         waiting = {pool.submit(_perform, task): number for number, task in enumerate(tasks)}
         for future in concurrent.futures.as_completed(waiting):
             yield waiting[future], future.result()
     finally:
-        # Whoever is interrupted, or loses a process, need not wait for what has not begun.
+        # Whoever is interrupted, or loses a process, need not wait for what has not come to its end.
         pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
 
 
 def _not_judged(task: _Task, why: str) -> _Result:

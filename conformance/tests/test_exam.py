@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
+import os
+import signal
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -343,16 +346,44 @@ def test_an_exam_cut_short_has_what_it_judged_and_is_no_pass(
     assert why in exam_report.page(found)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_interrupts_the_command_twice_gets_what_was_judged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
+) -> None:
+    perform, performed = exam._perform, itertools.count()
+
+    def interrupted(task: Any) -> Any:
+        if next(performed) == 3:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return perform(task)
+
+    monkeypatch.setattr(exam, "_perform", interrupted)
+    before = signal.getsignal(number)
+    words = ["exam", "--stage", "greedy_sample", "--lane", "eager", "--processes", "1", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 3, done.output
+    assert "could not be judged" in done.output
+    found = exam.read_json(tmp_path / "out" / "exam.json")
+    assert len(found.faults) == 24  # three parts of eight
+    assert {one.error for one in found.errors} == {"the exam was interrupted"}
+    assert (tmp_path / "out" / "exam.html").exists()
+    assert signal.getsignal(number) == before
+
+
 def test_an_exam_is_kept_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    effort = dataclasses.replace(SHORT, single=(2, 50), random_single=600)  # combinations in three parts
+    whole = take(effort, stage="greedy_sample", lane="eager", processes=1)
     monkeypatch.setattr(exam, "KEPT_EVERY", -1.0)
     kept: list[Exam] = []
-    effort = dataclasses.replace(SHORT, single=(2, 50))
-    whole = take(effort, stage="greedy_sample", lane="eager", processes=1, keep=kept.append)
-    assert len(kept) > 1
+    found = take(effort, stage="greedy_sample", lane="eager", processes=1, keep=kept.append)
+    assert len(kept) > 3
     unjudged = [len(one.errors) for one in kept]
     assert unjudged == sorted(unjudged, reverse=True)
     assert unjudged[0] > unjudged[-1] == 0
-    assert kept[-1].standings == whole.standings
+    assert found.standings == kept[-1].standings == whole.standings  # to keep it changes nothing
+    combinations = [standing.trials for one in kept for standing in one.standings if standing.name == "random_combinations"]
+    assert sorted(set(combinations)) == [0, 250, 500, 600]
     assert not any(one.failed for one in kept)
     assert not any(one.passed for one in kept[:-1] if one.errors)
 
