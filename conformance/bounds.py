@@ -231,16 +231,21 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def inverse_rms_drift(x: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Deviation and worst case of what summing squares in fp32 adds to ``1 / rms`` of each row, relative to it.
+    """Deviation ``[B, 1]`` and worst case of what summing squares in fp32 adds to ``1 / rms`` of each row, relative to it.
 
-    The sum has no cancellation: its relative error, of which the root takes half, grows with the root of n. A running sum is a
-    multiple of its own ULP, so what it is rounded by as a term is added depends, up to the next power of two, on that term alone:
-    equal terms err alike, and n equal squares added one by one are off by the root of n times as much again.
+    The root takes half of the sum's relative error. In the worst order, the largest first, all n roundings are of the size of the
+    whole sum (``SUM_ONTO``), but they are independent for different squares only: a running sum is a multiple of its own ULP, so
+    what it is rounded by depends, up to the next power of two, on the square that is added. Equal ones err alike, as n errors of
+    one do. Those too small to change the sum are lost, all of them.
     """
+    square = x * x
+    share = square / square.sum(-1, keepdim=True).clamp_min(1e-300)
+    lost = share < U
     ordered = x.abs().sort(-1).values.contiguous()
-    first, last = (torch.searchsorted(ordered, ordered, right=right) for right in (False, True))
-    squared_counts = (last - first).sum(-1, keepdim=True).double()  # each value stands for all that equal it: n, or n * n
-    return SUM_OF_RESULT / 2 * U * squared_counts.sqrt(), x.shape[-1] / 2 * U
+    first, last = (torch.searchsorted(ordered, x.abs().contiguous(), right=right) for right in (False, True))
+    alike = ((last - first) * ~lost).sum(-1, keepdim=True).double()  # each stands for all that equal it: n, or n * n
+    together = (share * lost).sum(-1, keepdim=True) / U
+    return SUM_ONTO / 2 * U * (alike + together**2).sqrt(), x.shape[-1] / 2 * U
 
 
 def rms_norm(x: Bounds, weight: torch.Tensor, eps: float, profile: Profile) -> Bounds:

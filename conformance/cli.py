@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -344,22 +344,27 @@ def _standings(
 
 
 @contextlib.contextmanager
-def _interrupted_once() -> Iterator[None]:
-    """An interrupt, or a request to end, interrupts what is done here once: another would lose what is being kept.
+def _interrupted_once() -> Iterator[Callable[[], None]]:
+    """An interrupt, or a request to end, interrupts what is done here once; yields what makes it deaf to further ones.
 
-    Some send two: ``timeout`` one to the process and one to its group.
+    Some send two, as ``timeout`` does: the second must not lose what the first one leaves. What is ignored anyway, as in the
+    background of a script, stays so.
     """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+
+    def ignore() -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
 
     def interrupt(number: int, frame: object) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
+        ignore()
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, interrupt)
     try:
-        yield
+        yield ignore
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -406,7 +411,13 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
             examination.write_json(result, out / "exam.json")
             (out / "exam.html").write_text(reports.exam.page(result), encoding="utf-8")
 
-    with _interrupted_once():
+    def keep_meanwhile(result: examination.Exam) -> None:
+        try:
+            keep(result)
+        except OSError as error:  # it may be better by the end
+            click.echo(f"cannot keep the exam in {out} so far: {error.strerror}", err=True)
+
+    with _interrupted_once() as ignore_interrupts:
         result = examination.take(
             examination.EFFORTS["full" if full else "quick"],
             seed=seed,
@@ -414,8 +425,9 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
             lane=lane,
             processes=processes,
             progress=show if is_interactive() else None,
-            keep=keep,
+            keep=keep_meanwhile,
         )
+        ignore_interrupts()
         keep(result)  # before anything is shown: it may have taken hours
     if is_interactive():
         click.echo("\r\033[K", nl=False, err=True)

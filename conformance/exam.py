@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -143,6 +144,12 @@ class Standing:
     #: Why the subject could not be judged, if so.
     error: str = ""
 
+    @classmethod
+    def of(cls, subject: Subject, error: str = "") -> Standing:
+        """That of a subject before its first trial."""
+        about = subject.id, subject.stage, subject.name, subject.lane, subject.kind, subject.summary, subject.hidden
+        return cls(*about, error=error)
+
     @property
     def legal(self) -> bool:
         """Whether the kernel must pass."""
@@ -236,12 +243,16 @@ class Exam:
         )
 
     @property
+    def layer_faults(self) -> int:
+        """How many faults of layers and chains there are, judged or not: of these a share may be missed."""
+        return sum(one.composite and not one.legal and not one.hidden for one in self.standings)
+
+    @property
     def failed(self) -> bool:
         """Whether a legal kernel was rejected, a fault of a single stage missed or hardly shown, or too many of layers missed."""
         missed = self.missed()
         of_layers = sum(one.composite for one in missed)
-        layers = sum(one.composite for one in self.faults)
-        too_many = len(missed) > of_layers or of_layers > (1 - COMPOSITE_TARGET) * layers
+        too_many = len(missed) > of_layers or of_layers > (1 - COMPOSITE_TARGET) * self.layer_faults
         return too_many or bool(self.too_few_examples()) or any(one.caught_by(OURS) for one in self.variants)
 
     @property
@@ -369,9 +380,9 @@ def take(
 ) -> Exam:
     """Judge the catalogue; what comes of it follows from ``seed``.
 
-    ``progress`` is told how many tasks are done, of how many. ``keep`` is given the exam so far every ``KEPT_EVERY`` seconds: of
-    hours of work that are killed, it has all but the last. An exam that is interrupted (``KeyboardInterrupt``), or loses a
-    process, returns what it has. In both, a subject that was not judged to its end is an error, so that neither is a pass.
+    ``progress`` is told how many tasks are done, of how many. ``keep`` is given the exam so far as a task ends, if it was not for
+    ``KEPT_EVERY`` seconds. An exam that is interrupted (``KeyboardInterrupt``), or loses a process, returns what it has. In both,
+    a subject that was not judged to its end is an error, so that neither is a pass.
     """
     began = kept = time.monotonic()
     # Those of layers first, which are the longest, so that no process ends alone with one.
@@ -462,10 +473,10 @@ def _results(tasks: Sequence[_Task], workers: int) -> Iterator[tuple[int, _Resul
         finally:
             torch.set_num_threads(threads)
         return
+    others = multiprocessing.active_children()
     # Spawned: a forked child hangs in its first matrix product if the parent's thread pool was running.
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
-    others = multiprocessing.active_children()
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     try:
         waiting = {pool.submit(_perform, task): number for number, task in enumerate(tasks)}
         for future in concurrent.futures.as_completed(waiting):
@@ -478,18 +489,17 @@ def _results(tasks: Sequence[_Task], workers: int) -> Iterator[tuple[int, _Resul
                 process.terminate()
 
 
+def _begin_worker() -> None:
+    """One thread; an interrupt from the terminal goes to all processes, and this one's is ended by the first."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _not_judged(task: _Task, why: str) -> _Result:
     """The subjects of a task that was not performed, as errors."""
-    known = {one.id: one for one in catalogue()} if task.ids else {}
+    known = {one.id: one for one in catalogue()}
     chosen = [known[name] for name in task.ids] or [random_variant(task.stage, task.first, task.seed)]
-    standings = [_unjudged(one) for one in chosen]
-    for one in standings:
-        one.error = why
-    return _Result(standings, {})
-
-
-def _unjudged(subject: Subject) -> Standing:
-    return Standing(subject.id, subject.stage, subject.name, subject.lane, subject.kind, subject.summary, subject.hidden)
+    return _Result([Standing.of(one, why) for one in chosen], {})
 
 
 def _perform(task: _Task) -> _Result:
@@ -628,7 +638,7 @@ def _stand(
 
     ``first`` is the number of the first trial, by which its extra runs are chosen. Whatever goes wrong is this subject's error.
     """
-    standing = _unjudged(subject)
+    standing = Standing.of(subject)
     try:
         _judge_trials(subject, standing, trials, least, space, costs, first, measures)
     except Exception as error:
@@ -723,8 +733,10 @@ def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[Ju
 
 
 def write_json(exam: Exam, path: Path) -> None:
-    """Keep an exam; ``read_json`` reads it."""
-    path.write_text(json.dumps(exam.to_json(), indent=1) + "\n", encoding="utf-8")
+    """Keep an exam; ``read_json`` reads it. What the file held stays whole until all is written, whenever this is killed."""
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(exam.to_json(), indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def read_json(path: Path) -> Exam:

@@ -166,7 +166,6 @@ def command(exam: Exam) -> str:
 def verdict(exam: Exam) -> tuple[str, list[str]]:
     """``passed`` or ``failed``, and every reason against it."""
     faults, missed = exam.faults, exam.missed()
-    layers = sum(one.composite for one in faults)
     missed_layers = sum(one.composite for one in missed)
     rejected = [one for one in exam.variants if one.caught_by(OURS)]
     reasons = []
@@ -182,9 +181,9 @@ def verdict(exam: Exam) -> tuple[str, list[str]]:
         reasons.append(f"{text.number(len(missed) - missed_layers, 'fault')} of single stages missed")
     for stage, name in exam.too_few_examples().items():
         reasons.append(f"the {stage_named(stage).examples} examples of {stage} are too few for {text.one_line(name, 60)}")
-    if missed_layers > (1 - COMPOSITE_TARGET) * layers:
+    if missed_layers > (1 - COMPOSITE_TARGET) * exam.layer_faults:
         reasons.append(
-            f"{missed_layers:,} of {text.number(layers, 'fault')} of layers and chains missed, "
+            f"{missed_layers:,} of {text.number(exam.layer_faults, 'fault')} of layers and chains missed, "
             f"more than {100 * (1 - COMPOSITE_TARGET):.0f}%"
         )
     return ("passed" if exam.passed else "failed"), reasons

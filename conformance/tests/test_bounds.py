@@ -484,7 +484,8 @@ def test_rms_norm_follows_the_document(doubt: str) -> None:
     v = x.value * r
     shared = (x.value**2 * x.variance).sum(-1, keepdim=True)
     variance = r**2 * (x.variance * (1 - 2 * x.value**2 * r**2 / count) + x.value**2 * r**4 / count**2 * shared).clamp_min(0)
-    variance = variance + (0.165 * math.sqrt(count) * bounds.U * v) ** 2 + fp32(v, 6)
+    # The document has 0.33 / 2: for sums whose largest terms do not come first.
+    variance = variance + (0.58 / 2 * math.sqrt(count) * bounds.U * v) ** 2 + fp32(v, 6)
     worst = r * (x.worst + x.value.abs() * r**2 * (x.value.abs() * x.worst).mean(-1, keepdim=True))
     worst = worst + bounds.U * (count / 2 + 6) * v.abs()
     value = v * gamma
@@ -511,20 +512,28 @@ def test_rms_norm_may_round_before_gamma() -> None:
     assert_same(found, plain.value, plain.variance + gamma**2 * ulp**2 / 12, plain.worst + gamma.abs() * ulp / 2)
 
 
-@pytest.mark.parametrize("count", [128, 640, 5120])
-@pytest.mark.parametrize("sizes", [1, 3, 0])
-def test_squares_that_are_summed_one_by_one_stay_within_their_variance(count: int, sizes: int) -> None:
-    """Equal ones err alike: whether all are, or a few sizes take turns, or most differ.
+#: Rows that make a sum of squares in fp32 hard, ``[4, n]`` from normal ones: equal squares are rounded alike, small ones lost.
+HARD_SQUARES: dict[str, Callable[[Tensor], Tensor]] = {
+    "all different": lambda rows: rows,
+    "all equal": lambda rows: torch.sign(rows) * rows[:, :1].abs(),
+    "three sizes": lambda rows: torch.sign(rows) * rows[:, :3].abs().repeat(1, rows.shape[1] // 3 + 1)[:, : rows.shape[1]],
+    "a large one first": lambda rows: torch.cat([16 * rows[:, :1].abs() + 16, rows[:, 1:]], 1),
+    "two that rule first": lambda rows: torch.cat([100 * rows[:, :2], rows[:, 2:]], 1),
+    "one beside which most are lost": lambda rows: torch.cat([rows[:, :1].abs() + 4096, rows[:, 1:]], 1),
+}
 
-    Squares of bf16 values are rounded down more often than up (an odd number's leaves 1 when divided by 8): their sum is off by
-    one to two deviations on average, for which the allowance of an element, six of them, has room. Up to 256 that are equal are
-    summed exactly: sixteen bits and eight.
+
+@pytest.mark.parametrize("count", [128, 640, 5120])
+@pytest.mark.parametrize("kind", HARD_SQUARES)
+def test_squares_that_are_summed_one_by_one_stay_within_their_variance(count: int, kind: str) -> None:
+    """Squares of bf16 values are rounded down more often than up (an odd number's leaves 1 when divided by 8).
+
+    Their sum is off by several deviations at the most, for which the allowance of an element, more than six, has room. Up to 256
+    that are equal are summed exactly: sixteen bits and eight.
     """
     scaled, shares = [], []
     for seed in range(60):
-        rows = normal(4, count, seed=seed).to(BF16).double()
-        if sizes:
-            rows = torch.sign(rows) * rows[:, :sizes].abs().repeat(1, count // sizes + 1)[:, :count]
+        rows = HARD_SQUARES[kind](normal(4, count, seed=seed)).to(BF16).double()
         squares = rows.float().numpy() ** 2
         summed = torch.from_numpy(np.add.accumulate(squares, axis=1, dtype=np.float32)[:, -1:].astype(np.float64))
         found = (summed / count).rsqrt() * bounds.inverse_rms(rows, 0.0).reciprocal() - 1
@@ -533,18 +542,22 @@ def test_squares_that_are_summed_one_by_one_stay_within_their_variance(count: in
         shares.append(found.abs() / worst)
     assert float(torch.cat(shares).max()) <= 1
     together = torch.cat(scaled)
-    assert float(together.abs().max()) < 4
-    assert float(together.square().mean()) < 3
-    assert float(together.square().mean()) > (0.05 if count > 256 or sizes != 1 else -1)
+    assert float(together.abs().max()) < 5.5
+    if count > 256 or kind != "all equal":
+        assert float(together.square().mean()) > 0.01  # an allowance of ten times what happens would hide faults
 
 
-def test_how_far_equal_squares_are_off_depends_on_how_many_are_equal() -> None:
-    """All different, all the same but for the sign, and pairs."""
+def test_how_far_squares_are_off_depends_on_how_many_are_equal_or_lost() -> None:
+    """All different, all the same but for the sign, pairs, zeros, which add nothing, and two that are lost beside a large one."""
     rows = torch.arange(1.0, 9.0).double() * torch.tensor([1.0, -1.0]).repeat(4)
-    for row, count in ((rows, 8), (torch.sign(rows), 64), (rows[:4].repeat(2), 16)):
+    few = torch.cat([rows[:2], torch.zeros(6)])
+    beside = torch.tensor([2.0**13, 1.0, -1.0, 0.5, 0.0, 0.0, 0.0, 0.0]).double()
+    lost = (2.25 * 2.0**-2) ** 2  # 2.25 of 2**26, in unit roundoffs of 2**-24
+    for row, count in ((rows, 8), (torch.sign(rows), 64), (rows[:4].repeat(2), 16), (few, 2), (beside, 1 + lost)):
         deviation, worst = bounds.inverse_rms_drift(row.unsqueeze(0))
-        assert deviation.tolist() == [[pytest.approx(0.33 / 2 * 2.0**-24 * math.sqrt(count), rel=1e-12)]]
+        assert deviation.tolist() == [[pytest.approx(0.58 / 2 * 2.0**-24 * math.sqrt(count), rel=1e-6)]]
         assert worst == 4 * 2.0**-24
+    assert bounds.inverse_rms_drift(torch.zeros(1, 8).double())[0].tolist() == [[0.0]]
 
 
 @pytest.mark.parametrize("modelled", [False, True])
@@ -563,7 +576,7 @@ def test_a_deferred_norm_follows_the_document(doubt: str, modelled: bool) -> Non
     )
     r = 1 / (x.value.square().mean(-1, keepdim=True) + eps).sqrt()
     # The document leaves out what the sum of squares is rounded by; a norm that comes first has it.
-    drift = (x.value**2 * x.variance).sum(-1, keepdim=True) * r**4 / count**2 + (0.33 / 2 * bounds.U) ** 2 * count
+    drift = (x.value**2 * x.variance).sum(-1, keepdim=True) * r**4 / count**2 + (0.58 / 2 * bounds.U) ** 2 * count
     drift_worst = (x.value.abs() * x.worst).mean(-1, keepdim=True) * r**2 + count / 2 * bounds.U
     for weight, found in zip(weights, bounds.norm_and_projections(x, gamma, weights, eps, profile), strict=True):
         product = bounds.projection(rounded_first, weight)

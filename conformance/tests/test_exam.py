@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 from concurrent.futures.process import BrokenProcessPool
@@ -347,28 +348,100 @@ def test_an_exam_cut_short_has_what_it_judged_and_is_no_pass(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_interrupts_the_command_twice_gets_what_was_judged(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_an_interrupt_while_the_exam_is_kept_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, interrupted: bool
 ) -> None:
-    perform, performed = exam._perform, itertools.count()
+    """The second one of an exam that was interrupted, or the first one at its end."""
+    perform, performed, write = exam._perform, itertools.count(), exam.write_json
 
-    def interrupted(task: Any) -> Any:
-        if next(performed) == 3:
-            os.kill(os.getpid(), number)
+    def perform_some(task: Any) -> Any:
+        if interrupted and next(performed) == 3:
             os.kill(os.getpid(), number)
         return perform(task)
 
-    monkeypatch.setattr(exam, "_perform", interrupted)
+    def interrupted_write(found: Exam, path: Path) -> None:
+        os.kill(os.getpid(), number)
+        write(found, path)
+
+    monkeypatch.setattr(exam, "_perform", perform_some)
+    monkeypatch.setattr(exam, "write_json", interrupted_write)
     before = signal.getsignal(number)
     words = ["exam", "--stage", "greedy_sample", "--lane", "eager", "--processes", "1", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, words)
-    assert done.exit_code == 3, done.output
-    assert "could not be judged" in done.output
+    assert done.exit_code == (3 if interrupted else 0), done.output
+    assert ("could not be judged" in done.output) == interrupted
     found = exam.read_json(tmp_path / "out" / "exam.json")
-    assert len(found.faults) == 24  # three parts of eight
-    assert {one.error for one in found.errors} == {"the exam was interrupted"}
+    assert {one.error for one in found.errors} == ({"the exam was interrupted"} if interrupted else set())
+    assert len(found.faults) == (24 if interrupted else 48)  # three parts of eight
     assert (tmp_path / "out" / "exam.html").exists()
     assert signal.getsignal(number) == before
+
+
+def test_an_exam_that_is_interrupted_leaves_no_process_behind() -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    found = take(SHORT, stage="greedy_sample", lane="eager", processes=2, progress=interrupt)
+    assert {one.error for one in found.errors} == {"the exam was interrupted"}
+    assert any(not one.error for one in found.standings)
+    for process in multiprocessing.active_children():
+        process.join(10)
+    assert multiprocessing.active_children() == []
+
+
+def _die(task: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_exam_that_loses_a_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exam, "_perform", _die)
+    found = take(SHORT, stage="greedy_sample", lane="eager", processes=2)
+    assert {one.error for one in found.standings} == {"the exam lost a process, which was killed or ran out of memory"}
+
+
+def test_what_was_kept_stays_whole_if_it_cannot_be_kept_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    exam.write_json(Exam(SHORT, 7, [], {}), tmp_path / "exam.json")
+
+    def full(self: Path, data: str, **options: Any) -> int:
+        self.write_bytes(data[:10].encode())
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        exam.write_json(Exam(SHORT, 8, [], {}), tmp_path / "exam.json")
+    assert exam.read_json(tmp_path / "exam.json").seed == 7
+
+
+def test_an_exam_that_cannot_be_kept_meanwhile_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write, written = exam.write_json, itertools.count()
+
+    def seldom(found: Exam, path: Path) -> None:
+        if next(written) == 0:
+            raise OSError(28, "No space left on device")
+        write(found, path)
+
+    monkeypatch.setattr(exam, "KEPT_EVERY", -1.0)
+    monkeypatch.setattr(exam, "write_json", seldom)
+    words = ["exam", "--stage", "greedy_sample", "--lane", "eager", "--processes", "1", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert "so far: No space left on device" in done.output
+    assert exam.read_json(tmp_path / "out" / "exam.json").passed
+
+
+def test_a_share_of_all_faults_of_layers_may_be_missed_however_few_were_judged_yet() -> None:
+    def fault(number: int, error: str = "") -> Standing:
+        return Standing(
+            f"decode_layer/{number}", "decode_layer", str(number), "eager", "value", "", trials=0 if error else 9, error=error
+        )
+
+    missed, caught = fault(0), [fault(number) for number in range(1, 20)]
+    for one in caught:
+        one.rejected = {OURS: 1}
+    yet = [fault(number, "the exam was interrupted") for number in range(20, 40)]
+    assert not Exam(SHORT, 0, [missed, *caught, *yet], {}).failed
+    assert Exam(SHORT, 0, [missed, *caught], {}).failed
 
 
 def test_an_exam_is_kept_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -610,6 +610,11 @@ def bias_allows(count: int, variance: float) -> float:
     return 6 * math.sqrt(variance) + 0.02 * count
 
 
+def element_off(share: float, count: int = 200) -> float:
+    """How many deviations an element is off that uses this share of its allowance, as one of so many."""
+    return (share * kappa(count) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+
+
 EVERY = slice(None)
 #: Rows, columns, elements, and what they are called in a message.
 AREAS: list[tuple[slice, slice, int, str]] = [
@@ -847,7 +852,7 @@ def test_of_elements_that_allow_no_error_the_largest_is_told(monkeypatch: pytest
 
 def test_an_element_of_which_nothing_is_known_is_told_before_one_that_is_too_far_off() -> None:
     out, scaled = different(), torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
-    scaled[0, 2] = (1.2 * kappa(200) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+    scaled[0, 2] = element_off(1.2)
     scaled[3, 7] = 1.0
     value, variance = off_by(out, scaled)
     variance[3, 7] = math.nan
@@ -1190,7 +1195,7 @@ def test_a_few_elements_of_a_layer_may_vary_by_more_than_the_model_says(many: in
     out, scaled = different(40, 48), torch.zeros(40, 48, dtype=torch.float64)
     places = [(2 * number, (16 * number + number) % 48) for number in range(many)]
     for row, column in places:
-        scaled[row, column] = (1.2 * kappa(40 * 48) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+        scaled[row, column] = element_off(1.2, 40 * 48)
     value, variance = off_by(out, scaled)
     case = made_up(value, variance, composite=composite)
     more = {place: float(variance[place]) * (1.2 / 0.95) ** 2 for place in places}
@@ -1227,7 +1232,7 @@ def test_what_was_not_written_is_told_once_where_an_element_is_explained() -> No
 
 def test_one_element_that_is_explained_explains_no_other() -> None:
     out, scaled = different(40, 48), torch.zeros(40, 48, dtype=torch.float64)
-    scaled[3, 5] = scaled[8, 40] = (1.2 * kappa(40 * 48) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+    scaled[3, 5] = scaled[8, 40] = element_off(1.2, 40 * 48)
     value, variance = off_by(out, scaled)
     case = made_up(value, variance, composite=True)
     verdict = verdict_on(case, out, Told(case, [48.0] * 40, {}, {(3, 5): 1e3 * float(variance[3, 5])}))
@@ -1499,11 +1504,6 @@ def test_rows_that_had_to_keep_their_contents_are_counted_and_the_first_is_named
 # -- which profile explains a run -----------------------------------------------------------------------------------------------
 
 
-def element_off(share: float, count: int = 200) -> float:
-    """How many deviations an element is off that uses this share of its allowance, as one of so many."""
-    return (share * kappa(count) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
-
-
 def one_of(shares: dict[str, list[float]], out: torch.Tensor) -> Case:
     """A case of a stage whose profiles leave the first elements of the rows of ``out`` at these shares of their allowance."""
     errors = {}
@@ -1671,7 +1671,7 @@ def test_the_callers_settings_are_as_before_and_do_not_matter(gradients: bool, n
 def test_an_element_is_told_with_both_values_and_what_it_uses(allowed: bool, used: str) -> None:
     out, scaled = different(), torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
     out[3, 2] = -1.5
-    scaled[3, 2] = (1.2 * kappa(200) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+    scaled[3, 2] = element_off(1.2)
     value, variance = off_by(out, scaled)
     limit = torch.full_like(value, math.inf)
     if not allowed:
@@ -1694,7 +1694,7 @@ def test_the_share_of_a_run_is_the_largest_of_its_tests(element: float, spread: 
     lean = bias * bias_allows(160, 200) / 160  # of all rows but one, so that no row leans by as much
     scaled = alternating(math.sqrt(spread * spread_allows(200) - lean**2)) + lean * torch.sign(out)
     scaled[0] = alternating(math.sqrt(spread * spread_allows(200)))[0]
-    scaled[0, 0] = (element * kappa(200) + 0.5 * (1 + 2.0**-12)) / math.sqrt(13 / 12)
+    scaled[0, 0] = element_off(element)
     verdict = verdict_on(made_up(*off_by(out, scaled)), out)
     assert verdict.ok
     assert verdict.share == pytest.approx(max(element, spread, bias), rel=0.1)

@@ -124,6 +124,14 @@ def rope(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> 
     }
 
 
+def _every_size(source: Source, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Finite bf16 values of all exponents alike, subnormals too: rows that must keep their bits pass through no other format."""
+    infinity = 0x7F80
+    magnitude = (source.uniform(name, shape) * infinity).to(torch.int16)
+    sign = (source.uniform(name + ".sign", shape) < 0.5).to(torch.int16) << 15
+    return (magnitude | sign).view(BF16)
+
+
 def kv_write(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
     pages_of = [-(-length // dims.BS) for length in seq_lens]
     # The last page belongs to nobody: indexing with -1 would read it.
@@ -137,7 +145,7 @@ def kv_write(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source)
     for name in ("k_cache", "v_cache"):
         shape = (dims.L, dims.NB, dims.NKV * dims.BS, dims.D)
         cache = torch.full(shape, float("nan"), dtype=BF16)
-        cache[:, owned] = source.grid(name, (dims.L, len(owned), dims.NKV * dims.BS, dims.D), 1.0)
+        cache[:, owned] = _every_size(source, name, (dims.L, len(owned), dims.NKV * dims.BS, dims.D))
         caches[name] = cache.view(-1, dims.D)
     return {
         "k": _activations(source, "k", (dims.B, dims.NKV * dims.D), regime).to(BF16),
