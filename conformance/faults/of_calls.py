@@ -408,6 +408,16 @@ def cache_of_values_scaled(call: Call) -> None:
     bits(cache).bitwise_and_(-2)
 
 
+@fault("call", "memory", "kv_write")
+def caches_through_fp16(call: Call) -> None:
+    """Pages are read, changed and written back in fp16, with the old rows."""
+    call.run()
+    for name in ("k_cache", "v_cache"):
+        cache = call.tensors[name]
+        kept = ~cache.isnan()
+        cache[kept] = cache[kept].half().to(cache.dtype)
+
+
 # From call to call
 
 

@@ -211,7 +211,7 @@ PINNED = {
     "qkv_proj:tiny:B=2:cancel:12": "fcb16610dc120bc1",
     "qk_norm:awkward:B=3:mixed_rows:13": "c0e60137ad469acb",
     "rope:tiny:B=3,seq_lens=1+17+128:small:14": "8388c14482db39b2",
-    "kv_write:tiny:B=2,NB=9,seq_lens=16+49:normal:15": "9fff80d9a0face0c",
+    "kv_write:tiny:B=2,NB=9,seq_lens=16+49:normal:15": "8822eb1442992fcd",
     "attention:awkward:B=3,seq_lens=8+76+1:needle:16": "8c63194b31b19a8b",
     "attention:tiny:B=2,seq_lens=9+128:cancel:17": "8d5d072db1dd7c87",
     "o_proj:tiny:B=2:cancel:18": "a2059279c85ac59e",
@@ -646,3 +646,20 @@ def test_rows_of_a_paged_case_are_the_same_sequences(stage: str, rows: tuple[int
             before, after = of_sequence(whole, everything, row), of_sequence(part, some, place)
             for name, tensor in before.items():
                 assert torch.allclose(after[name].double(), tensor.double(), rtol=1e-9, atol=1e-9), name
+
+
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_rows_that_kv_write_must_keep_survive_no_other_format(name: str) -> None:
+    """Neither fp16 nor a format of eight bits, nor flushing of subnormals; in every page that is in use."""
+    case = make_case(CaseKey.parse("kv_write:tiny:B=3,NB=14,seq_lens=8+9+76:normal:1"))
+    dims, cache = case.dims, case.inputs[name]
+    for page in cache.view(dims.L * dims.NB, -1):
+        if bool(page.isnan().any()):
+            assert bool(page.isnan().all())  # nobody's
+            continue
+        assert bool(page.isfinite().all())
+        for dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+            assert int((page.to(dtype).to(page.dtype) != page).sum()) > len(page) // 2
+        assert bool((page[page != 0].abs() < torch.finfo(page.dtype).tiny).any())
+        assert bool((page < 0).any())
+        assert bool((page > 0).any())
