@@ -560,6 +560,18 @@ def test_how_far_squares_are_off_depends_on_how_many_are_equal_or_lost() -> None
     assert bounds.inverse_rms_drift(torch.zeros(1, 8).double())[0].tolist() == [[0.0]]
 
 
+def test_how_far_squares_are_off_is_a_matter_of_each_row_whatever_its_size() -> None:
+    sizes = torch.tensor([1e-20, 1.0, 1e12]).double().view(1, 3, 1)
+    rows = torch.stack([normal(3, 640), HARD_SQUARES["one beside which most are lost"](normal(3, 640))]) * sizes
+    found, _ = bounds.inverse_rms_drift(rows)
+    assert found.shape == (2, 3, 1)
+    for token, head in itertools.product(range(2), range(3)):
+        one = rows[token, head].unsqueeze(0)
+        alone, _ = bounds.inverse_rms_drift(one)
+        larger, _ = bounds.inverse_rms_drift(one * 2.0**20)
+        assert found[token, head].tolist() == alone[0].tolist() == larger[0].tolist()
+
+
 @pytest.mark.parametrize("modelled", [False, True])
 @pytest.mark.parametrize("doubt", ["none", "some"])
 def test_a_deferred_norm_follows_the_document(doubt: str, modelled: bool) -> None:
