@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 PASSED, FINDINGS, USAGE, COULD_NOT_RUN = 0, 1, 2, 3
 
+TOLD_EVERY = 300.0
+"""Seconds between two lines of progress where nobody watches: a log that says nothing for an hour looks like a hang."""
+
 
 class Command(click.Command):
     """Turns ``UsageError`` into one line and exit code 2, and what else goes wrong into one line and exit code 3."""
@@ -403,8 +406,15 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
         except OSError as error:
             raise UsageError(f"cannot write to {out}: {error.strerror}") from error
 
+    told = time.monotonic()
+
     def show(done: int, total: int) -> None:
-        click.echo(f"\r\033[K{done} of {total} parts judged", nl=False, err=True)
+        nonlocal told
+        if is_interactive():
+            click.echo(f"\r\033[K{done} of {total} parts judged", nl=False, err=True)
+        elif time.monotonic() - told >= TOLD_EVERY:
+            told = time.monotonic()
+            click.echo(f"{done} of {total} parts judged", err=True)
 
     def keep(result: examination.Exam) -> None:
         if out is not None:
@@ -424,7 +434,7 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
             stage=stage,
             lane=lane,
             processes=processes,
-            progress=show if is_interactive() else None,
+            progress=show,
             keep=keep_meanwhile,
         )
         ignore_interrupts()

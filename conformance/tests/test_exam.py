@@ -18,7 +18,7 @@ import torch
 from click.testing import CliRunner
 
 import conformance
-from conformance import exam
+from conformance import cli, exam
 from conformance.cases import Space, stratified_keys
 from conformance.cli import main
 from conformance.contract import stage_named, stages
@@ -282,6 +282,17 @@ def test_the_command_prints_the_table_and_keeps_a_page(tmp_path: Path) -> None:
     again = CliRunner().invoke(main, ["exam", "--stage", "greedy_sample", "--out", str(out)])
     assert again.exit_code == 2
     assert "already holds an exam" in again.output
+
+
+@pytest.mark.parametrize("every", [0, 300])
+def test_a_long_exam_says_how_far_it_is_in_a_log(monkeypatch: pytest.MonkeyPatch, every: float) -> None:
+    monkeypatch.setattr(cli, "TOLD_EVERY", every)
+    done = CliRunner().invoke(main, ["exam", "--stage", "greedy_sample", "--lane", "eager", "--processes", "1"])
+    lines = [line for line in done.stderr.splitlines() if "parts judged" in line]
+    if every:
+        assert not lines
+    else:
+        assert lines[-1] == f"{len(lines)} of {len(lines)} parts judged"
 
 
 @pytest.mark.parametrize(
