@@ -87,6 +87,9 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+READS_ZEROS = "the interpreter reads memory that nothing wrote as 0.0; the compiled graph shows it, on compile_only"
+
+
 class Exam:
     """Collects the subjects that a module declares, in order; ``kind`` is given for each fault, and for no legal variant."""
 
@@ -151,4 +154,7 @@ class Exam:
     ) -> None:
         """A kernel that is an attribute of its module already is a subject too."""
         chosen = SMALL[kernel.stage_name] if dims is None else dims
-        self.subjects.append(Subject(kernel.stage_name, name, kind, kernel.summary, lambda: kernel, lane=lane, dims=chosen))
+        subject = Subject(kernel.stage_name, name, kind, kernel.summary, lambda: kernel, lane=lane, dims=chosen)
+        self.subjects.append(subject)
+        if lane == "compile_only":
+            self.subjects.append(dataclasses.replace(subject, lane="interpret", hidden=READS_ZEROS))
