@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
-from conformance.ulp import rounded
+from conformance.ulp import rounded, spacing
 
 #: Memory that one widened chunk of a weight matrix may take, in bytes.
 _CHUNK_BYTES = 128 << 20
 
 
 class Arithmetic:
-    """A reference calls ``wide`` on what it reads, ``round`` where the contract demands a bf16 rounding and ``optional`` where
-    a legal kernel may make one; ``matmul`` widens large weights chunk by chunk.
+    """A reference calls ``wide`` on what it reads, ``round`` where the contract demands a bf16 rounding, ``optional`` where a
+    legal kernel may make one and ``unrounded`` where one is tempting and wrong; ``matmul`` widens large weights chunk by chunk.
+
+    The names say what it is that is rounded.
     """
 
     def __init__(self, dtype: torch.dtype, *, rounds: bool) -> None:
@@ -26,7 +28,7 @@ class Arithmetic:
         """The tensor in the arithmetic's dtype."""
         return tensor.to(self.dtype)
 
-    def round(self, tensor: torch.Tensor) -> torch.Tensor:
+    def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
         """A bf16 rounding that the contract demands (half-even)."""
         if not self.rounds:
             return tensor
@@ -36,6 +38,10 @@ class Arithmetic:
 
     def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
         """A bf16 rounding that is legal and not demanded: not made here. ``sequence`` is whose it is, if of one alone."""
+        return tensor
+
+    def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """What must stay fp32."""
         return tensor
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -97,7 +103,7 @@ class RoundingSites(Arithmetic):
         self.sites.append((zero, tensor.detach(), sequence))
         return tensor + zero
 
-    def round(self, tensor: torch.Tensor) -> torch.Tensor:
+    def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
         return self._site(tensor, None)
 
     def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
@@ -106,3 +112,27 @@ class RoundingSites(Arithmetic):
     def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         apply: Callable[..., torch.Tensor] = _ProjectionWithoutCopies.apply
         return apply(x, weight)
+
+
+class Mistaken(Arithmetic):
+    """float64 without rounding, but for what a wrong kernel does at the places of one name.
+
+    Where a bf16 rounding may happen the value is half a ULP smaller in magnitude: what cutting off its low bits costs on average.
+    What must stay fp32 is rounded to bf16. ``names`` collects the names that a reference has, and which of them must stay fp32.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__(torch.float64, rounds=False)
+        self.name = name
+        self.names: dict[str, bool] = {}
+
+    def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
+        self.names[name] = False
+        return tensor - tensor.sign() * spacing(tensor, torch.bfloat16) / 2 if name == self.name else tensor
+
+    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
+        return self.round(tensor, name)
+
+    def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        self.names[name] = True
+        return rounded(tensor, torch.bfloat16) if name == self.name else tensor

@@ -7,6 +7,7 @@ data regime and seed. Hypothesis draws keys, not tensors.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 #: Dimensions that a case may vary besides overriding what the preset fixes.
 DRAWN = ("B", "L", "NB")
+#: Layers of most stratified cases of a chain; one in so many has all of them.
+MOST_LAYERS = 4
+DEEPEST_PERIOD = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,6 +310,13 @@ class Space:
         return CaseKey(self.stage.name, self.preset, regime, seed, overrides, seq_lens, chunk_lens=chunk_lens)
 
 
+def _batches(space: Space, seed: int) -> Iterator[int]:
+    """Batch sizes in random order, all of them before any comes again: some kernels fail at a single one."""
+    for turn in itertools.count():
+        order = Source(f"batches/{space.stage.name}/{space.preset}/{seed}/{turn}").permutation("order", space.limit.B)
+        yield from (place + 1 for place in order)
+
+
 def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
     """An endless, deterministic sequence of keys that visits every regime in turn and boundary lengths first.
 
@@ -314,16 +325,22 @@ def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
     regimes = space.stage.regimes
     limit = space.limit
     boundaries = space.length_boundaries()
+    batches = _batches(space, seed)
     index = 0
     while True:
         source = Source(f"keys/{space.stage.name}/{space.preset}/{seed}/{index}")
         regime = regimes[index % len(regimes)]
         # A batch of one and a full one come up more often than any other.
-        batches = [limit.B, 1, *source.integers("B", 1, limit.B, 2)]
-        batch = batches[source.integers("kind", 0, 3, 1)[0]] if "B" in space.drawn else limit.B
+        batch = limit.B
+        if "B" in space.drawn:
+            kind = source.integers("kind", 0, 3, 1)[0]
+            batch = (limit.B, 1)[kind] if kind < 2 else next(batches)
         if regime == "mixed_rows" and "B" in space.drawn:
             batch = max(batch, min(2, limit.B))
-        layers = source.integers("L", min(2, limit.L), limit.L, 1)[0] if index % 5 != 4 else 1
+        # A deep chain takes long and shows what a few layers show, but for a loop that is too short.
+        layers = source.integers("L", min(2, limit.L), min(MOST_LAYERS, limit.L), 1)[0] if index % 5 != 4 else 1
+        if index % DEEPEST_PERIOD == DEEPEST_PERIOD - 2:
+            layers = limit.L
         if index == 0:
             # What is done once per kernel is done on the first case: it has rows to rearrange and a loop to go round.
             batch = min(3, limit.B) if "B" in space.drawn else limit.B

@@ -15,13 +15,14 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from conformance import bounds as error_bounds
-from conformance.arithmetic import RoundingSites
 from conformance.bounds import Bounds, Profile
 from conformance.buffers import bits, poisoned
 from conformance.cases import Case
 from conformance.contract import Argument
 from conformance.errors import UnavailableError, UsageError
 from conformance.executors.base import Outcome
+from conformance.sensitivity import Sensitivity
+from conformance.signatures import Filter, filters
 from conformance.ulp import distance, rounded, spacing
 from conformance.verdict import Finding, Verdict, worst_first
 
@@ -34,6 +35,11 @@ FLUSHED = 2.0**-126
 #: Spread: 5.5 standard deviations of a chi-square mean (Wilson-Hilferty), and 10% for what the model leaves out.
 SPREAD_SIGMAS = 5.5
 SPREAD_SLACK = 1.1
+#: A known mistake is believed where the errors along its signature exceed 5.5 standard deviations, and half of what it adds.
+SIGNATURE_SIGMAS = 5.5
+SIGNATURE_PART = 0.5
+#: Elements of all inputs up to which signatures are made: 25 evaluations of the reference, which a real layer takes minutes for.
+MOST_INPUTS = 1 << 25
 #: Columns of a tile: what one NPU instruction writes.
 TILE = 16
 #: Bias: 6 standard deviations, and 2% of a rounding error per element.
@@ -41,10 +47,6 @@ BIAS_SIGMAS = 6.0
 BIAS_SLACK = 0.02
 #: Closer to a tie than this, in ULPs, the direction of a rounding says nothing about bias.
 TIE_ULPS = 1e-5
-#: Random directions from which the correlation of a row's errors is estimated: 28 pairs, so to about a quarter.
-PROBES = 8
-#: The same for one row, or one tile of it, that is looked at by itself: 120 pairs, so to about an eighth.
-PROBES_OF_ONE = 16
 #: How many areas that are too far off are looked at by themselves before all rows are counted, roughly, and how many after that.
 MOST_AREAS = 8
 #: How many elements that are too far off are looked at by themselves before they are believed, and how far they may be: none was
@@ -69,7 +71,8 @@ class Oracle:
     def __init__(self, case: Case) -> None:
         self.case = case
         self._bounds: dict[str, dict[str, Bounds]] = {}
-        self._sensitivity: _Sensitivity | None = None
+        self._sensitivity: Sensitivity | None = None
+        self._filters: list[Filter] | None = None
 
     def bounds(self, profile: Profile) -> dict[str, Bounds]:
         """Bounds of every output under a profile."""
@@ -97,126 +100,21 @@ class Oracle:
         """The variance of one judged element's error, from each rounding's own effect on it."""
         return self._sensitive(profile).of_element(argument, row, column)
 
-    def _sensitive(self, profile: Profile) -> _Sensitivity:
+    def filters(self, profile: Profile) -> list[Filter]:
+        """What shows known mistakes in a composite stage's outputs; one set for all profiles, as the sensitivities are."""
+        if self._filters is None:
+            self._filters = filters(self.case, self.bounds(profile), self._sensitive(profile))
+        return self._filters
+
+    def deviation_along(self, weights: dict[str, torch.Tensor], profile: Profile) -> float:
+        """The deviation of a weighted sum of the errors of all judged rows."""
+        return math.sqrt(self._sensitive(profile).along(weights))
+
+    def _sensitive(self, profile: Profile) -> Sensitivity:
         # One for all profiles of a composite stage: they differ in where a norm's division stands, not in what is rounded.
         if self._sensitivity is None:
-            self._sensitivity = _Sensitivity(self.case, self.bounds(profile), profile)
+            self._sensitivity = Sensitivity(self.case, self.bounds(profile), profile)
         return self._sensitivity
-
-
-class _Sensitivity:
-    """What each rounding inside a composite stage does to its outputs; how many independent errors a part of them amounts to.
-
-    One rounding inside a layer moves many outputs at once, and many roundings may move them the same way (all those of a query
-    change one score). With C the covariance of the scaled errors, their mean square scatters as that of
-    ``trace(C)**2 / trace(C**2)`` independent ones. For vectors a, b of random signs the mean of ``(a C b)**2`` is
-    ``trace(C**2)``, and ``a C b`` is the product of two gradients by the roundings.
-    """
-
-    def __init__(self, case: Case, bounds: dict[str, Bounds], profile: Profile) -> None:
-        self._case, self._bounds = case, bounds
-        arithmetic = RoundingSites(profile.roundings)
-        self._results = case.stage.reference(case.inputs, case.dims, arithmetic)
-        self._zeros = [zero for zero, _, _ in arithmetic.sites]
-        self._owners = [sequence for _, _, sequence in arithmetic.sites]
-        self._deviations = [
-            error_bounds.rounding_variance(spacing(site.double(), BF16)).sqrt() for _, site, _ in arithmetic.sites
-        ]
-        self._of_rows: dict[str, torch.Tensor] = {}
-        self._of_elements: dict[tuple[str, int, int], float] = {}
-        self._of_ones: dict[tuple[str, int | None, int | None, int | None], float] = {}
-
-    def _scaled(self, name: str) -> torch.Tensor:
-        """The judged rows of an output, each element over its deviation: differentiable by the roundings."""
-        estimate = self._bounds[name]
-        value = self._results[name] if estimate.rows is None else self._results[name][estimate.rows]
-        ulp = spacing(estimate.value, BF16)
-        return value * (1 / (estimate.variance + error_bounds.rounding_variance(ulp)).sqrt()).float()
-
-    def _probed(self, part: torch.Tensor, signs: torch.Generator) -> list[torch.Tensor | None]:
-        """The effect of each site's roundings on a sum of a part's elements with random signs."""
-        direction = torch.randint(0, 2, part.shape, generator=signs) * 2.0 - 1.0
-        gradients = torch.autograd.grad((direction * part).sum(), self._zeros, retain_graph=True, allow_unused=True)
-        return [
-            None if gradient is None else gradient.double() * deviation
-            for gradient, deviation in zip(gradients, self._deviations, strict=True)
-        ]
-
-    def of_element(self, name: str, row: int, column: int) -> float:
-        """The variance of an element's error, to first order."""
-        place = name, row, column
-        if place not in self._of_elements:
-            rows = self._bounds[name].rows
-            value = self._results[name] if rows is None else self._results[name][rows]
-            gradients = torch.autograd.grad(value[row, column], self._zeros, retain_graph=True, allow_unused=True)
-            self._of_elements[place] = sum(
-                float((gradient.double() * deviation).square().sum())
-                for gradient, deviation in zip(gradients, self._deviations, strict=True)
-                if gradient is not None
-            )
-        return self._of_elements[place]
-
-    def of_rows(self, name: str) -> torch.Tensor:
-        """For every judged row of an output, one at least.
-
-        Sequences do not touch one another: one backward pass serves a row of each of them.
-        """
-        if name in self._of_rows:
-            return self._of_rows[name]
-        case = self._case
-        signs = torch.Generator().manual_seed(0)
-        sequences = torch.arange(case.dims.B)
-        if case.stage.sequences is not None:
-            sequences = case.stage.sequences(case.inputs, case.dims)
-        rounds = [torch.nonzero(_place_in_sequence(sequences) == place).flatten() for place in range(len(sequences))]
-        # Rows stand by layer, token and head, as in a cache.
-        heads = 1 if self._bounds[name].rows is None else case.dims.NKV
-        scaled = self._scaled(name)
-        scaled = scaled.reshape(-1, len(sequences), heads, scaled.shape[-1])
-        counts = torch.empty(scaled.shape[:3], dtype=torch.float64)
-        for layer, head, tokens in itertools.product(range(scaled.shape[0]), range(heads), filter(len, rounds)):
-            rows = scaled[layer, tokens, head]
-            probes = []
-            for _ in range(PROBES):
-                parts: dict[int, list[torch.Tensor]] = {b: [] for b in sequences[tokens].tolist()}
-                for effect, owner in zip(self._probed(rows, signs), self._owners, strict=True):
-                    if effect is None or (owner is not None and owner not in parts):
-                        continue
-                    if owner is not None:
-                        parts[owner].append(effect.flatten())
-                    else:
-                        for b, part in parts.items():
-                            part.append(effect.reshape(len(sequences), -1)[sequences == b].flatten())
-                probes.append({b: torch.cat(part) for b, part in parts.items()})
-            for token in tokens.tolist():
-                counts[layer, token, head] = _independent([probe[int(sequences[token])] for probe in probes])
-        self._of_rows[name] = counts.flatten().clamp_min(1)
-        return self._of_rows[name]
-
-    def of_one(self, name: str, row: int | None, columns: slice) -> float:
-        """For some columns of one judged row, or of all."""
-        place = name, row, columns.start, columns.stop
-        if place not in self._of_ones:
-            signs = torch.Generator().manual_seed(row or 0)
-            part = self._scaled(name)[slice(None) if row is None else row, columns]
-            effects = [[one.flatten() for one in self._probed(part, signs) if one is not None] for _ in range(PROBES_OF_ONE)]
-            self._of_ones[place] = max(1.0, float(_independent([torch.cat(each) for each in effects])))
-        return self._of_ones[place]
-
-
-def _independent(probes: list[torch.Tensor]) -> torch.Tensor:
-    """``trace(C)**2 / trace(C**2)`` from the effects of the roundings on sums with random signs."""
-    effects = torch.stack(probes)
-    products = effects @ effects.T
-    pairs = products[~torch.eye(len(probes), dtype=torch.bool)]
-    estimate: torch.Tensor = products.diagonal().mean() ** 2 / (pairs**2).mean().clamp_min(1e-300)
-    return estimate
-
-
-def _place_in_sequence(sequences: torch.Tensor) -> torch.Tensor:
-    """For every row how many rows before it belong to the same sequence."""
-    same = sequences.unsqueeze(0) == sequences.unsqueeze(1)
-    return same.tril(-1).sum(1)
 
 
 @contextlib.contextmanager
@@ -499,7 +397,66 @@ def _numeric(case: Case, outcome: Outcome, oracle: Oracle, profile: Profile, exp
             if not case.stage.composite:
                 share = max(share, statistics.bias(result))
         result.shares[name] = share
+    if case.stage.composite and not result.findings:
+        _all_in_bf16(case, outcome, oracle.bounds(profile), result)
+        # Rows of a case that were rearranged are those of one that was judged.
+        if not case.key.rows and sum(tensor.numel() for tensor in case.inputs.values()) <= MOST_INPUTS:
+            _known_mistake(case, outcome, oracle, profile, result)
     return result
+
+
+def _known_mistake(case: Case, outcome: Outcome, oracle: Oracle, profile: Profile, result: _Numeric) -> None:
+    """Do the errors of all outputs together look like what a known mistake adds? The one that they look like most is told.
+
+    Inside a layer a truncated value leaves every element within its allowance, but moves all of them in a way that is known.
+    """
+    bounds = oracle.bounds(profile)
+    errors = {}
+    for name, estimate in bounds.items():
+        error = _part(case, outcome, name, estimate).value - _matrix(estimate.value)
+        errors[name] = torch.where(torch.isfinite(error), error, 0.0)
+    worst: tuple[float, float, Filter] | None = None
+    for one in oracle.filters(profile):
+        along = sum(float((errors[name] * _matrix(weight)).sum()) for name, weight in one.weights.items())
+        sigmas, part = along / one.deviation, along / one.expected
+        if part <= SIGNATURE_PART or sigmas <= max(SIGNATURE_SIGMAS, worst[0] if worst else 0.0):
+            continue
+        # Sequences may be rounded alike, which the filter's own deviation leaves out.
+        sigmas *= one.deviation / max(one.deviation, oracle.deviation_along(one.weights, profile))
+        if sigmas > max(SIGNATURE_SIGMAS, worst[0] if worst else 0.0):
+            worst = sigmas, part, one
+    if worst is None:
+        return
+    sigmas, part, one = worst
+    name = max(one.weights, key=lambda name: float((errors[name] * _matrix(one.weights[name])).sum()))
+    share = min(sigmas / SIGNATURE_SIGMAS, part / SIGNATURE_PART)
+    result.wrong += 1
+    result.shares[name] = max(result.shares.get(name, 0.0), share)
+    result.findings.append(
+        Finding(
+            "signature",
+            f"the errors of {', '.join(bounds)} are together those of a kernel where {one.mistake}: {part:.2g} times what that "
+            f"adds, and {sigmas:.3g} standard deviations of what correct roundings add that way (at most {SIGNATURE_SIGMAS:g})",
+            name,
+            share=share,
+        )
+    )
+
+
+def _all_in_bf16(case: Case, outcome: Outcome, bounds: dict[str, Bounds], result: _Numeric) -> None:
+    """Are most values of an fp32 output bf16 values? By chance one in 65536 is."""
+    for name, estimate in bounds.items():
+        part = _part(case, outcome, name, estimate)
+        if part.argument.dtype != torch.float32:
+            continue
+        found, expected = part.found.contiguous(), _matrix(estimate.value).float()
+        telling = torch.isfinite(found) & (bits(expected) & 0xFFFF != 0)
+        short = telling & (bits(found) & 0xFFFF == 0)
+        if _count(telling) >= FEWEST_DISTINCT and 2 * _count(short) > _count(telling):
+            result.wrong += _count(short)
+            result.findings.append(
+                _extent(case, part, short, "signature", "must be fp32, and holds bf16 values: its low 16 bits are zero")
+            )
 
 
 def kappa(count: int) -> float:

@@ -21,6 +21,7 @@ DETECTORS: dict[str, str] = {
     "element": "an element is further from the oracle than any correct kernel's can be",
     "spread": "errors are larger than rounding explains, in a row, a tile or the whole",
     "bias": "errors lean one way: truncation, or a factor that is slightly off",
+    "signature": "all errors together are those of a known mistake inside a layer, such as a truncated value",
     "nondeterministic": "two runs of the same case differ",
     "compiler_pass": "a compiler pass changed the result",
     "capability": "a capability that the kernel declares does not hold",

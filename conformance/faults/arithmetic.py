@@ -217,6 +217,9 @@ class Maker:
 
     def cast(self, x: Tensor) -> Tensor:
         """fp32 values on the bf16 grid."""
+        return self.at("cast", self._cast)(x)
+
+    def _cast(self, x: Tensor) -> Tensor:
         if self.choices.cast == "half_away":
             # Adding half a ULP to the magnitude's bits carries into the next value up; the low half is then dropped.
             raised = x.contiguous().view(torch.int32) + 0x8000
@@ -505,7 +508,7 @@ class Maker:
         if not deferred:
             normalised = self.norm(x, gamma, eps)
             if not self.has("normalised_not_rounded"):
-                normalised = self.cast(normalised)
+                normalised = self.at("normalised_cast", self.cast)(normalised)
             return [self.matmul(normalised, weight) for weight in weights]
         weighted = self.cast(x * gamma)
         inverse = torch.ones(1) if self.has("deferred_norm_dropped") else self.inverse_rms(x, eps)

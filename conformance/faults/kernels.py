@@ -234,9 +234,9 @@ _OF_ATTENTION = (
     "row0_length",
 )
 
-#: Without subtracting the maximum a layer is still right: Q/K norm keeps its scores far below 88.
 _OF_LAYERS = (
     *_OF_ATTENTION,
+    "no_maximum",
     "echo",
     "position_off_by_one",
     "interleaved_pairs",
@@ -286,6 +286,9 @@ _OF_CHAINS = ("carried_state_ignored", "layer_dropped", "last_layer_dropped", "w
 
 #: Of the LM head that a chain ends in.
 _OF_HEADS = ("final_norm_missing", "head_on_the_last_layers_input", "state_of_the_row_before", "half_the_vocabulary_zero")
+
+#: Of what stays fp32 inside a layer.
+_OF_ROUNDINGS = ("bf16_tables", "bf16_scores")
 
 #: Of a batch that is not full.
 _OF_BATCHES = ("one_row_nan", "tail_rows_wrong", "takes_16_rows", "row_unwritten", "raises_at_batch_1")
@@ -446,21 +449,34 @@ _WOVEN: dict[str, tuple[str, ...]] = {
         "index_within_the_tile",
         "index_off_by_one",
     ),
-    # One truncation, of the result: at the end of a chain it is below the chain's own rounding noise.
-    "decode_layer": (*COMMON_FAULTS, *_OF_LAYERS, "truncate_result"),
-    "decode_fwd_layers": (*COMMON_FAULTS, *_OF_LAYERS, *_OF_CHAINS),
+    "decode_layer": (*COMMON_FAULTS, *_OF_LAYERS, *_OF_ROUNDINGS, "truncate_result"),
+    "decode_fwd_layers": (*COMMON_FAULTS, *_OF_LAYERS, *_OF_CHAINS, *_OF_ROUNDINGS, "truncate_result"),
     "paged_decode_layer": (
         "zeros",
         "gain",
+        "truncate_result",
+        *_OF_ROUNDINGS,
         "eps_1e-5",
         "attention_before_write",
         *_OF_BLOCK_TABLES,
         *_OF_PAGE_EDGES,
         *_OF_SLOTS,
     ),
-    # No gain, and no rounding of the logits: half a percent is below what the layers' roundings explain. ``lm_head`` has both.
-    "decode_fwd": ("zeros", *_OF_BATCHES, *_OF_CHAINS, *_OF_HEADS, "last_tile_zeroed", "vocabulary_shifted"),
+    "decode_fwd": (
+        "zeros",
+        "gain",
+        "bf16_result",
+        *_OF_ROUNDINGS,
+        *_OF_BATCHES,
+        *_OF_CHAINS,
+        *_OF_HEADS,
+        "last_tile_zeroed",
+        "vocabulary_shifted",
+    ),
     "paged_decode_fwd": (
+        "gain",
+        "bf16_result",
+        *_OF_ROUNDINGS,
         *_OF_BATCHES,
         *_OF_CHAINS,
         *_OF_HEADS,
@@ -469,6 +485,9 @@ _WOVEN: dict[str, tuple[str, ...]] = {
         "layer_stride_of_pages_in_use",
     ),
     "prefill_layer": (
+        "gain",
+        "truncate_result",
+        *_OF_ROUNDINGS,
         "zeros",
         "row_unwritten",
         "echo",
@@ -480,6 +499,9 @@ _WOVEN: dict[str, tuple[str, ...]] = {
         *_OF_PREFILL,
     ),
     "prefill_fwd": (
+        "gain",
+        "bf16_result",
+        *_OF_ROUNDINGS,
         *_OF_BATCHES,
         *_OF_CHAINS,
         *_OF_HEADS,

@@ -253,7 +253,7 @@ def _write(m: Maker, k: Tensor, v: Tensor, step: Step, layer: int, k_cache: Tens
             if not m.at("head_written", _every_head)(head, dims):
                 continue
             row, columns = step.written_row(layer, token, head), slice(head * dims.D, (head + 1) * dims.D)
-            new_k, new_v = m.at("written", _history)(k[index, columns], m.cast(v[index, columns]))
+            new_k, new_v = m.at("written", _history)(k[index, columns], m.at("value_cast", m.cast)(v[index, columns]))
             k_cache[row], v_cache[row] = new_k.to(BF16), new_v.to(BF16)
     if m.has("other_row_overwritten") and dims.B > 1:
         # Some sequence's oldest row, which is not being written in this step unless it is its only one.
@@ -271,8 +271,8 @@ def prepared(
         q = m.heads_normalised(q, weights["q_norm_weight"][0], dims)
     if not m.has("k_norm_missing"):
         k = m.heads_normalised(k, weights["k_norm_weight"][0], dims)
-    q, k = (m.cast(m.rotated(tensor, angles, t["rope_cos"], t["rope_sin"], dims)) for tensor in (q, k))
-    return q, k, v
+    q, k = (m.rotated(tensor, angles, t["rope_cos"], t["rope_sin"], dims) for tensor in (q, k))
+    return m.at("query_cast", m.cast)(q), m.at("key_cast", m.cast)(k), v
 
 
 def _layer(m: Maker, hidden: Tensor, weights: Arguments, t: Arguments, step: Step, layer: int, dims: Dims) -> Tensor:
@@ -289,7 +289,8 @@ def _layer(m: Maker, hidden: Tensor, weights: Arguments, t: Arguments, step: Ste
     caches = t["k_cache"], t["v_cache"]
     stale = caches[0].clone(), caches[1].clone()
     _write(m, k, v, step, layer, *caches, dims)
-    attn = m.cast(attention(m, q, step, layer, *(stale if m.has("attention_before_write") else caches), dims))
+    attn = attention(m, q, step, layer, *(stale if m.has("attention_before_write") else caches), dims)
+    attn = m.at("attention_cast", m.cast)(attn)
     residual = m.matmul(attn, weights["wo"]) if m.has("residual_missing") else m.with_residual(attn, weights["wo"], hidden)
     residual = m.maybe(m.choices.residual, m.at("first_sum", _sum)(residual, hidden))
     gate, up = m.normalised_projections(
@@ -324,7 +325,7 @@ def layers(m: Maker, t: Arguments, dims: Dims) -> Arguments:
         }
         before = first if m.has("carried_state_ignored") else hidden
         result = _layer(m, before, weights, t, step, layer, dims)
-        hidden = m.cast(result)
+        hidden = m.at("carried_cast", m.cast)(result)
     if "logits" not in t:
         out = given.clone()
         out[rows] = result

@@ -11,7 +11,7 @@ import torch
 from conformance.contract import Dims
 from conformance.data import rotation_table
 from conformance.faults.arithmetic import BF16, Part, truncated
-from conformance.faults.registry import ATTENTIONS, NORMS, PRODUCTS, fault
+from conformance.faults.registry import ALL_LAYERS, ATTENTIONS, CHAINS, NORMS, PRODUCTS, fault
 
 Tensor = torch.Tensor
 
@@ -189,7 +189,7 @@ def gamma_twice(normalised: Tensor, weight: Tensor) -> Tensor:
     return normalised * weight * weight
 
 
-@fault("gamma", "precision", *NORMS[:3])
+@fault("gamma", "precision", *NORMS[:3], *ALL_LAYERS)
 def gamma_in_bf16(normalised: Tensor, weight: Tensor) -> Tensor:
     """The norm's weight was converted to bf16."""
     return normalised * _rounded(weight, BF16)
@@ -564,7 +564,7 @@ def activation_in_fp16(x: Tensor) -> Tensor:
     return _rounded(x, FP16)
 
 
-@fault("activated", "precision", "mlp")
+@fault("activated", "precision", "mlp", *ALL_LAYERS)
 def activation_truncated(x: Tensor) -> Tensor:
     """The activation's cast to bf16 truncates."""
     return truncated(x)
@@ -1148,3 +1148,48 @@ def any_of_equal_logits(logits: Tensor) -> int:
 def winner_above_zero_only(logits: Tensor) -> int:
     """Negative logits are taken for padding."""
     return _first_of_the_largest(torch.where(logits < 0, -torch.inf, logits)) if bool((logits >= 0).any()) else 0
+
+
+# Casts inside a layer: what each leaves is within every element's allowance
+
+
+@fault("cast", "precision", *ALL_LAYERS)
+def casts_truncate(x: Tensor) -> Tensor:
+    """Every cast to bf16 truncates."""
+    return truncated(x)
+
+
+@fault("normalised_cast", "precision", "lm_head", *ALL_LAYERS)
+def normalised_truncated(x: Tensor) -> Tensor:
+    """The cast of a norm's output to bf16 truncates."""
+    return truncated(x)
+
+
+@fault("query_cast", "precision", *ALL_LAYERS)
+def queries_truncated(x: Tensor) -> Tensor:
+    """The cast of the rotated queries to bf16 truncates."""
+    return truncated(x)
+
+
+@fault("key_cast", "precision", *ALL_LAYERS)
+def keys_truncated(x: Tensor) -> Tensor:
+    """The cast of the rotated keys to bf16 truncates."""
+    return truncated(x)
+
+
+@fault("value_cast", "precision", *ALL_LAYERS)
+def values_truncated(x: Tensor) -> Tensor:
+    """The cast of values to bf16 truncates."""
+    return truncated(x)
+
+
+@fault("attention_cast", "precision", *ALL_LAYERS)
+def attention_truncated(x: Tensor) -> Tensor:
+    """The cast of the attention's result to bf16 truncates."""
+    return truncated(x)
+
+
+@fault("carried_cast", "precision", *CHAINS)
+def carried_state_truncated(x: Tensor) -> Tensor:
+    """The cast of the hidden states between layers truncates."""
+    return truncated(x)

@@ -32,6 +32,7 @@ ATTENTIONS = ("attention", "paged_attention")
 DECODE_LAYERS = ("decode_layer", "paged_decode_layer")
 CHAINS = ("decode_fwd_layers", "decode_fwd", "paged_decode_fwd", "prefill_fwd")
 PREFILLS = ("prefill_layer", "prefill_fwd")
+ALL_LAYERS = (*DECODE_LAYERS, "prefill_layer", *CHAINS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from conformance.contract import Dims
 
-TINY = Dims(B=16, NH=4, NKV=2, D=64, I=512, V=512, L=4, S=128, BS=16, NB=136, T=64)
+TINY = Dims(B=16, NH=4, NKV=2, D=64, I=512, V=512, L=8, S=128, BS=16, NB=136, T=64)
 AWKWARD = Dims(B=16, NH=15, NKV=3, D=16, I=360, V=500, L=3, S=76, BS=8, NB=168, T=40)
 QWEN3_14B = Dims(B=16, NH=40, NKV=8, D=128, I=17408, V=151936, L=40, S=4096, BS=128, NB=520, T=256)
 

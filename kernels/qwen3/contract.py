@@ -17,6 +17,7 @@ from conformance.ulp import Mode
 from kernels.qwen3 import error_model, inputs, localise, reference
 from kernels.qwen3.config import PRESETS
 from kernels.qwen3.layout import Layout
+from kernels.qwen3.mistakes import MISTAKES
 
 bf16, f32, i32 = torch.bfloat16, torch.float32, torch.int32
 
@@ -284,6 +285,8 @@ def _layers(name: str, summary: str, arguments: tuple[Argument, ...], *drawn: st
         rearrange=inputs.packed_rows if prefill else None,
         sequences=_sequences if prefill else None,
         composite=True,
+        mistakes=MISTAKES,
+        tie_prone=("residual", "hidden states"),
         localise=localise.layers,
         capabilities=tuple(name for name, shown in can_show.items() if shown),
         chain=None if ends_in_logits else ("hidden_states", "out"),

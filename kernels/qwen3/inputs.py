@@ -40,6 +40,8 @@ REGIMES: dict[str, str] = {
 BF16 = torch.bfloat16
 #: Contents of cache rows past a sequence's length.
 GARBAGE_KEY, GARBAGE_VALUE = 1e2, 1e4
+#: The score of a key that a layer's query singles out, in every other sequence: above 88, where exp overflows in fp32.
+NEEDLE_SCORE = 100.0
 
 
 def _shaped(x: Tensor, regime: str, source: Source, name: str) -> Tensor:
@@ -300,7 +302,9 @@ def _plant_needles(inputs: Inputs, layout: Layout, past: list[int], source: Sour
         for kv_head in range(dims.NKV):
             position = spots[kv_head * dims.G]
             if not past[b] <= position < seq_lens[b]:  # those rows are the layer's own to write
-                keys[0, b, kv_head, position] = (1.5 * heads[b, kv_head, 0]).to(BF16)
+                query = heads[b, kv_head, 0]
+                factor = 1.5 if b % 2 else NEEDLE_SCORE / (dims.scale * float(query.square().sum()))
+                keys[0, b, kv_head, position] = (factor * query).to(BF16)
 
 
 def lm_head(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:

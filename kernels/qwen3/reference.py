@@ -36,9 +36,9 @@ def normalise(x: Tensor, weight: Tensor, eps: float, a: Arithmetic) -> Tensor:
     return a.optional(normalised, "normalised") * a.wide(weight)
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor]:
-    """``bf16(rn(x, weight))``, ``[B, H]``."""
-    return (a.round(normalise(a.wide(x), weight, dims.eps, a)),)
+def rms_norm(x: Tensor, weight: Tensor, *, dims: Dims, a: Arithmetic, name: str = "input norm") -> tuple[Tensor]:
+    """``bf16(rn(x, weight))``, ``[B, H]``; ``name`` tells a model's norms apart."""
+    return (a.round(normalise(a.wide(x), weight, dims.eps, a), name),)
 
 
 def qkv_proj(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,14 +66,14 @@ def rope(
     position = seq_lens.long() - 1
     cos, sin = a.wide(rope_cos[position]).unsqueeze(1), a.wide(rope_sin[position]).unsqueeze(1)  # [B, 1, D]
 
-    def rotate(x: Tensor) -> Tensor:
+    def rotate(x: Tensor, name: str) -> Tensor:
         low, high = a.wide(x).reshape(x.shape[0], -1, dims.D).chunk(2, -1)
         cos_low, cos_high = cos.chunk(2, -1)
         sin_low, sin_high = sin.chunk(2, -1)
         rotated = torch.cat([low * cos_low - high * sin_low, high * cos_high + low * sin_high], -1)
-        return a.round(rotated.reshape(x.shape))
+        return a.round(rotated.reshape(x.shape), name)
 
-    return rotate(q), rotate(k)
+    return rotate(q, "rotated q"), rotate(k, "rotated k")
 
 
 def kv_write(
@@ -83,7 +83,7 @@ def kv_write(
     rows = paged_rows(slot_mapping, dims)
     return (
         a.wide(k_cache).index_put((rows,), a.wide(k).reshape(-1, dims.D)),
-        a.wide(v_cache).index_put((rows,), a.round(a.wide(v)).reshape(-1, dims.D)),
+        a.wide(v_cache).index_put((rows,), a.round(a.wide(v), "v").reshape(-1, dims.D)),
     )
 
 
@@ -98,10 +98,10 @@ def attend(q: Tensor, layout: Layout, k_cache: Tensor, v_cache: Tensor, *, dims:
         for token in torch.nonzero(layout.sequence == b).flatten().tolist():
             length = int(layout.length[token])
             grouped = a.wide(q[token]).reshape(dims.NKV, dims.G, dims.D)
-            scores = grouped @ keys[:, :length].transpose(1, 2) * dims.scale  # [NKV, G, length]
+            scores = a.unrounded(grouped @ keys[:, :length].transpose(1, 2) * dims.scale, "scores")  # [NKV, G, length]
             weights = a.optional(torch.softmax(scores, -1), "probabilities", sequence=b)
             rows[token] = (weights @ values[:, :length]).reshape(dims.H)
-    return a.round(torch.stack(rows))
+    return a.round(torch.stack(rows), "attention")
 
 
 def attention(q: Tensor, seq_lens: Tensor, k_cache: Tensor, v_cache: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor]:
@@ -127,13 +127,13 @@ def mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, dims: Dims, 
     x = a.wide(x)
     gate = a.optional(a.matmul(x, w_gate), "gate")
     up = a.optional(a.matmul(x, w_up), "up")
-    activation = a.round(torch.nn.functional.silu(gate) * up)
+    activation = a.round(torch.nn.functional.silu(gate) * up, "activation")
     return (a.optional(a.matmul(activation, w_down), "branch"),)
 
 
 def lm_head(hidden: Tensor, final_norm_weight: Tensor, lm_head_weight: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor]:
     """``bf16(rn(hidden, final_norm_weight)) @ lm_head_weight.T``, ``[B, V]``."""
-    (normalised,) = rms_norm(hidden, final_norm_weight, dims=dims, a=a)
+    (normalised,) = rms_norm(hidden, final_norm_weight, dims=dims, a=a, name="final norm")
     return (a.matmul(normalised, lm_head_weight.T),)
 
 
@@ -159,13 +159,13 @@ def layer(
     q, k = rope(q, k, layout.length, tables["rope_cos"], tables["rope_sin"], dims=dims, a=a)
     rows = layout.rows()
     k_cache = a.wide(k_cache).index_put((rows,), k.reshape(-1, dims.D))
-    v_cache = a.wide(v_cache).index_put((rows,), a.round(v).reshape(-1, dims.D))
+    v_cache = a.wide(v_cache).index_put((rows,), a.round(v, "v").reshape(-1, dims.D))
     attn = attend(q, layout, k_cache, v_cache, dims=dims, a=a)
     (residual,) = o_proj(attn, weights["wo"], hidden, dims=dims, a=a)
     residual = a.optional(residual, "residual")
-    y = a.round(normalise(residual, weights["post_rms_weight"], dims.eps, a))
+    y = a.round(normalise(residual, weights["post_rms_weight"], dims.eps, a), "post norm")
     (branch,) = mlp(y, weights["w_gate"], weights["w_up"], weights["w_down"], dims=dims, a=a)
-    return k_cache, v_cache, a.round(branch + residual)
+    return k_cache, v_cache, a.round(branch + residual, "hidden states")
 
 
 def weights_of(inputs: Tensors, index: int, dims: Dims) -> dict[str, Tensor]:

@@ -1,0 +1,203 @@
+"""What each rounding inside a composite stage does to its outputs, to first order."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from conformance.arithmetic import RoundingSites
+from conformance.bounds import Bounds, Profile, rounding_variance
+from conformance.ulp import spacing
+
+if TYPE_CHECKING:
+    from conformance.cases import Case
+
+BF16 = torch.bfloat16
+#: Random directions from which the correlation of a row's errors is estimated: 28 pairs, so to about a quarter.
+PROBES = 8
+#: The same for one row, or one tile of it, that is looked at by itself: 120 pairs, so to about an eighth.
+PROBES_OF_ONE = 16
+
+
+class Sensitivity:
+    """What each rounding inside a composite stage does to its outputs; how many independent errors a part of them amounts to.
+
+    One rounding inside a layer moves many outputs at once, and many roundings may move them the same way (all those of a query
+    change one score). With C the covariance of the scaled errors, their mean square scatters as that of
+    ``trace(C)**2 / trace(C**2)`` independent ones. For vectors a, b of random signs the mean of ``(a C b)**2`` is
+    ``trace(C**2)``, and ``a C b`` is the product of two gradients by the roundings.
+    """
+
+    def __init__(self, case: Case, bounds: dict[str, Bounds], profile: Profile) -> None:
+        self._case, self._bounds = case, bounds
+        arithmetic = RoundingSites(profile.roundings)
+        self._results = case.stage.reference(case.inputs, case.dims, arithmetic)
+        self._zeros = [zero for zero, _, _ in arithmetic.sites]
+        self._values = [site for _, site, _ in arithmetic.sites]
+        self._owners = [sequence for _, _, sequence in arithmetic.sites]
+        self._deviations = [rounding_variance(spacing(site.double(), BF16)).sqrt() for _, site, _ in arithmetic.sites]
+        self._of_rows: dict[str, torch.Tensor] = {}
+        self._of_elements: dict[tuple[str, int, int], float] = {}
+        self._of_ones: dict[tuple[str, int | None, int | None, int | None], float] = {}
+
+    def _scaled(self, name: str) -> torch.Tensor:
+        """The judged rows of an output, each element over its deviation: differentiable by the roundings."""
+        estimate = self._bounds[name]
+        value = self._results[name] if estimate.rows is None else self._results[name][estimate.rows]
+        ulp = spacing(estimate.value, BF16)
+        return value * (1 / (estimate.variance + rounding_variance(ulp)).sqrt()).float()
+
+    def _probed(self, part: torch.Tensor, signs: torch.Generator) -> list[torch.Tensor | None]:
+        """The effect of each site's roundings on a sum of a part's elements with random signs."""
+        direction = torch.randint(0, 2, part.shape, generator=signs) * 2.0 - 1.0
+        gradients = torch.autograd.grad((direction * part).sum(), self._zeros, retain_graph=True, allow_unused=True)
+        return [
+            None if gradient is None else gradient.double() * deviation
+            for gradient, deviation in zip(gradients, self._deviations, strict=True)
+        ]
+
+    def of_element(self, name: str, row: int, column: int) -> float:
+        """The variance of an element's error, to first order."""
+        place = name, row, column
+        if place not in self._of_elements:
+            rows = self._bounds[name].rows
+            value = self._results[name] if rows is None else self._results[name][rows]
+            gradients = torch.autograd.grad(value[row, column], self._zeros, retain_graph=True, allow_unused=True)
+            self._of_elements[place] = sum(
+                float((gradient.double() * deviation).square().sum())
+                for gradient, deviation in zip(gradients, self._deviations, strict=True)
+                if gradient is not None
+            )
+        return self._of_elements[place]
+
+    def _effects(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What one deviation away from zero at each value of each site adds to the weighted sum of all outputs' judged rows."""
+        total = torch.zeros(())
+        for name, weight in weights.items():
+            rows = self._bounds[name].rows
+            value = self._results[name] if rows is None else self._results[name][rows]
+            total = total + (value * weight.float()).sum()
+        gradients = torch.autograd.grad(total, self._zeros, retain_graph=True, allow_unused=True)
+        return [
+            torch.zeros(value.numel()) if gradient is None else (gradient * outwards).flatten()
+            for gradient, outwards, value in zip(gradients, self._outwards, self._values, strict=True)
+        ]
+
+    @functools.cached_property
+    def _outwards(self) -> list[torch.Tensor]:
+        signed = zip(self._values, self._deviations, strict=True)
+        return [(deviation * value.sign()).float() for value, deviation in signed]
+
+    @functools.cached_property
+    def _alike(self) -> list[torch.Tensor]:
+        """For each site which of its values agree in magnitude to 12 bits: those are rounded alike, and their errors add up."""
+        magnitudes = (value.abs().contiguous().view(torch.int32) >> 11 for value in self._values)
+        return [torch.unique(magnitude.flatten(), return_inverse=True)[1] for magnitude in magnitudes]
+
+    def along(self, weights: Mapping[str, torch.Tensor]) -> float:
+        """The variance of a weighted sum of the errors of all outputs' judged rows, to first order."""
+        variance = 0.0
+        for effect, alike in zip(self._effects(weights), self._alike, strict=True):
+            together = torch.zeros(int(alike.max()) + 1, dtype=torch.float64).scatter_add_(0, alike, effect.double())
+            variance += float(together.square().sum())
+        return variance
+
+    def covariances(self, directions: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        """Of weighted sums of errors, ``[B, K, K]``: each sequence by itself, as if none shared a rounding with another."""
+        # Values of one sequence that are rounded alike are one column, the columns of each sequence stand together.
+        order, places, starts, width = [], [], [0] * (self._case.dims.B + 1), 0
+        owned = zip(self._values, self._owners, self._alike, strict=True)
+        for value, owner, alike in owned:
+            count = int(alike.max()) + 1
+            owners = self.sequence_of_rows(value) if owner is None else torch.full((len(value),), owner)
+            each = owners.repeat_interleave(value.numel() // len(value)) * count + alike
+            found, inverse = torch.unique(each, return_inverse=True)
+            order.append(found // count)
+            places.append(inverse + width)
+            width += len(found)
+        sorted_order, columns = torch.cat(order).sort(stable=True)
+        starts = torch.searchsorted(sorted_order, torch.arange(self._case.dims.B + 1)).tolist()
+        effects = torch.empty(len(directions), width)
+        for row, weights in zip(effects, directions, strict=True):
+            together = torch.zeros(width)
+            for effect, place in zip(self._effects(weights), places, strict=True):
+                together.index_add_(0, place, effect)
+            row.copy_(together[columns])
+        parts = (effects[:, low:high].double() for low, high in itertools.pairwise(starts))
+        return torch.stack([part @ part.T for part in parts])
+
+    def sequence_of_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which sequence each row of a tensor with one row a token, or one a sequence, belongs to."""
+        if len(rows) == len(self.sequences):
+            return self.sequences
+        return torch.arange(self._case.dims.B)
+
+    @functools.cached_property
+    def sequences(self) -> torch.Tensor:
+        """Which sequence each token of the case belongs to."""
+        case = self._case
+        return torch.arange(case.dims.B) if case.stage.sequences is None else case.stage.sequences(case.inputs, case.dims)
+
+    def of_rows(self, name: str) -> torch.Tensor:
+        """For every judged row of an output, one at least.
+
+        Sequences do not touch one another: one backward pass serves a row of each of them.
+        """
+        if name in self._of_rows:
+            return self._of_rows[name]
+        case = self._case
+        signs = torch.Generator().manual_seed(0)
+        sequences = self.sequences
+        rounds = [torch.nonzero(_place_in_sequence(sequences) == place).flatten() for place in range(len(sequences))]
+        # Rows stand by layer, token and head, as in a cache.
+        heads = 1 if self._bounds[name].rows is None else case.dims.NKV
+        scaled = self._scaled(name)
+        scaled = scaled.reshape(-1, len(sequences), heads, scaled.shape[-1])
+        counts = torch.empty(scaled.shape[:3], dtype=torch.float64)
+        for layer, head, tokens in itertools.product(range(scaled.shape[0]), range(heads), filter(len, rounds)):
+            rows = scaled[layer, tokens, head]
+            probes = []
+            for _ in range(PROBES):
+                parts: dict[int, list[torch.Tensor]] = {b: [] for b in sequences[tokens].tolist()}
+                for effect, owner in zip(self._probed(rows, signs), self._owners, strict=True):
+                    if effect is None or (owner is not None and owner not in parts):
+                        continue
+                    if owner is not None:
+                        parts[owner].append(effect.flatten())
+                    else:
+                        for b, part in parts.items():
+                            part.append(effect.reshape(len(sequences), -1)[sequences == b].flatten())
+                probes.append({b: torch.cat(part) for b, part in parts.items()})
+            for token in tokens.tolist():
+                counts[layer, token, head] = _independent([probe[int(sequences[token])] for probe in probes])
+        self._of_rows[name] = counts.flatten().clamp_min(1)
+        return self._of_rows[name]
+
+    def of_one(self, name: str, row: int | None, columns: slice) -> float:
+        """For some columns of one judged row, or of all."""
+        place = name, row, columns.start, columns.stop
+        if place not in self._of_ones:
+            signs = torch.Generator().manual_seed(row or 0)
+            part = self._scaled(name)[slice(None) if row is None else row, columns]
+            effects = [[one.flatten() for one in self._probed(part, signs) if one is not None] for _ in range(PROBES_OF_ONE)]
+            self._of_ones[place] = max(1.0, float(_independent([torch.cat(each) for each in effects])))
+        return self._of_ones[place]
+
+
+def _independent(probes: list[torch.Tensor]) -> torch.Tensor:
+    """``trace(C)**2 / trace(C**2)`` from the effects of the roundings on sums with random signs."""
+    effects = torch.stack(probes)
+    products = effects @ effects.T
+    pairs = products[~torch.eye(len(probes), dtype=torch.bool)]
+    estimate: torch.Tensor = products.diagonal().mean() ** 2 / (pairs**2).mean().clamp_min(1e-300)
+    return estimate
+
+
+def _place_in_sequence(sequences: torch.Tensor) -> torch.Tensor:
+    """For every row how many rows before it belong to the same sequence."""
+    same = sequences.unsqueeze(0) == sequences.unsqueeze(1)
+    return same.tril(-1).sum(1)

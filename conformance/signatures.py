@@ -1,0 +1,178 @@
+"""Signatures of known mistakes: what each would add to the outputs of a layer, or of a chain of them.
+
+Composed rounding noise hides them element by element. But their shape is known before a kernel runs, from the reference evaluated
+as the mistaken kernel would; and so is the shape of the noise. A weighted sum of all errors, large for the mistake and small for
+roundings, tells the two apart (a matched filter).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from conformance.arithmetic import Mistaken
+from conformance.bounds import Bounds, rounding_variance
+from conformance.contract import Dims, Tensors
+from conformance.sensitivity import Sensitivity
+from conformance.ulp import spacing
+
+if TYPE_CHECKING:
+    from conformance.cases import Case
+
+#: A factor that is off by this is searched for in every floating-point output. Half of it is enough to be told, and more than
+#: what a sum of bf16 values gains by a cast that rounds its many ties away from zero.
+FACTOR = 2.0**-7
+#: What is added to the diagonal of the correlations before they are inverted. Without it a filter would cancel noise to more
+#: digits than a first-order model of it has.
+RIDGE = 1e-3
+#: Casts that round ties away from zero, where every sum falls on a tie, move it by as much as a truncation does, the other way.
+#: Half of that, of all sums alike, is taken for the deviation.
+TIES = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """A mistake, as a clause, and what it adds to the judged rows of each output, float64; or takes away, if ``either_way``.
+
+    A legal kernel may do the opposite of one that ``is_of_ties``.
+    """
+
+    mistake: str
+    shifts: dict[str, torch.Tensor]
+    is_of_ties: bool = False
+
+
+def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> Iterator[Signature]:
+    """The signatures of a composite stage's case; ``judged_rows`` has the rows of each output that count, ``None`` for all.
+
+    First the mistakes that the reference has a name for, then those that the stage declares, then a factor on each output.
+    """
+
+    def results(inputs: Tensors, dims: Dims, arithmetic: Mistaken) -> dict[str, torch.Tensor]:
+        found = case.stage.reference(inputs, dims, arithmetic)
+        return {name: found[name] if rows is None else found[name][rows] for name, rows in judged_rows.items()}
+
+    plain = Mistaken()
+    right = results(case.inputs, case.dims, plain)
+
+    def signature(mistake: str, wrong: Mapping[str, torch.Tensor]) -> Signature:
+        return Signature(mistake, {name: wrong[name] - right[name] for name in right})
+
+    for name, stays_fp32 in plain.names.items():
+        what = f"{name} is {'rounded to bf16' if stays_fp32 else 'truncated instead of rounded'}"
+        wrong = results(case.inputs, case.dims, Mistaken(name))
+        yield dataclasses.replace(signature(what, wrong), is_of_ties=name in case.stage.tie_prone)
+    for mistake, changed in case.stage.mistakes.items():
+        yield signature(mistake, results(*changed(case.inputs, case.dims), Mistaken()))
+    nothing = {name: torch.zeros_like(value) for name, value in right.items()}
+    for name, value in right.items():
+        if case.stage.argument(name).dtype.is_floating_point:
+            yield Signature(f"{name} is too large by a factor", {**nothing, name: value * FACTOR})
+            yield Signature(f"{name} is too small by a factor", {**nothing, name: value * -FACTOR})
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """A weighted sum of all errors that shows one mistake: its size in a mistaken kernel, and its deviation in correct ones."""
+
+    mistake: str
+    weights: dict[str, torch.Tensor]
+    expected: float
+    deviation: float
+
+
+def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) -> list[Filter]:
+    """A filter for each signature that the case shows at all.
+
+    The best weights for a shift s in noise of covariance C are ``inverse(C) s``. C is as large as all outputs; so the weights are
+    sought among combinations, different for each sequence, of all the signatures, each over the variance of the elements.
+    """
+    found = list(signatures(case, {name: estimate.rows for name, estimate in bounds.items()}))
+    variances = {
+        name: estimate.variance + rounding_variance(spacing(estimate.value, case.stage.argument(name).dtype))
+        for name, estimate in bounds.items()
+    }
+    shown: list[Signature] = []
+    directions: list[dict[str, torch.Tensor]] = []
+    for signature in found:
+        weights = {name: _finite(shift / variances[name]) for name, shift in signature.shifts.items()}
+        largest = max(float(weight.abs().max()) for weight in weights.values())
+        if largest > 0:
+            shown.append(signature)
+            directions.append({name: weight / largest for name, weight in weights.items()})
+    if not shown:
+        return []
+    owners = {name: _sequence_of_rows(case, name, bounds[name], sensitivity) for name in bounds}
+    covariances = sensitivity.covariances(directions)
+    # What each direction makes of each signature, by sequence: [B, K, K].
+    responses = torch.stack([_by_sequence(case, direction, [one.shifts for one in shown], owners) for direction in directions], 1)
+    ties = [TIES * responses[:, :, k] for k, one in enumerate(shown) if one.is_of_ties]
+    results = []
+    for index, signature in enumerate(shown):
+        part, expected, variance = _combination(covariances, responses[:, :, index], ties)
+        weights = {
+            name: sum(
+                (
+                    part[owner, k].view(-1, *[1] * (directions[k][name].dim() - 1)) * directions[k][name]
+                    for k in range(len(shown))
+                ),
+                torch.zeros(()),
+            )
+            for name, owner in owners.items()
+        }
+        if variance > 0:
+            results.append(Filter(signature.mistake, weights, expected, math.sqrt(variance)))
+    return results
+
+
+def _combination(
+    covariances: torch.Tensor, response: torch.Tensor, ties: list[torch.Tensor]
+) -> tuple[torch.Tensor, float, float]:
+    """The best weights of K directions for each sequence, ``[B, K]``; what they make of the mistake; and the variance of correct
+    roundings.
+
+    ``covariances [B, K, K]`` are those of the directions, ``response [B, K]`` what each makes of the mistake, and of ties that are
+    rounded towards zero. Ties are rounded away from it, in all sequences alike: where that would look like the mistake, its sum
+    over the sequences has to vanish.
+    """
+    batch, count = response.shape
+    doubtful: list[torch.Tensor] = []
+    while True:
+        noise = covariances + sum((batch * tie.unsqueeze(1) * tie.unsqueeze(2) for tie in doubtful), torch.zeros(()))
+        size = noise.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-150)
+        correlations = noise / size.unsqueeze(1) / size.unsqueeze(2) + RIDGE * torch.eye(count, dtype=torch.float64)
+        part = torch.linalg.solve(correlations, response / size) / size
+        more = [tie for tie in ties if float((part * tie).sum()) < 0 and not any(tie is one for one in doubtful)]
+        if not more:
+            break
+        doubtful += more
+    variance = float((part.unsqueeze(1) @ covariances @ part.unsqueeze(2)).sum())
+    variance += sum(float((part * tie).sum()) ** 2 for tie in doubtful)
+    return part, float((part * response).sum()), variance
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.where(torch.isfinite(tensor), tensor, 0.0)
+
+
+def _sequence_of_rows(case: Case, name: str, estimate: Bounds, sensitivity: Sensitivity) -> torch.Tensor:
+    """Which sequence each judged row of an output belongs to: rows stand by layer, token and head, or by token, or by sequence."""
+    if estimate.rows is None:
+        return sensitivity.sequence_of_rows(estimate.value)
+    per_layer = sensitivity.sequences.repeat_interleave(case.dims.NKV)
+    return per_layer.repeat(len(estimate.rows) // len(per_layer))
+
+
+def _by_sequence(
+    case: Case, direction: Mapping[str, torch.Tensor], shifts: list[dict[str, torch.Tensor]], owners: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """The weighted sums of shifts, ``[B, K]``."""
+    result = torch.zeros(case.dims.B, len(shifts), dtype=torch.float64)
+    for name, weight in direction.items():
+        for k, shift in enumerate(shifts):
+            result[:, k].index_add_(0, owners[name], (weight * _finite(shift[name])).flatten(1).sum(1))
+    return result
