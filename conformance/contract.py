@@ -176,6 +176,7 @@ def update(name: str, shape: str, dtype: torch.dtype) -> Argument:
 
 
 Tensors = Mapping[str, torch.Tensor]
+Mistake = Callable[[Tensors, "Dims"], tuple[Tensors, "Dims"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +215,9 @@ class Stage:
     #: So many stratified cases show every fault of the exam's catalogue with 99.9%: the default number of examples, which the
     #: profiles of the suites follow. Measured by ``conformance exam --full``, which fails where it is less than 99%; at least 50.
     examples: int = 50
-    #: Mistakes that a composite stage's outputs are searched for, besides truncations: ``mistake(inputs, dims)`` returns the inputs
-    #: and dimensions with which a correct kernel would compute what the mistaken one does. By what they are, as a clause.
-    mistakes: Mapping[str, Callable[[Tensors, Dims], tuple[Tensors, Dims]]] = dataclasses.field(default_factory=dict, hash=False)
+    #: Mistakes that a composite stage's outputs are searched for, besides truncations, by what they are, as a clause:
+    #: ``mistake(inputs, dims)`` returns the inputs and dimensions with which a correct kernel would compute the same.
+    mistakes: Mapping[str, Mistake] = dataclasses.field(default_factory=dict, hash=False)
     #: Names of the reference's roundings, in a composite stage, that often fall on a tie: of sums of two bf16 values.
     tie_prone: tuple[str, ...] = ()
     #: ``localise(inputs, outputs, dims) -> list of sentences`` says which part of a composite stage went wrong first.

@@ -88,8 +88,9 @@ class Filter:
 def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) -> list[Filter]:
     """A filter for each signature that the case shows at all.
 
-    The best weights for a shift s in noise of covariance C are ``inverse(C) s``. C is as large as all outputs; so the weights are
-    sought among combinations, different for each sequence, of all the signatures, each over the variance of the elements.
+    The best weights for a shift s in noise of covariance C are ``inverse(C) s``. C has a row for every element of every output:
+    the weights are sought among combinations of the signatures, each over the variance of the elements, and different for each
+    sequence. ``benchmarks/signatures.py`` compares them with the best.
     """
     found = list(signatures(case, {name: estimate.rows for name, estimate in bounds.items()}))
     variances = {
@@ -124,7 +125,7 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
             )
             for name, owner in owners.items()
         }
-        if variance > 0:
+        if 0 < variance < math.inf:
             results.append(Filter(signature.mistake, weights, expected, math.sqrt(variance)))
     return results
 
@@ -132,12 +133,11 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
 def _combination(
     covariances: torch.Tensor, response: torch.Tensor, ties: list[torch.Tensor]
 ) -> tuple[torch.Tensor, float, float]:
-    """The best weights of K directions for each sequence, ``[B, K]``; what they make of the mistake; and the variance of correct
-    roundings.
+    """The best weights of K directions for each sequence, ``[B, K]``; what they make of the mistake, and their variance.
 
-    ``covariances [B, K, K]`` are those of the directions, ``response [B, K]`` what each makes of the mistake, and of ties that are
-    rounded towards zero. Ties are rounded away from it, in all sequences alike: where that would look like the mistake, its sum
-    over the sequences has to vanish.
+    ``covariances [B, K, K]`` are those of the directions in correct kernels, ``response [B, K]`` is what each makes of the
+    mistake, ``ties`` what it makes of sums that are all rounded towards zero. Casts may round ties away from zero, in all
+    sequences alike: where that looks like the mistake, its sum over the sequences has to vanish.
     """
     batch, count = response.shape
     doubtful: list[torch.Tensor] = []
@@ -160,7 +160,7 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sequence_of_rows(case: Case, name: str, estimate: Bounds, sensitivity: Sensitivity) -> torch.Tensor:
-    """Which sequence each judged row of an output belongs to: rows stand by layer, token and head, or by token, or by sequence."""
+    """Which sequence each judged row of an output belongs to; they stand by layer, token and head, by token or by sequence."""
     if estimate.rows is None:
         return sensitivity.sequence_of_rows(estimate.value)
     per_layer = sensitivity.sequences.repeat_interleave(case.dims.NKV)

@@ -216,7 +216,7 @@ PINNED = {
     "attention:tiny:B=2,seq_lens=9+128:cancel:17": "8d5d072db1dd7c87",
     "o_proj:tiny:B=2:cancel:18": "a2059279c85ac59e",
     "mlp:awkward:B=2:big:19": "2e272c1ca8a40909",
-    "decode_layer:tiny:B=2,seq_lens=16+100:needle:20": "7c5b61d24d6838dc",
+    "decode_layer:tiny:B=2,seq_lens=16+100:needle:20": "d0548c317f973cfa",
     "decode_fwd_layers:awkward:B=2,L=3,seq_lens=7+76:small:21": "92e6f09a1889e105",
     "decode_fwd_layers:awkward:B=4,L=2,seq_lens=7+76+8+9,rows=2+0:mixed_rows:22": "203a4d934ab91b1c",
     "paged_attention:awkward:B=3,NB=15,seq_lens=8+76+1:needle:23": "e57e5ac7238e3fce",
@@ -226,7 +226,7 @@ PINNED = {
     "greedy_sample:tiny:B=4:near_ties:26": "b8fe785ac1b53689",
     "paged_decode_layer:tiny:B=2,NB=9,seq_lens=16+100:small:27": "0c14965be5f66d19",
     "decode_fwd:awkward:B=2,L=2,seq_lens=7+76:outlier:28": "55b479b3a00e138f",
-    "paged_decode_fwd:awkward:B=3,L=2,NB=20,seq_lens=9+76+40,rows=1:needle:29": "78a0db62940ce7bd",
+    "paged_decode_fwd:awkward:B=3,L=2,NB=20,seq_lens=9+76+40,rows=1:needle:29": "0020fe3554b7ddaa",
     "prefill_layer:awkward:B=3,NB=14,seq_lens=8+76+9,chunk_lens=8+5+1:normal:30": "184a239448880a98",
     "prefill_fwd:tiny:B=3,L=2,NB=13,seq_lens=17+100+33,chunk_lens=2+40+17,rows=2+1:mixed_rows:31": "09b5ef4a14800eda",
 }
@@ -318,7 +318,14 @@ def test_a_pinned_dimension_is_not_drawn() -> None:
 
 def test_a_chain_draws_one_layer_and_more() -> None:
     layers = {key.dims.L for key in itertools.islice(stratified_keys(space_of("decode_fwd_layers"), 0), 20)}
-    assert layers == {1, 2, 3, 4}
+    assert layers == {1, 2, 3, 4, 8}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_batch_size_comes_up_in_the_examples_of_a_check(seed: int) -> None:
+    """Some kernels fail at a single one."""
+    keys = list(itertools.islice(stratified_keys(space_of("decode_layer"), seed), stage_named("decode_layer").examples))
+    assert {key.dims.B for key in keys} == set(range(1, 17))
 
 
 def test_only_a_chain_has_layers() -> None:

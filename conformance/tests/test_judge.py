@@ -21,6 +21,7 @@ from conformance.executors.base import Outcome, PassDifference, UnwrittenRead
 from conformance.executors.eager import run_eager
 from conformance.faults.kernels import Choices, torch_kernel
 from conformance.judge import Oracle, judge, kappa, spread_limit
+from conformance.signatures import Filter
 from conformance.ulp import rounded, spacing
 from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
 
@@ -1035,6 +1036,9 @@ class Told(Oracle):
         self.of_elements = of_elements or {}
         self.elements: list[tuple[int, int]] = []
         self.asked: list[object] = []
+
+    def filters(self, profile: Profile) -> list[Filter]:
+        return []
 
     def independent_errors(self, argument: str, profile: Profile) -> torch.Tensor:
         assert (argument, profile.name) == ("out", "only")
