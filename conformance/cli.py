@@ -404,7 +404,7 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cannot write to {out}: {error.strerror}") from error
+            raise UsageError(f"cannot write to {out}: {error.strerror or error}") from error
 
     told = time.monotonic()
 
@@ -419,29 +419,40 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
     def keep(result: examination.Exam) -> None:
         if out is not None:
             examination.write_json(result, out / "exam.json")
-            (out / "exam.html").write_text(reports.exam.page(result), encoding="utf-8")
+            examination.write_whole(out / "exam.html", reports.exam.page(result))
 
     def keep_meanwhile(result: examination.Exam) -> None:
         try:
             keep(result)
-        except OSError as error:  # it may be better by the end
-            click.echo(f"cannot keep the exam in {out} so far: {error.strerror}", err=True)
+        except OSError as error:  # there may be room by the end
+            click.echo(f"cannot keep the exam in {out} so far: {error.strerror or error}", err=True)
 
+    lost: OSError | None = None
     with _interrupted_once() as ignore_interrupts:
-        result = examination.take(
-            examination.EFFORTS["full" if full else "quick"],
-            seed=seed,
-            stage=stage,
-            lane=lane,
-            processes=processes,
-            progress=show,
-            keep=keep_meanwhile,
-        )
+        try:
+            result = examination.take(
+                examination.EFFORTS["full" if full else "quick"],
+                seed=seed,
+                stage=stage,
+                lane=lane,
+                processes=processes,
+                progress=show,
+                keep=keep_meanwhile,
+            )
+        except KeyboardInterrupt:
+            click.echo("interrupted before anything was judged", err=True)
+            sys.exit(COULD_NOT_RUN)
         ignore_interrupts()
-        keep(result)  # before anything is shown: it may have taken hours
+        try:
+            keep(result)  # before anything is shown: it may have taken hours
+        except OSError as error:
+            lost = error
     if is_interactive():
         click.echo("\r\033[K", nl=False, err=True)
     click.echo(reports.exam.table(result, colour=sys.stdout.isatty()))
+    if lost is not None:
+        click.echo(f"cannot keep the exam in {out}: {lost.strerror or lost}; the table above is all that is left of it", err=True)
+        sys.exit(COULD_NOT_RUN)
     if out is not None:
         click.echo(f"kept in {out}: exam.json, exam.html")
     sys.exit(FINDINGS if result.failed else PASSED if result.passed else COULD_NOT_RUN)

@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -244,7 +245,10 @@ class Exam:
 
     @property
     def layer_faults(self) -> int:
-        """How many faults of layers and chains there are, judged or not: of these a share may be missed."""
+        """How many faults of layers and chains there are: of these a share may be missed.
+
+        Those that could not be judged are among them: an exam with such faults has not passed anyway.
+        """
         return sum(one.composite and not one.legal and not one.hidden for one in self.standings)
 
     @property
@@ -420,7 +424,10 @@ def take(
         missing = "the exam was interrupted"
     except concurrent.futures.BrokenExecutor:
         missing = "the exam lost a process, which was killed or ran out of memory"
-    return so_far(missing)
+    try:
+        return so_far(missing)
+    except KeyboardInterrupt:  # what there is to judge has been judged
+        return so_far(missing)
 
 
 # Tasks
@@ -490,9 +497,18 @@ def _results(tasks: Sequence[_Task], workers: int) -> Iterator[tuple[int, _Resul
 
 
 def _begin_worker() -> None:
-    """One thread; an interrupt from the terminal goes to all processes, and this one's is ended by the first."""
+    """One thread; an interrupt from the terminal goes to all processes, and this one's is ended by the first, or ends with it."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """Of a process that is killed nobody says so, and its workers would wait for tasks for good."""
+    parent.join()
+    os._exit(1)
 
 
 def _not_judged(task: _Task, why: str) -> _Result:
@@ -733,10 +749,19 @@ def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[Ju
 
 
 def write_json(exam: Exam, path: Path) -> None:
-    """Keep an exam; ``read_json`` reads it. What the file held stays whole until all is written, whenever this is killed."""
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(exam.to_json(), indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    """Keep an exam; ``read_json`` reads it."""
+    write_whole(path, json.dumps(exam.to_json(), indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that holds what it held before until all is written, whenever this is killed; raises ``OSError``."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Exam:

