@@ -423,7 +423,7 @@ def _known_mistake(case: Case, outcome: Outcome, oracle: Oracle, profile: Profil
         sigmas, part = along / one.deviation, along / one.expected
         if part <= SIGNATURE_PART or sigmas <= max(SIGNATURE_SIGMAS, worst[0] if worst else 0.0):
             continue
-        # Sequences may be rounded alike, which the filter's own deviation leaves out.
+        # The filter's own deviation takes sequences as independent, which they are not where they are rounded alike.
         sigmas *= one.deviation / max(one.deviation, oracle.deviation_along(one.weights, profile))
         if sigmas > max(SIGNATURE_SIGMAS, worst[0] if worst else 0.0):
             worst = sigmas, part, one

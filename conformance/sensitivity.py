@@ -131,7 +131,11 @@ class Sensitivity:
         return torch.stack([part @ part.T for part in parts])
 
     def sequence_of_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Which sequence each row of a tensor with one row a token, or one a sequence, belongs to."""
+        """Which sequence each row of a tensor with one row a token, or one a sequence, belongs to.
+
+        Where every sequence brings one token, in another order, rows of the final norm are taken for those of tokens: a filter is
+        less than the best then. What it finds is held against its deviation without regard to sequences (``along``).
+        """
         if len(rows) == len(self.sequences):
             return self.sequences
         return torch.arange(self._case.dims.B)

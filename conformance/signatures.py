@@ -161,8 +161,10 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
 
 def _sequence_of_rows(case: Case, name: str, estimate: Bounds, sensitivity: Sensitivity) -> torch.Tensor:
     """Which sequence each judged row of an output belongs to; they stand by layer, token and head, by token or by sequence."""
+    if case.stage.argument(name).shape.split()[0] == "B":
+        return torch.arange(case.dims.B)
     if estimate.rows is None:
-        return sensitivity.sequence_of_rows(estimate.value)
+        return sensitivity.sequences
     per_layer = sensitivity.sequences.repeat_interleave(case.dims.NKV)
     return per_layer.repeat(len(estimate.rows) // len(per_layer))
 
