@@ -26,6 +26,7 @@ DRAWN = ("B", "L", "NB")
 #: Layers of most stratified cases of a chain; one in so many has all of them.
 MOST_LAYERS = 4
 DEEPEST_PERIOD = 10
+DEEPEST_BATCH = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,6 +342,8 @@ def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
         layers = source.integers("L", min(2, limit.L), min(MOST_LAYERS, limit.L), 1)[0] if index % 5 != 4 else 1
         if index % DEEPEST_PERIOD == DEEPEST_PERIOD - 2:
             layers = limit.L
+            if layers > MOST_LAYERS and "B" in space.drawn:
+                batch = min(batch, DEEPEST_BATCH)  # the interpreter's copies of deep caches take gigabytes
         if index == 0:
             # What is done once per kernel is done on the first case: it has rows to rearrange and a loop to go round.
             batch = min(3, limit.B) if "B" in space.drawn else limit.B
