@@ -39,8 +39,9 @@ SPREAD_SLACK = 1.1
 #: A known mistake is believed where the errors along its signature exceed 5.5 standard deviations, and half of what it adds.
 SIGNATURE_SIGMAS = 5.5
 SIGNATURE_PART = 0.5
-#: Elements of all inputs up to which signatures are made: 25 evaluations of the reference, which a real layer takes minutes for.
-MOST_INPUTS = 1 << 25
+#: Elements of all inputs up to which signatures are made, twice what ``tiny`` has in its largest cases. Some 25 evaluations
+#: of the reference and as many gradients take half a minute there, and would take a real layer many.
+MOST_INPUTS = 10_000_000
 #: Columns of a tile: what one NPU instruction writes.
 TILE = 16
 #: Bias: 6 standard deviations, and 2% of a rounding error per element.
