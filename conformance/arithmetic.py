@@ -118,7 +118,9 @@ class Mistaken(Arithmetic):
     """float64 without rounding, but for what a wrong kernel does at the places of one name.
 
     Where a bf16 rounding may happen the value is half a ULP smaller in magnitude: what cutting off its low bits costs on average.
-    What must stay fp32 is rounded to bf16. ``names`` collects the names that a reference has, and which of them must stay fp32.
+    What must stay fp32 is rounded to bf16, from its exact value; a kernel's own differs by the roundings before it, so that the
+    signature of bf16 scores is more than such a kernel adds. ``names`` collects the names that a reference has, and which of them
+    must stay fp32.
     """
 
     def __init__(self, name: str = "") -> None:

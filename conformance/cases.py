@@ -331,23 +331,25 @@ def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
     while True:
         source = Source(f"keys/{space.stage.name}/{space.preset}/{seed}/{index}")
         regime = regimes[index % len(regimes)]
-        # A batch of one and a full one come up more often than any other.
-        batch = limit.B
-        if "B" in space.drawn:
-            kind = source.integers("kind", 0, 3, 1)[0]
-            batch = (limit.B, 1)[kind] if kind < 2 else next(batches)
-        if regime == "mixed_rows" and "B" in space.drawn:
-            batch = max(batch, min(2, limit.B))
         # A deep chain takes long and shows what a few layers show, but for a loop that is too short.
         layers = source.integers("L", min(2, limit.L), min(MOST_LAYERS, limit.L), 1)[0] if index % 5 != 4 else 1
         if index % DEEPEST_PERIOD == DEEPEST_PERIOD - 2:
             layers = limit.L
-            if layers > MOST_LAYERS and "B" in space.drawn:
-                batch = min(batch, DEEPEST_BATCH)  # the interpreter's copies of deep caches take gigabytes
+        batch = limit.B
         if index == 0:
             # What is done once per kernel is done on the first case: it has rows to rearrange and a loop to go round.
-            batch = min(3, limit.B) if "B" in space.drawn else limit.B
             layers = min(2, limit.L)
+            batch = min(3, limit.B) if "B" in space.drawn else limit.B
+        elif "B" in space.drawn:
+            kind = source.integers("kind", 0, 3, 1)[0]  # a batch of one and a full one come up more often than any other
+            if layers > MOST_LAYERS:
+                batch = min(DEEPEST_BATCH, limit.B)  # the interpreter's copies of deep caches take gigabytes
+            elif kind == 1:
+                batch = 1
+            elif kind > 1:
+                batch = next(batches)
+            if regime == "mixed_rows":
+                batch = max(batch, min(2, limit.B))
         lengths: tuple[int, ...] = ()
         if space.stage.has_lengths:
             low, high = space.lengths_for(regime)

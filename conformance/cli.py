@@ -439,10 +439,10 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
                 progress=show,
                 keep=keep_meanwhile,
             )
+            ignore_interrupts()
         except KeyboardInterrupt:
             click.echo("interrupted before anything was judged", err=True)
             sys.exit(COULD_NOT_RUN)
-        ignore_interrupts()
         try:
             keep(result)  # before anything is shown: it may have taken hours
         except OSError as error:

@@ -109,7 +109,7 @@ class Sensitivity:
     def covariances(self, directions: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
         """Of weighted sums of errors, ``[B, K, K]``: each sequence by itself, as if none shared a rounding with another."""
         # Values of one sequence that are rounded alike are one column, the columns of each sequence stand together.
-        order, places, starts, width = [], [], [0] * (self._case.dims.B + 1), 0
+        order, places, width = [], [], 0
         owned = zip(self._values, self._owners, self._alike, strict=True)
         for value, owner, alike in owned:
             count = int(alike.max()) + 1

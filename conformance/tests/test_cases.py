@@ -321,11 +321,20 @@ def test_a_chain_draws_one_layer_and_more() -> None:
     assert layers == {1, 2, 3, 4, 8}
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_every_batch_size_comes_up_in_the_examples_of_a_check(seed: int) -> None:
+@pytest.mark.parametrize("stage", ["rms_norm", "decode_layer", "prefill_fwd"])
+def test_every_batch_size_comes_up_in_the_examples_of_a_check(stage: str) -> None:
     """Some kernels fail at a single one."""
-    keys = list(itertools.islice(stratified_keys(space_of("decode_layer"), seed), stage_named("decode_layer").examples))
-    assert {key.dims.B for key in keys} == set(range(1, 17))
+    missing = []
+    for seed in range(12):
+        keys = itertools.islice(stratified_keys(space_of(stage), seed), stage_named(stage).examples)
+        missing.append(16 - len({key.dims.B for key in keys}))
+    assert sum(missing) <= 1, missing
+
+
+def test_deep_chains_come_up_with_few_sequences() -> None:
+    keys = list(itertools.islice(stratified_keys(space_of("paged_decode_fwd"), 0), 50))
+    assert {key.dims.B for key in keys if key.dims.L > 4} == {2}
+    assert sum(key.dims.L == 8 for key in keys) == 5
 
 
 def test_only_a_chain_has_layers() -> None:

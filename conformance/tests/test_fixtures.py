@@ -367,7 +367,7 @@ ATTENTION = {"attention", "paged_attention", *LAYERS}
             id="eps 1e-5",
         ),
         pytest.param(reference.normalise, "* a.wide(weight)", "", {"rms_norm", "qk_norm", "lm_head", *LAYERS}, id="no gamma"),
-        pytest.param(reference.rms_norm, "a.round(", "(", {"lm_head", *LAYERS}, id="normalised not rounded"),
+        pytest.param(reference.rms_norm, "a.round(", "a.unrounded(", {"lm_head", *LAYERS}, id="normalised not rounded"),
         pytest.param(reference.qkv_proj, "a.matmul(x, wk)", "a.matmul(x, wv)", {"qkv_proj", *LAYERS}, id="k from wv"),
         pytest.param(
             reference.qk_norm, '"before_rope")', '"before_rope").bfloat16().to(a.dtype)', {"qk_norm", *LAYERS}, id="bf16"
@@ -397,9 +397,9 @@ ATTENTION = {"attention", "paged_attention", *LAYERS}
             id="probabilities in bf16",
         ),
         pytest.param(reference.o_proj, "+ a.wide(residual)", "", {"o_proj", *LAYERS}, id="no residual"),
-        pytest.param(reference.mlp, "a.round(", "(", {"mlp", *LAYERS}, id="activation not rounded"),
+        pytest.param(reference.mlp, "a.round(", "a.unrounded(", {"mlp", *LAYERS}, id="activation not rounded"),
         pytest.param(reference.mlp, "silu(gate)", 'gelu(gate, approximate="tanh")', {"mlp", *LAYERS}, id="gelu"),
-        pytest.param(reference.layer, "a.round(v)", "v", LAYERS, id="v not rounded in a layer"),
+        pytest.param(reference.layer, 'a.round(v, "v")', "v", LAYERS, id="v not rounded in a layer"),
         pytest.param(
             reference.layer,
             'residual = a.optional(residual, "residual")',
@@ -461,7 +461,7 @@ def test_a_changed_formula_shows(
 
 
 def test_a_rounding_in_another_mode_shows_in_what_a_perfect_kernel_returns(monkeypatch: pytest.MonkeyPatch) -> None:
-    def truncated(self: Arithmetic, tensor: torch.Tensor) -> torch.Tensor:
+    def truncated(self: Arithmetic, tensor: torch.Tensor, name: str = "") -> torch.Tensor:
         return (tensor.float().view(torch.int32) & -65536).view(torch.float32).double() if self.rounds else tensor
 
     monkeypatch.setattr(Arithmetic, "round", truncated)
