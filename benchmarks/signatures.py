@@ -38,7 +38,7 @@ def main() -> None:
     shifts = [torch.cat([shift.reshape(case.dims.B, -1) for shift in one.shifts.values()], 1) / size for one in found]
     best = [math.sqrt(float((shift * torch.linalg.solve(correlation, shift)).sum())) for shift in shifts]
     whole = time.perf_counter() - began
-    print(f"{CASE}\n{'mistake':50}{'independent':>12}{'used':>8}{'best':>8}")
+    print(f"{CASE}\n{'mistake':72}{'independent':>12}{'used':>8}{'best':>8}")
     ratios = []
     for one, shift, most in zip(found, shifts, best, strict=True):
         if one.mistake not in used or most < 1:
@@ -46,7 +46,7 @@ def main() -> None:
         variance = float((shift.unsqueeze(1) @ (correlation - RIDGE * torch.eye(size.shape[1])) @ shift.unsqueeze(2)).sum())
         alone = float(shift.square().sum()) / math.sqrt(variance)
         ratios.append((used[one.mistake] / alone, used[one.mistake] / most))
-        print(f"{one.mistake:50}{alone:12.1f}{used[one.mistake]:8.1f}{most:8.1f}")
+        print(f"{one.mistake:72}{alone:12.1f}{used[one.mistake]:8.1f}{most:8.1f}")
     over, under = (torch.tensor(column).log().mean().exp() for column in zip(*ratios, strict=True))
     print(f"used: {over:.2f} times the first, {under:.2f} times the best, at {ours / whole:.2f} of its time ({ours:.1f} s)")
     print(f"told from {SIGNATURE_SIGMAS:g} deviations on")

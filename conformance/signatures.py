@@ -63,7 +63,7 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
         return Signature(mistake, {name: wrong[name] - right[name] for name in right})
 
     for name, stays_fp32 in plain.names.items():
-        what = f"{name} is {'rounded to bf16' if stays_fp32 else 'truncated instead of rounded'}"
+        what = f"{name} is {'rounded to bf16' if stays_fp32 else 'truncated instead of rounded, or smaller by as much'}"
         wrong = results(case.inputs, case.dims, Mistaken(name))
         yield dataclasses.replace(signature(what, wrong), is_of_ties=name in case.stage.tie_prone)
     for mistake, changed in case.stage.mistakes.items():
