@@ -1,6 +1,7 @@
 """The judgement of one run: is every output within what a correct kernel can return, and if not, where.
 
-The tests and constants are those of the numerics document; each constant's reason stands beside it.
+The tests and constants are those of the numerics document, and signatures of known mistakes inside layers besides; each
+constant's reason stands beside it.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ TIES = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """A mistake, as a clause, and what it adds to the judged rows of each output, float64; or takes away, if ``either_way``.
+    """A mistake, as a clause, and what it adds to the judged rows of each output, float64.
 
     A legal kernel may do the opposite of one that ``is_of_ties``.
     """
@@ -93,38 +93,29 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
     sequence. ``benchmarks/signatures.py`` compares them with the best.
     """
     found = list(signatures(case, {name: estimate.rows for name, estimate in bounds.items()}))
-    variances = {
-        name: estimate.variance + rounding_variance(spacing(estimate.value, case.stage.argument(name).dtype))
-        for name, estimate in bounds.items()
+    shifts = {name: _finite(torch.stack([one.shifts[name] for one in found])) for name in bounds}  # [K, rows, columns]
+    directions = {
+        name: _finite(shift / (bounds[name].variance + _cast_variance(case, name, bounds[name])))
+        for name, shift in shifts.items()
     }
-    shown: list[Signature] = []
-    directions: list[dict[str, torch.Tensor]] = []
-    for signature in found:
-        weights = {name: _finite(shift / variances[name]) for name, shift in signature.shifts.items()}
-        largest = max(float(weight.abs().max()) for weight in weights.values())
-        if largest > 0:
-            shown.append(signature)
-            directions.append({name: weight / largest for name, weight in weights.items()})
-    if not shown:
+    largest = torch.stack([direction.flatten(1).abs().amax(1) for direction in directions.values()]).amax(0)
+    shown = largest > 0
+    if not bool(shown.any()):
         return []
-    owners = {name: _sequence_of_rows(case, name, bounds[name], sensitivity) for name in bounds}
-    covariances = sensitivity.covariances(directions)
-    # What each direction makes of each signature, by sequence: [B, K, K].
-    responses = torch.stack([_by_sequence(case, direction, [one.shifts for one in shown], owners) for direction in directions], 1)
-    ties = [TIES * responses[:, :, k] for k, one in enumerate(shown) if one.is_of_ties]
+    found = [one for one, shows in zip(found, shown.tolist(), strict=True) if shows]
+    shifts = {name: shift[shown] for name, shift in shifts.items()}
+    directions = {name: direction[shown] / largest[shown].view(-1, 1, 1) for name, direction in directions.items()}
+    owners = {name: _sequence_of_judged_rows(case, name, bounds[name], sensitivity) for name in bounds}
+    covariances = sensitivity.covariances([{name: one[k] for name, one in directions.items()} for k in range(len(found))])
+    # What each direction makes of each signature, by sequence.
+    responses = torch.zeros(covariances.shape, dtype=torch.float64)  # [B, K, K]
+    for name, owner in owners.items():
+        responses.index_add_(0, owner, torch.einsum("krc,lrc->rkl", directions[name], shifts[name]))
+    ties = [TIES * responses[:, :, k] for k, one in enumerate(found) if one.is_of_ties]
     results = []
-    for index, signature in enumerate(shown):
+    for index, signature in enumerate(found):
         part, expected, variance = _combination(covariances, responses[:, :, index], ties)
-        weights = {
-            name: sum(
-                (
-                    part[owner, k].view(-1, *[1] * (directions[k][name].dim() - 1)) * directions[k][name]
-                    for k in range(len(shown))
-                ),
-                torch.zeros(()),
-            )
-            for name, owner in owners.items()
-        }
+        weights = {name: torch.einsum("rk,krc->rc", part[owner], directions[name]) for name, owner in owners.items()}
         if 0 < variance < math.inf:
             results.append(Filter(signature.mistake, weights, expected, math.sqrt(variance)))
     return results
@@ -159,7 +150,12 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(tensor), tensor, 0.0)
 
 
-def _sequence_of_rows(case: Case, name: str, estimate: Bounds, sensitivity: Sensitivity) -> torch.Tensor:
+def _cast_variance(case: Case, name: str, estimate: Bounds) -> torch.Tensor:
+    """Of the last rounding of an output, to its own dtype."""
+    return rounding_variance(spacing(estimate.value, case.stage.argument(name).dtype))
+
+
+def _sequence_of_judged_rows(case: Case, name: str, estimate: Bounds, sensitivity: Sensitivity) -> torch.Tensor:
     """Which sequence each judged row of an output belongs to; they stand by layer, token and head, by token or by sequence."""
     if case.stage.argument(name).shape.split()[0] == "B":
         return torch.arange(case.dims.B)
@@ -167,14 +163,3 @@ def _sequence_of_rows(case: Case, name: str, estimate: Bounds, sensitivity: Sens
         return sensitivity.sequences
     per_layer = sensitivity.sequences.repeat_interleave(case.dims.NKV)
     return per_layer.repeat(len(estimate.rows) // len(per_layer))
-
-
-def _by_sequence(
-    case: Case, direction: Mapping[str, torch.Tensor], shifts: list[dict[str, torch.Tensor]], owners: Mapping[str, torch.Tensor]
-) -> torch.Tensor:
-    """The weighted sums of shifts, ``[B, K]``."""
-    result = torch.zeros(case.dims.B, len(shifts), dtype=torch.float64)
-    for name, weight in direction.items():
-        for k, shift in enumerate(shifts):
-            result[:, k].index_add_(0, owners[name], (weight * _finite(shift[name])).flatten(1).sum(1))
-    return result

@@ -564,12 +564,6 @@ def activation_in_fp16(x: Tensor) -> Tensor:
     return _rounded(x, FP16)
 
 
-@fault("activated", "precision", "mlp", *ALL_LAYERS)
-def activation_truncated(x: Tensor) -> Tensor:
-    """The activation's cast to bf16 truncates."""
-    return truncated(x)
-
-
 # RoPE
 
 _TURNS = ("rope", LAYER)
@@ -1150,46 +1144,16 @@ def winner_above_zero_only(logits: Tensor) -> int:
     return _first_of_the_largest(torch.where(logits < 0, -torch.inf, logits)) if bool((logits >= 0).any()) else 0
 
 
-# Casts inside a layer: what each leaves is within every element's allowance
+# Casts: inside a layer what a truncation leaves is within every element's allowance
 
-
-@fault("cast", "precision", *ALL_LAYERS)
-def casts_truncate(x: Tensor) -> Tensor:
-    """Every cast to bf16 truncates."""
-    return truncated(x)
-
-
-@fault("normalised_cast", "precision", "lm_head", *ALL_LAYERS)
-def normalised_truncated(x: Tensor) -> Tensor:
-    """The cast of a norm's output to bf16 truncates."""
-    return truncated(x)
-
-
-@fault("query_cast", "precision", *ALL_LAYERS)
-def queries_truncated(x: Tensor) -> Tensor:
-    """The cast of the rotated queries to bf16 truncates."""
-    return truncated(x)
-
-
-@fault("key_cast", "precision", *ALL_LAYERS)
-def keys_truncated(x: Tensor) -> Tensor:
-    """The cast of the rotated keys to bf16 truncates."""
-    return truncated(x)
-
-
-@fault("value_cast", "precision", *ALL_LAYERS)
-def values_truncated(x: Tensor) -> Tensor:
-    """The cast of values to bf16 truncates."""
-    return truncated(x)
-
-
-@fault("attention_cast", "precision", *ALL_LAYERS)
-def attention_truncated(x: Tensor) -> Tensor:
-    """The cast of the attention's result to bf16 truncates."""
-    return truncated(x)
-
-
-@fault("carried_cast", "precision", *CHAINS)
-def carried_state_truncated(x: Tensor) -> Tensor:
-    """The cast of the hidden states between layers truncates."""
-    return truncated(x)
+for _name, _hook, _what, _stages in (
+    ("casts_truncate", "cast", "every cast", ALL_LAYERS),
+    ("normalised_truncated", "normalised_cast", "the cast of a norm's output", ("lm_head", *ALL_LAYERS)),
+    ("queries_truncated", "query_cast", "the cast of the rotated queries", ALL_LAYERS),
+    ("keys_truncated", "key_cast", "the cast of the rotated keys", ALL_LAYERS),
+    ("values_truncated", "value_cast", "the cast of values", ALL_LAYERS),
+    ("attention_truncated", "attention_cast", "the cast of the attention's result", ALL_LAYERS),
+    ("activation_truncated", "activated", "the cast of the activation", ("mlp", *ALL_LAYERS)),
+    ("carried_state_truncated", "carried_cast", "the cast of the hidden states between layers", CHAINS),
+):
+    fault(_hook, "precision", *_stages, name=_name, summary=f"{_what} to bf16 truncates")(truncated)
