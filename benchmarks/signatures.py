@@ -52,16 +52,15 @@ def main() -> None:
     print(f"told from {SIGNATURE_SIGMAS:g} deviations on")
 
 
-def unit_directions(values: dict[str, torch.Tensor], batch: int) -> list[dict[str, torch.Tensor]]:
+def unit_directions(values: dict[str, torch.Tensor], batch: int) -> dict[str, torch.Tensor]:
     """A direction for every element that a sequence has in the outputs, in all of them; rows stand by sequence."""
-    directions = []
-    for name, value in values.items():
-        per_sequence = value.numel() // batch
-        for place in range(per_sequence):
-            one = torch.zeros(batch, per_sequence, dtype=torch.float64)
-            one[:, place] = 1
-            others = {other: torch.zeros_like(values[other]) for other in values if other != name}
-            directions.append({**others, name: one.view(value.shape)})
+    sizes = {name: value.numel() // batch for name, value in values.items()}
+    count, first, directions = sum(sizes.values()), 0, {}
+    for name, size in sizes.items():
+        own = torch.zeros(count, batch, size, dtype=torch.float64)
+        own[first : first + size] = torch.eye(size, dtype=torch.float64).unsqueeze(1)
+        directions[name] = own.view(count, *values[name].shape)
+        first += size
     return directions
 
 

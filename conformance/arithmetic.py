@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -70,19 +71,23 @@ SINGLE = Arithmetic(torch.float32, rounds=True)
 class _ProjectionWithoutCopies(torch.autograd.Function):
     # Autograd would keep each widened weight for the backward pass; a real-size layer's are 1.3 GB.
 
+    # Gradients of several sums are taken at a time.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.weight = weight
+    def forward(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return _matmul(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.weight = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = gradients
         weight: torch.Tensor = ctx.weight
-        total = torch.zeros(gradient.shape[0], weight.shape[0], dtype=gradient.dtype)
-        for part in _chunks(weight, gradient.dtype):
-            total += gradient[:, part] @ weight[:, part].to(gradient.dtype).T
-        return total, None
+        parts = [gradient[:, part] @ weight[:, part].to(gradient.dtype).T for part in _chunks(weight, gradient.dtype)]
+        return functools.reduce(torch.add, parts), None
 
 
 class RoundingSites(Arithmetic):
@@ -114,27 +119,54 @@ class RoundingSites(Arithmetic):
         return apply(x, weight)
 
 
-class Mistaken(Arithmetic):
-    """float64 without rounding, but for what a wrong kernel does at the places of one name.
+class Sites(Arithmetic):
+    """The contract's arithmetic, with all optional roundings or none, remembering what it comes by.
 
-    Where a bf16 rounding may happen the value is half a ULP smaller in magnitude: what cutting off its low bits costs on average.
-    What must stay fp32 is rounded to bf16, from its exact value; a kernel's own differs by the roundings before it, so that the
-    signature of bf16 scores is more than such a kernel adds. ``names`` collects the names that a reference has, and which of them
-    must stay fp32.
+    ``may_round`` are the names of roundings, demanded or optional; ``errors`` holds by name of what must stay fp32 what rounding
+    it to bf16 would add, in the order in which the reference comes by.
     """
 
-    def __init__(self, name: str = "") -> None:
-        super().__init__(torch.float64, rounds=False)
-        self.name = name
-        self.names: dict[str, bool] = {}
+    def __init__(self, *, rounds_all: bool) -> None:
+        super().__init__(torch.float64, rounds=True)
+        self._rounds_all = rounds_all
+        self.may_round: dict[str, None] = {}
+        self.errors: dict[str, list[torch.Tensor]] = {}
 
     def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
-        self.names[name] = False
+        self.may_round[name] = None
+        return super().round(tensor, name)
+
+    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
+        self.may_round[name] = None
+        return super().round(tensor, name) if self._rounds_all else tensor
+
+    def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        self.errors.setdefault(name, []).append(rounded(tensor, torch.bfloat16) - tensor)
+        return tensor
+
+
+class Truncating(Arithmetic):
+    """float64 without rounding, but for the places of one name, where a bf16 rounding may happen: there the value is half a ULP
+    smaller in magnitude, which is what cutting off its low bits costs on average."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(torch.float64, rounds=False)
+        self.name = name
+
+    def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
         return tensor - tensor.sign() * spacing(tensor, torch.bfloat16) / 2 if name == self.name else tensor
 
     def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
         return self.round(tensor, name)
 
+
+class Disturbed(Arithmetic):
+    """float64 without rounding, with errors added at the places of one name that must stay fp32 (``Sites.errors``)."""
+
+    def __init__(self, name: str, errors: Iterable[torch.Tensor]) -> None:
+        super().__init__(torch.float64, rounds=False)
+        self.name = name
+        self._errors = iter(errors)
+
     def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        self.names[name] = True
-        return rounded(tensor, torch.bfloat16) if name == self.name else tensor
+        return tensor + next(self._errors) if name == self.name else tensor

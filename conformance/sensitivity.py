@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,8 @@ BF16 = torch.bfloat16
 PROBES = 8
 #: The same for one row, or one tile of it, that is looked at by itself: 120 pairs, so to about an eighth.
 PROBES_OF_ONE = 16
+#: Weighted sums whose gradients are taken at a time.
+TOGETHER = 16
 
 
 class Sensitivity:
@@ -75,17 +77,21 @@ class Sensitivity:
         return self._of_elements[place]
 
     def _effects(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What one deviation away from zero at each value of each site adds to the weighted sum of all outputs' judged rows."""
-        total = torch.zeros(())
-        for name, weight in weights.items():
-            rows = self._bounds[name].rows
-            value = self._results[name] if rows is None else self._results[name][rows]
-            total = total + (value * weight.float()).sum()
-        gradients = torch.autograd.grad(total, self._zeros, retain_graph=True, allow_unused=True)
-        return [
-            torch.zeros(value.numel()) if gradient is None else (gradient * outwards).flatten()
-            for gradient, outwards, value in zip(gradients, self._outwards, self._values, strict=True)
+        """What one deviation away from zero at each value of each site adds to weighted sums of all outputs' judged rows.
+
+        ``weights`` has K for every element, ``[K, rows, columns]``; the effects on the K sums are ``[K, values]``.
+        """
+        judged = [
+            self._results[name] if (rows := self._bounds[name].rows) is None else self._results[name][rows] for name in weights
         ]
+
+        # The graph is of many small operators: several sums at a time take little longer than one.
+        def gradients(each: list[torch.Tensor]) -> list[torch.Tensor]:
+            found = torch.autograd.grad(judged, self._zeros, each, retain_graph=True, materialize_grads=True)
+            return [(gradient * outwards).flatten() for gradient, outwards in zip(found, self._outwards, strict=True)]
+
+        effects: list[torch.Tensor] = torch.func.vmap(gradients)([weight.float() for weight in weights.values()])
+        return effects
 
     @functools.cached_property
     def _outwards(self) -> list[torch.Tensor]:
@@ -101,13 +107,17 @@ class Sensitivity:
     def along(self, weights: Mapping[str, torch.Tensor]) -> float:
         """The variance of a weighted sum of the errors of all outputs' judged rows, to first order."""
         variance = 0.0
-        for effect, alike in zip(self._effects(weights), self._alike, strict=True):
+        only = self._effects({name: weight.unsqueeze(0) for name, weight in weights.items()})
+        for (effect,), alike in zip(only, self._alike, strict=True):
             together = torch.zeros(int(alike.max()) + 1, dtype=torch.float64).scatter_add_(0, alike, effect.double())
             variance += float(together.square().sum())
         return variance
 
-    def covariances(self, directions: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
-        """Of weighted sums of errors, ``[B, K, K]``: each sequence by itself, as if none shared a rounding with another."""
+    def covariances(self, directions: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Of K weighted sums of errors, ``[B, K, K]``: each sequence by itself, as if none shared a rounding with another.
+
+        ``directions`` has the weights of each output's judged rows, ``[K, rows, columns]``.
+        """
         # Values of one sequence that are rounded alike are one column, the columns of each sequence stand together.
         order, places, width = [], [], 0
         owned = zip(self._values, self._owners, self._alike, strict=True)
@@ -121,12 +131,13 @@ class Sensitivity:
             width += len(found)
         sorted_order, columns = torch.cat(order).sort(stable=True)
         starts = torch.searchsorted(sorted_order, torch.arange(self._case.dims.B + 1)).tolist()
-        effects = torch.empty(len(directions), width)
-        for row, weights in zip(effects, directions, strict=True):
-            together = torch.zeros(width)
-            for effect, place in zip(self._effects(weights), places, strict=True):
-                together.index_add_(0, place, effect)
-            row.copy_(together[columns])
+        effects = torch.empty(len(next(iter(directions.values()))), width)
+        for start in range(0, len(effects), TOGETHER):
+            some = {name: direction[start : start + TOGETHER] for name, direction in directions.items()}
+            together = torch.zeros(len(effects[start : start + TOGETHER]), width)
+            for effect, place in zip(self._effects(some), places, strict=True):
+                together.index_add_(1, place, effect)
+            effects[start : start + TOGETHER] = together[:, columns]
         parts = (effects[:, low:high].double() for low, high in itertools.pairwise(starts))
         return torch.stack([part @ part.T for part in parts])
 

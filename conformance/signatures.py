@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from conformance.arithmetic import Mistaken
+from conformance.arithmetic import EXACT, Arithmetic, Disturbed, Sites, Truncating
 from conformance.bounds import Bounds, rounding_variance
 from conformance.contract import Dims, Tensors
 from conformance.sensitivity import Sensitivity
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 #: A factor that is off by this is searched for in every floating-point output. Half of it is enough to be told, and more than
 #: what a sum of bf16 values gains by a cast that rounds its many ties away from zero.
 FACTOR = 2.0**-7
+#: Correlation from which on the rounding errors of two kernels at the same places count as the same.
+ALIKE = 0.7
 #: What is added to the diagonal of the correlations before they are inverted. Without it a filter would cancel noise to more
 #: digits than a first-order model of it has.
 RIDGE = 1e-3
@@ -38,11 +40,13 @@ TIES = 0.5
 class Signature:
     """A mistake, as a clause, and what it adds to the judged rows of each output, float64.
 
-    A legal kernel may do the opposite of one that ``is_of_ties``.
+    ``opposite`` is the mistake that takes away as much, where there is one. A legal kernel may do the opposite of a signature
+    that ``is_of_ties``.
     """
 
     mistake: str
     shifts: dict[str, torch.Tensor]
+    opposite: str | None = None
     is_of_ties: bool = False
 
 
@@ -52,27 +56,42 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
     First the mistakes that the reference has a name for, then those that the stage declares, then a factor on each output.
     """
 
-    def results(inputs: Tensors, dims: Dims, arithmetic: Mistaken) -> dict[str, torch.Tensor]:
+    def results(inputs: Tensors, dims: Dims, arithmetic: Arithmetic = EXACT) -> dict[str, torch.Tensor]:
         found = case.stage.reference(inputs, dims, arithmetic)
         return {name: found[name] if rows is None else found[name][rows] for name, rows in judged_rows.items()}
 
-    plain = Mistaken()
-    right = results(case.inputs, case.dims, plain)
+    right = results(case.inputs, case.dims)
 
-    def signature(mistake: str, wrong: Mapping[str, torch.Tensor]) -> Signature:
-        return Signature(mistake, {name: wrong[name] - right[name] for name in right})
+    def shifts(wrong: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: wrong[name] - right[name] for name in right}
 
-    for name, stays_fp32 in plain.names.items():
-        what = f"{name} is {'rounded to bf16' if stays_fp32 else 'truncated instead of rounded, or smaller by as much'}"
-        wrong = results(case.inputs, case.dims, Mistaken(name))
-        yield dataclasses.replace(signature(what, wrong), is_of_ties=name in case.stage.tie_prone)
+    sites, after_all = Sites(rounds_all=False), Sites(rounds_all=True)
+    results(case.inputs, case.dims, sites)
+    results(case.inputs, case.dims, after_all)
+    for name in sites.may_round:
+        is_of_ties = name in case.stage.tie_prone
+        larger = None if is_of_ties else f"{name} is rounded away from zero, or larger by as much"
+        truncated = shifts(results(case.inputs, case.dims, Truncating(name)))
+        yield Signature(f"{name} is truncated instead of rounded, or smaller by as much", truncated, larger, is_of_ties)
+    for name, errors in sites.errors.items():
+        yield Signature(f"{name} is rounded to bf16", shifts(results(case.inputs, case.dims, Disturbed(name, errors))))
+        others = after_all.errors[name]
+        if _unlike(errors, others):
+            what = f"{name} is rounded to bf16, after all optional roundings"
+            yield Signature(what, shifts(results(case.inputs, case.dims, Disturbed(name, others))))
     for mistake, changed in case.stage.mistakes.items():
-        yield signature(mistake, results(*changed(case.inputs, case.dims), Mistaken()))
+        yield Signature(mistake, shifts(results(*changed(case.inputs, case.dims))))
     nothing = {name: torch.zeros_like(value) for name, value in right.items()}
     for name, value in right.items():
         if case.stage.argument(name).dtype.is_floating_point:
-            yield Signature(f"{name} is too large by a factor", {**nothing, name: value * FACTOR})
-            yield Signature(f"{name} is too small by a factor", {**nothing, name: value * -FACTOR})
+            factor = {**nothing, name: value * FACTOR}
+            yield Signature(f"{name} is too large by a factor", factor, f"{name} is too small by a factor")
+
+
+def _unlike(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    """Whether rounding errors of the same places have so little in common that one cannot stand for the other."""
+    one, other = (torch.cat([part.flatten() for part in parts]) for parts in (some, others))
+    return float(one @ other) < ALIKE * float(one.norm() * other.norm())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +105,7 @@ class Filter:
 
 
 def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) -> list[Filter]:
-    """A filter for each signature that the case shows at all.
+    """A filter for each signature that the case shows at all, and for its opposite.
 
     The best weights for a shift s in noise of covariance C are ``inverse(C) s``. C has a row for every element of every output:
     the weights are sought among combinations of the signatures, each over the variance of the elements, and different for each
@@ -106,7 +125,7 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
     shifts = {name: shift[shown] for name, shift in shifts.items()}
     directions = {name: direction[shown] / largest[shown].view(-1, 1, 1) for name, direction in directions.items()}
     owners = {name: _sequence_of_judged_rows(case, name, bounds[name], sensitivity) for name in bounds}
-    covariances = sensitivity.covariances([{name: one[k] for name, one in directions.items()} for k in range(len(found))])
+    covariances = sensitivity.covariances(directions)
     # What each direction makes of each signature, by sequence.
     responses = torch.zeros(covariances.shape, dtype=torch.float64)  # [B, K, K]
     for name, owner in owners.items():
@@ -114,10 +133,13 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
     ties = [TIES * responses[:, :, k] for k, one in enumerate(found) if one.is_of_ties]
     results = []
     for index, signature in enumerate(found):
-        part, expected, variance = _combination(covariances, responses[:, :, index], ties)
-        weights = {name: torch.einsum("rk,krc->rc", part[owner], directions[name]) for name, owner in owners.items()}
-        if 0 < variance < math.inf:
-            results.append(Filter(signature.mistake, weights, expected, math.sqrt(variance)))
+        for mistake, sign in ((signature.mistake, 1), (signature.opposite, -1)):
+            if mistake is None:
+                continue
+            part, expected, variance = _combination(covariances, sign * responses[:, :, index], ties)
+            weights = {name: torch.einsum("rk,krc->rc", part[owner], directions[name]) for name, owner in owners.items()}
+            if 0 < variance < math.inf:
+                results.append(Filter(mistake, weights, expected, math.sqrt(variance)))
     return results
 
 

@@ -461,7 +461,7 @@ def test_a_paged_history_is_the_contiguous_one_cut_into_pages(stage: str) -> Non
                 for b, length in enumerate(lengths):
                     common = int((table[b] == table[0]).int().cumprod(0).sum()) * case.dims.BS if b else 0
                     seen.add(common > 0)
-                    history = layout.history(layer_of(case.inputs[name], layer, case.dims.L), b)
+                    history = layout.histories(layer_of(case.inputs[name], layer, case.dims.L))[b]
                     assert same_bits(history[:, :common].contiguous(), rows[0, :, :common].contiguous())
                     assert same_bits(history[:, common:].contiguous(), rows[b, :, common:length].contiguous())
     assert seen == {True, False}
@@ -628,7 +628,7 @@ def of_sequence(case: Case, tensors: dict[str, torch.Tensor], sequence: int) -> 
     for name, tensor in tensors.items():
         axis = case.stage.argument(name).shape.split()[0]
         if name in ("k_cache", "v_cache"):
-            layers = [layout.history(layer_of(tensor, layer, dims.L), sequence) for layer in range(dims.L)]
+            layers = [layout.histories(layer_of(tensor, layer, dims.L))[sequence] for layer in range(dims.L)]
             parts[name] = torch.stack(layers)
         elif name == "block_table":
             parts[name] = tensor.view(dims.B, -1)[sequence]

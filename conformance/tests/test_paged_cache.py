@@ -321,7 +321,7 @@ class PagedCache(RuleBasedStateMachine):
         layout = Layout.of(case.inputs, case.dims)
         for b, (sequence, numbers) in enumerate(self.history.items()):
             for name in self.caches:
-                found, expected = layout.history(case.inputs[name], b), rows_of(name)[numbers].transpose(0, 1)
+                found, expected = layout.histories(case.inputs[name])[b], rows_of(name)[numbers].transpose(0, 1)
                 assert same_bits(found, expected), f"the pages of sequence {sequence} do not hold its history in {name}"
 
     def _attention_is_that_of_the_history(self) -> None:

@@ -90,7 +90,7 @@ paged_attention = attention
 
 def _histories(layout: Layout, k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """For every token the keys and values of its sequence, ``[NKV, seq_len, D]``."""
-    of_sequence = [[layout.history(cache, b) for b in range(layout.dims.B)] for cache in (k_cache, v_cache)]
+    of_sequence = [layout.histories(cache) for cache in (k_cache, v_cache)]
     keys, values = ([histories[b] for b in layout.sequence.tolist()] for histories in of_sequence)
     return keys, values
 

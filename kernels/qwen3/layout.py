@@ -65,14 +65,20 @@ class Layout:
             return paged_rows(self.slot, self.dims, layer)
         return current_rows(self.seq_lens, self.dims, layer)
 
-    def history(self, cache: Tensor, sequence: int) -> Tensor:
-        """The rows of a sequence in a cache of one layer, in order: ``[NKV, seq_len, D]``."""
-        dims, length = self.dims, int(self.seq_lens[sequence])
+    def histories(self, cache: Tensor) -> list[Tensor]:
+        """The rows of each sequence in a cache of one layer, in order: ``[NKV, seq_len, D]``.
+
+        All are cut from the cache at once: a gradient by the cache would be as large as it for every sequence otherwise.
+        """
+        dims, lengths = self.dims, self.seq_lens.tolist()
         if self.block_table is None:
-            return contiguous(cache, dims)[0, sequence, :, :length]
-        pages = self.block_table[sequence, : -(-length // dims.BS)]
-        by_page = cache.view(-1, dims.NKV, dims.BS, dims.D)[pages]  # [pages, NKV, BS, D]
-        return by_page.transpose(0, 1).reshape(dims.NKV, -1, dims.D)[:, :length]
+            by_sequence = contiguous(cache, dims)[0].unbind(0)
+        else:
+            counts = [-(-length // dims.BS) for length in lengths]
+            pages = torch.cat([self.block_table[b, :count] for b, count in enumerate(counts)])
+            by_page = cache.view(-1, dims.NKV, dims.BS, dims.D)[pages].transpose(0, 1)  # [NKV, pages, BS, D]
+            by_sequence = tuple(part.reshape(dims.NKV, -1, dims.D) for part in torch.split(by_page, counts, 1))
+        return [rows[:, :length] for rows, length in zip(by_sequence, lengths, strict=True)]
 
 
 def contiguous(cache: Tensor, dims: Dims) -> Tensor:

@@ -30,15 +30,15 @@ LAYER_WEIGHTS = (
 )
 
 
-def normalise(x: Tensor, weight: Tensor, eps: float, a: Arithmetic) -> Tensor:
-    """``rn(x, w) = x * rsqrt(mean(x * x) + eps) * w`` over the last axis."""
-    normalised = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
-    return a.optional(normalised, "normalised") * a.wide(weight)
+def normalise(x: Tensor, weight: Tensor, eps: float, a: Arithmetic, name: str) -> Tensor:
+    """``rn(x, w) = x * rsqrt(mean(x * x) + eps) * w`` over the last axis; ``name`` is the norm's."""
+    normalised = x * a.unrounded(torch.rsqrt((x * x).mean(-1, keepdim=True) + eps), f"1/rms of the {name}")
+    return a.optional(normalised, "normalised") * a.unrounded(a.wide(weight), f"weight of the {name}")
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, dims: Dims, a: Arithmetic, name: str = "input norm") -> tuple[Tensor]:
     """``bf16(rn(x, weight))``, ``[B, H]``; ``name`` tells a model's norms apart."""
-    return (a.round(normalise(a.wide(x), weight, dims.eps, a), name),)
+    return (a.round(normalise(a.wide(x), weight, dims.eps, a, name), name),)
 
 
 def qkv_proj(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,11 +52,11 @@ def qk_norm(
 ) -> tuple[Tensor, Tensor]:
     """``rn`` of each head of ``D`` values by itself."""
 
-    def heads(x: Tensor, weight: Tensor) -> Tensor:
+    def heads(x: Tensor, weight: Tensor, name: str) -> Tensor:
         per_head = a.wide(x).reshape(x.shape[0], -1, dims.D)
-        return a.optional(normalise(per_head, weight, dims.eps, a), "before_rope").reshape(x.shape)
+        return a.optional(normalise(per_head, weight, dims.eps, a, name), "before_rope").reshape(x.shape)
 
-    return heads(q, q_norm_weight), heads(k, k_norm_weight)
+    return heads(q, q_norm_weight, "q norm"), heads(k, k_norm_weight, "k norm")
 
 
 def rope(
@@ -93,11 +93,12 @@ def attend(q: Tensor, layout: Layout, k_cache: Tensor, v_cache: Tensor, *, dims:
     ``q [N, NH*D]``; the result has its shape.
     """
     rows: list[Tensor] = [q.new_empty(0)] * q.shape[0]
-    for b in range(dims.B):
-        keys, values = (a.wide(layout.history(cache, b)) for cache in (k_cache, v_cache))  # [NKV, seq_len, D]
+    queries, histories = a.wide(q).unbind(0), zip(layout.histories(k_cache), layout.histories(v_cache), strict=True)
+    for b, history in enumerate(histories):
+        keys, values = map(a.wide, history)  # [NKV, seq_len, D]
         for token in torch.nonzero(layout.sequence == b).flatten().tolist():
             length = int(layout.length[token])
-            grouped = a.wide(q[token]).reshape(dims.NKV, dims.G, dims.D)
+            grouped = queries[token].reshape(dims.NKV, dims.G, dims.D)
             scores = a.unrounded(grouped @ keys[:, :length].transpose(1, 2) * dims.scale, "scores")  # [NKV, G, length]
             weights = a.optional(torch.softmax(scores, -1), "probabilities", sequence=b)
             rows[token] = (weights @ values[:, :length]).reshape(dims.H)
@@ -127,7 +128,7 @@ def mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, dims: Dims, 
     x = a.wide(x)
     gate = a.optional(a.matmul(x, w_gate), "gate")
     up = a.optional(a.matmul(x, w_up), "up")
-    activation = a.round(torch.nn.functional.silu(gate) * up, "activation")
+    activation = a.round(a.unrounded(torch.nn.functional.silu(gate), "silu") * up, "activation")
     return (a.optional(a.matmul(activation, w_down), "branch"),)
 
 
@@ -163,7 +164,7 @@ def layer(
     attn = attend(q, layout, k_cache, v_cache, dims=dims, a=a)
     (residual,) = o_proj(attn, weights["wo"], hidden, dims=dims, a=a)
     residual = a.optional(residual, "residual")
-    y = a.round(normalise(residual, weights["post_rms_weight"], dims.eps, a), "post norm")
+    y = a.round(normalise(residual, weights["post_rms_weight"], dims.eps, a, "post norm"), "post norm")
     (branch,) = mlp(y, weights["w_gate"], weights["w_up"], weights["w_down"], dims=dims, a=a)
     return k_cache, v_cache, a.round(branch + residual, "hidden states")
 
