@@ -17,7 +17,7 @@ from conformance.declaration import Kernel, as_kernel
 from conformance.errors import UsageError
 from conformance.executors.base import LANES_OF, Outcome
 from conformance.executors.messages import Passes
-from conformance.judge import Oracle, judge
+from conformance.judge import Oracle, judge, judge_together
 from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
 
 #: Every so many examples one is judged again with its sequences in another order, and one with a sequence alone; prime to the
@@ -152,14 +152,28 @@ def chosen_keys(kernel: Kernel, space: Space, lane: str, examples: int | None, s
 
 
 def case_runs(kernel: Kernel, keys: Iterable[CaseKey], run: Runner, lane: str, plan: RunPlan | None = None) -> Iterator[Judged]:
-    """Judge case by case, with the lane's own plan unless one is given; end early when too many runs are lost."""
-    lost = 0
+    """Judge case by case, with the lane's own plan unless one is given, then all together; end early if too many are lost."""
+    lost, runs = 0, list[Judged]()
     for index, key in enumerate(keys):
         for judged in judged_runs(kernel, key, run, plan or plan_for(index, lane, kernel.stage)):
             lost += is_lost(judged)
+            runs.append(judged)
             yield judged
         if lost >= MOST_LOST:
             return
+    yield from pooled_run(runs)
+
+
+def pooled_run(runs: Iterable[Judged]) -> Iterator[Judged]:
+    """What all cases of a layer or a chain show together, judged where nothing else is wrong; none if one case is all there is.
+
+    A case that came several times counts once.
+    """
+    runs = list(runs)
+    cases = {run.case: run.verdict.along for run in runs if run.check == "example" and run.verdict.along}
+    if len(cases) > 1 and all(run.verdict.ok for run in runs):
+        verdict, telling = judge_together(list(cases.values()))
+        yield Judged("pooled", list(cases)[telling], verdict, Outcome("ok"))
 
 
 def capability_runs(kernel: Kernel, space: Space, run: Runner, lane: str, before: Iterable[Judged]) -> Iterator[Judged]:

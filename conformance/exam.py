@@ -40,6 +40,7 @@ from conformance.checking import (
     is_lost,
     judged_runs,
     plan_for,
+    pooled_run,
     worker_runner,
 )
 from conformance.contract import Stage, models, stage_named
@@ -682,7 +683,9 @@ def _judge_trials(
     judged: list[Judged] = []
     with runner as run:
         for index, trial in enumerate(trials, first):
-            if standing.trials >= least and (subject.legal or _is_settled(standing, measures)):
+            if standing.trials >= least and (
+                subject.legal or _is_settled(standing, measures) or _show_together(standing, judged)
+            ):
                 break
             if kernel.refusal(trial.case.dims) is not None:
                 continue
@@ -699,6 +702,7 @@ def _judge_trials(
             lost += sum(map(is_lost, runs))
             if lost >= MOST_LOST:
                 break
+        _show_together(standing, judged)
         if kernel.capabilities and not standing.first:
             proofs = list(capability_runs(kernel, space, run, subject.lane, judged))
             refuted = [finding for proof in proofs for finding in proof.verdict.findings]
@@ -707,6 +711,20 @@ def _judge_trials(
                 standing.rejected[OURS] = 1
                 standing.detectors = ["capability"]
                 standing.rejections = [refuted[0].message]
+
+
+def _show_together(standing: Standing, judged: Sequence[Judged]) -> bool:
+    """Whether what no trial shows by itself is shown by all so far, which counts as one trial rejected."""
+    for one in pooled_run(judged) if not standing.first else ():
+        if one.verdict.ok:
+            standing.share = max(standing.share, one.verdict.share or 0.0)
+        else:
+            finding = one.verdict.findings[0]
+            standing.first = standing.trials
+            standing.rejected[OURS] = standing.in_outputs = 1
+            standing.detectors = [finding.detector]
+            standing.rejections = [f"{one.case} ({one.check}): {finding.detector}: {finding.message}"]
+    return standing.first > 0
 
 
 def _is_settled(standing: Standing, measures: bool) -> bool:

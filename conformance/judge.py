@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -26,7 +26,7 @@ from conformance.executors.base import Outcome
 from conformance.sensitivity import Sensitivity
 from conformance.signatures import Filter, filters
 from conformance.ulp import distance, rounded, spacing
-from conformance.verdict import Finding, Verdict, worst_first
+from conformance.verdict import Along, Finding, Verdict, worst_first
 
 #: Probability that a correct tensor has an element beyond its allowance, in a normal model: sets kappa.
 FALSE_ALARM = 1e-6
@@ -40,6 +40,10 @@ SPREAD_SLACK = 1.1
 #: A known mistake is believed where the errors along its signature exceed 5.5 standard deviations, and half of what it adds.
 SIGNATURE_SIGMAS = 5.5
 SIGNATURE_PART = 0.5
+#: The same of all cases together. A kernel that rounds elsewhere than a signature takes for granted adds less than that says;
+#: what legal kernels add in common is a tenth of it at most, which tells in long runs (``benchmarks/constants.md``).
+POOLED_SIGMAS = 5.5
+POOLED_PART = 0.2
 #: Elements of all inputs up to which signatures are made, twice what ``tiny`` has in its largest cases. Some 25 evaluations
 #: of the reference and as many gradients take half a minute there, and would take a real layer many.
 MOST_INPUTS = 10_000_000
@@ -163,7 +167,7 @@ def judge(case: Case, outcome: Outcome, *, profile: str | None = None, oracle: O
     ordered = worst_first(findings)
     if case.stage.localise is not None and (structural or best.findings):
         ordered = _with_causes(ordered, case.stage.localise(case.inputs, outcome.outputs, case.dims))
-    return Verdict(ordered, best.share, best.profile.name, best.shares)
+    return Verdict(ordered, best.share, best.profile.name, best.shares, best.along)
 
 
 def judge_without_outputs(outcome: Outcome) -> Verdict:
@@ -173,6 +177,31 @@ def judge_without_outputs(outcome: Outcome) -> Verdict:
     if outcome.status != "ok":
         return Verdict((failure(outcome),))
     return Verdict(worst_first(_conduct(outcome)))
+
+
+def judge_together(runs: Sequence[Mapping[str, Along]]) -> tuple[Verdict, int]:
+    """Judge what the errors of several cases have in common, of each how far they lie along the signature of each mistake.
+
+    Each case counts by what the mistake adds to it (a matched filter over cases). Returns the verdict and the number of the case
+    that speaks for it most.
+    """
+    verdict, telling = Verdict(), 0
+    for mistake in dict.fromkeys(mistake for run in runs for mistake in run):
+        numbers = [number for number, run in enumerate(runs) if mistake in run]
+        known = [runs[number][mistake] for number in numbers]
+        amount, expected = sum(one.sigmas * one.expected for one in known), sum(one.expected**2 for one in known)
+        sigmas, part = amount / math.sqrt(expected), amount / expected
+        share = min(sigmas / POOLED_SIGMAS, part / POOLED_PART)
+        if len(known) < 2 or share <= (verdict.share or 0.0):
+            continue
+        telling = max(numbers, key=lambda number: runs[number][mistake].sigmas * runs[number][mistake].expected)
+        message = (
+            f"the errors of {len(known)} cases are together those of a kernel where {mistake}: {part:.2g} times what that adds, "
+            f"and {sigmas:.3g} standard deviations of what correct roundings add that way (at most {POOLED_SIGMAS:g}); no case "
+            "shows it by itself"
+        )
+        verdict = Verdict((Finding("pooled_signature", message, share=share),) if share > 1 else (), share)
+    return verdict, telling
 
 
 def _with_causes(findings: tuple[Finding, ...], causes: list[str]) -> tuple[Finding, ...]:
@@ -371,6 +400,7 @@ class _Numeric:
     profile: Profile
     findings: list[Finding]
     shares: dict[str, float]
+    along: dict[str, Along] = dataclasses.field(default_factory=dict)
     wrong: int = 0
 
     @property
@@ -423,6 +453,7 @@ def _known_mistake(case: Case, outcome: Outcome, oracle: Oracle, profile: Profil
     for one in oracle.filters(profile):
         along = sum(float((errors[name] * _matrix(weight)).sum()) for name, weight in one.weights.items())
         sigmas, part = along / one.deviation, along / one.expected
+        result.along[one.mistake] = Along(sigmas, one.expected / one.deviation)
         if part <= SIGNATURE_PART or sigmas <= max(SIGNATURE_SIGMAS, worst[0] if worst else 0.0):
             continue
         # The filter's own deviation takes sequences as independent, which they are not where they are rounded alike.

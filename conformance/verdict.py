@@ -20,6 +20,7 @@ DETECTORS: dict[str, str] = {
     "not_finite": "an output is NaN or infinite where the oracle is finite",
     "element": "an element is further from the oracle than any correct kernel's can be",
     "signature": "all errors together are those of a known mistake inside a layer, such as a truncated value",
+    "pooled_signature": "the errors of all cases together are those of a known mistake, which no case shows by itself",
     "spread": "errors are larger than rounding explains, in a row, a tile or the whole",
     "bias": "errors lean one way: truncation, or a factor that is slightly off",
     "nondeterministic": "two runs of the same case differ",
@@ -81,6 +82,15 @@ def _finite(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class Along:
+    """How far a run's errors lie along the signature of a known mistake, in standard deviations of what correct runs have there,
+    and how far those of a kernel that makes the mistake are expected to."""
+
+    sigmas: float
+    expected: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Verdict:
     """The judgement of one run. ``share`` is the worst share of the allowance that any element of any output used."""
 
@@ -90,6 +100,8 @@ class Verdict:
     profile: str | None = None
     #: The worst share of the allowance by argument.
     shares: dict[str, float] = dataclasses.field(default_factory=dict)
+    #: By mistake, of a composite stage whose errors were held against signatures.
+    along: dict[str, Along] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

@@ -141,8 +141,8 @@ def replay_command(stage: str, source: str, kernel: str, case: str, lane: str = 
     if detector == "compiler_pass" or (detector == "unwritten_read" and lane not in _LANES_TO_NAME):
         # The interpreter's lane looks at the compiled graph where it compares all passes.
         words += ["--all-passes"]
-    if detector == "capability":
-        # A claim is shown by several runs beside the cases: only the whole check makes them again.
+    if detector in ("capability", "pooled_signature"):
+        # What several runs show together, only the whole check shows again.
         words += ["--dims", _dims_of(case)] if case.count(":") >= 2 else []
     elif case:
         words += ["--case", case]

@@ -520,6 +520,11 @@ def truncated(x: Tensor) -> Tensor:
     return (x.contiguous().view(torch.int32) & -0x10000).view(torch.float32)
 
 
+def raised(x: Tensor) -> Tensor:
+    """fp32 values with the bits that bf16 does not keep rounded away from zero."""
+    return ((x.contiguous().view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+
+
 def _padded(x: Tensor) -> Tensor:
     """``x`` with rows of zeros after its own, up to a whole tile."""
     return torch.cat([x, torch.zeros(-x.shape[0] % ROW_TILE, x.shape[1])])

@@ -10,8 +10,8 @@ import torch
 
 from conformance.contract import Dims
 from conformance.data import rotation_table
-from conformance.faults.arithmetic import BF16, Part, truncated
-from conformance.faults.registry import ALL_LAYERS, ATTENTIONS, CHAINS, NORMS, PRODUCTS, fault
+from conformance.faults.arithmetic import BF16, Part, raised, truncated
+from conformance.faults.registry import ALL_LAYERS, ATTENTIONS, CHAINS, LAYERS_OF_EACH_KIND, NORMS, PRODUCTS, fault
 
 Tensor = torch.Tensor
 
@@ -159,10 +159,16 @@ def newton_step_missing(mean: Tensor, eps: float) -> Tensor:
     return guess * (1.5 - 0.5 * value * guess * guess)
 
 
-@fault("root", "precision", *NORMS[:3])
+@fault("root", "precision", *NORMS[:3], *LAYERS_OF_EACH_KIND)
 def root_in_bf16(mean: Tensor, eps: float) -> Tensor:
     """1/rms is rounded to bf16."""
     return _rounded(torch.rsqrt(mean + eps), BF16)
+
+
+@fault("root", "precision", *NORMS[:3], *LAYERS_OF_EACH_KIND)
+def root_too_large(mean: Tensor, eps: float) -> Tensor:
+    """1/rms is an estimate that is never refined, and 0.5% too large."""
+    return torch.rsqrt(mean + eps) * 1.005
 
 
 @fault("root", "precision", "qk_norm", "lm_head", "rms_norm")
@@ -531,6 +537,12 @@ def sigmoid_in_bf16(gate: Tensor, up: Tensor) -> Tensor:
 def sigmoid_by_a_rough_exp(gate: Tensor, up: Tensor) -> Tensor:
     """The sigmoid's exp is (1 + x/1024)**1024."""
     return gate / (1 + (1 - gate / 1024).clamp_min(0) ** 1024) * up
+
+
+@fault("activation", "precision", "mlp", *LAYERS_OF_EACH_KIND)
+def silu_in_bf16(gate: Tensor, up: Tensor) -> Tensor:
+    """The activated gate is rounded to bf16 before it is multiplied."""
+    return _rounded(torch.nn.functional.silu(gate), BF16) * up
 
 
 @fault("activation", "robustness", "mlp")
@@ -963,6 +975,12 @@ def denominator_in_bf16(result: Tensor, denominator: Tensor) -> Tensor:
     return result / _rounded(denominator, BF16)
 
 
+@fault("quotient", "precision", *ATTENTIONS, *LAYERS_OF_EACH_KIND)
+def inverse_too_large(result: Tensor, denominator: Tensor) -> Tensor:
+    """The denominator's inverse is an estimate that is never refined, and 0.5% too large."""
+    return result * (1.005 / denominator)
+
+
 @fault("quotient", "precision", *ATTENTIONS)
 def inverse_in_bf16(result: Tensor, denominator: Tensor) -> Tensor:
     """The result in bf16 is multiplied by the denominator's inverse in bf16."""
@@ -1144,16 +1162,36 @@ def winner_above_zero_only(logits: Tensor) -> int:
     return _first_of_the_largest(torch.where(logits < 0, -torch.inf, logits)) if bool((logits >= 0).any()) else 0
 
 
-# Casts: inside a layer what a truncation leaves is within every element's allowance
+# Casts: inside a layer what is cut off, or added, is within every element's allowance
 
 for _name, _hook, _what, _stages in (
-    ("casts_truncate", "cast", "every cast", ALL_LAYERS),
-    ("normalised_truncated", "normalised_cast", "the cast of a norm's output", ("lm_head", *ALL_LAYERS)),
-    ("queries_truncated", "query_cast", "the cast of the rotated queries", ALL_LAYERS),
-    ("keys_truncated", "key_cast", "the cast of the rotated keys", ALL_LAYERS),
-    ("values_truncated", "value_cast", "the cast of values", ALL_LAYERS),
-    ("attention_truncated", "attention_cast", "the cast of the attention's result", ALL_LAYERS),
-    ("activation_truncated", "activated", "the cast of the activation", ("mlp", *ALL_LAYERS)),
-    ("carried_state_truncated", "carried_cast", "the cast of the hidden states between layers", CHAINS),
+    ("casts", "cast", "every cast", ALL_LAYERS),
+    ("normalised", "normalised_cast", "the cast of a norm's output", ("lm_head", *ALL_LAYERS)),
+    ("queries", "query_cast", "the cast of the rotated queries", ALL_LAYERS),
+    ("keys", "key_cast", "the cast of the rotated keys", ALL_LAYERS),
+    ("values", "value_cast", "the cast of values", ALL_LAYERS),
+    ("attention", "attention_cast", "the cast of the attention's result", ALL_LAYERS),
+    ("activation", "activated", "the cast of the activation", ("mlp", *ALL_LAYERS)),
+    ("carried_state", "carried_cast", "the cast of the hidden states between layers", CHAINS),
 ):
-    fault(_hook, "precision", *_stages, name=_name, summary=f"{_what} to bf16 truncates")(truncated)
+    _truncates = "casts_truncate" if _name == "casts" else f"{_name}_truncated"
+    fault(_hook, "precision", *_stages, name=_truncates, summary=f"{_what} to bf16 truncates")(truncated)
+    _few = [stage for stage in _stages if stage in LAYERS_OF_EACH_KIND]
+    fault(_hook, "precision", *_few, name=f"{_name}_rounded_up", summary=f"{_what} to bf16 rounds away from zero")(raised)
+
+
+# One norm's weight, where a layer has several
+
+
+def _in_bf16(of: str) -> Any:
+    def weight(name: str, layer: int, t: dict[str, Tensor], dims: Dims) -> Tensor:
+        own = t[name].chunk(dims.L)[layer]
+        return _rounded(own, BF16) if name == of else own
+
+    return weight
+
+
+for _name in ("input_rms_weight", "q_norm_weight", "k_norm_weight", "post_rms_weight"):
+    fault("weight", "precision", *LAYERS_OF_EACH_KIND, name=f"{_name}_in_bf16", summary=f"{_name} was converted to bf16")(
+        _in_bf16(_name)
+    )

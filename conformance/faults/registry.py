@@ -33,6 +33,8 @@ DECODE_LAYERS = ("decode_layer", "paged_decode_layer")
 CHAINS = ("decode_fwd_layers", "decode_fwd", "paged_decode_fwd", "prefill_fwd")
 PREFILLS = ("prefill_layer", "prefill_fwd")
 ALL_LAYERS = (*DECODE_LAYERS, "prefill_layer", *CHAINS)
+#: One layer, a chain to the logits, and chunks of tokens: enough for what all layers would show alike.
+LAYERS_OF_EACH_KIND = ("decode_layer", "decode_fwd", "prefill_layer")
 
 
 @dataclasses.dataclass(frozen=True)

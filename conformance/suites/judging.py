@@ -11,7 +11,7 @@ import pytest
 
 from conformance.capabilities import prove
 from conformance.cases import CaseKey, Space, keys, stratified_keys
-from conformance.checking import MOST_LOST, Judged, Report, RunPlan, is_lost, judged_runs, plan_for
+from conformance.checking import MOST_LOST, Judged, Report, RunPlan, is_lost, judged_runs, plan_for, pooled_run
 from conformance.errors import UsageError
 from conformance.executors.base import Outcome
 from conformance.executors.process import KernelProcess, Limits
@@ -98,6 +98,8 @@ class SubjectJudging:
             except BaseException as error:
                 if not _is_only_conformance(error):
                     raise
+        for run in pooled_run(self.runs):
+            self._keep(run)
         self._conclude()
 
     def capabilities(self) -> None:

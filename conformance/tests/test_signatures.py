@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 import conformance
-from conformance.arithmetic import CONTRACT, EXACT, Arithmetic, Mistaken, RoundingSites
+from conformance.arithmetic import CONTRACT, EXACT, Arithmetic, RoundingSites, Sites
 from conformance.cases import Case, CaseKey, Space, make_case, stratified_keys, take_rows
+from conformance.checking import Judged, pooled_run
 from conformance.executors.base import Outcome
 from conformance.executors.eager import run_eager
 from conformance.faults.kernels import HUGGING_FACE_LIKE, Choices, random_choices, torch_kernel
-from conformance.judge import SIGNATURE_SIGMAS, Oracle, judge
-from conformance.sensitivity import Sensitivity
+from conformance.judge import SIGNATURE_SIGMAS, Oracle, judge, judge_together
+from conformance.sensitivity import TOGETHER, Sensitivity
 from conformance.signatures import Filter, filters, signatures
 from conformance.ulp import rounded, spacing
-from conformance.verdict import Verdict
+from conformance.verdict import Along, Finding, Verdict
 
 BF16 = torch.bfloat16
 LAYER = "decode_layer:tiny:B=16,seq_lens=1+80+16+71+1+66+122+15+102+2+119+4+94+3+83+58:normal:821304491"
@@ -135,6 +137,94 @@ def test_logits_that_are_bf16_values_by_themselves_are_not() -> None:
     assert "signature" not in told(verdict)
 
 
+@pytest.mark.parametrize(
+    ("fault", "mistake"),
+    [
+        ("root_too_large", "normalised is rounded away from zero, or larger by as much"),
+        ("keys_rounded_up", "rotated k is rounded away from zero, or larger by as much"),
+        ("k_norm_weight_in_bf16", "weight of the k norm is rounded to bf16"),
+        ("root_in_bf16", "1/rms of the input norm is rounded to bf16"),
+    ],
+)
+def test_what_is_larger_than_it_may_be_or_short_of_bits_is_told(fault: str, mistake: str) -> None:
+    report = conformance.check("decode_layer", torch_kernel("decode_layer", fault=fault), examples=9)
+    assert f"a kernel where {mistake}" in report.findings[0].message
+
+
+# -- what is told by all cases together ------------------------------------------------------------------------------------------
+
+#: Choices that round before the scores as much as is legal, but for the probabilities, whose rounding hides what is looked for.
+ROUNDED = dataclasses.replace(HUGGING_FACE_LIKE, probabilities="no")
+#: Cases each of which shows too little of a mistake in the scores.
+FEW = {"S": 48, "B": 1}
+
+
+@pytest.mark.parametrize(
+    ("choices", "mistake"),
+    [(Choices(), "scores is rounded to bf16:"), (ROUNDED, "scores is rounded to bf16, after all optional roundings:")],
+)
+def test_what_no_case_shows_is_told_by_all_together(choices: Choices, mistake: str) -> None:
+    kernel = torch_kernel("decode_layer", choices, fault="bf16_scores")
+    report = conformance.check("decode_layer", kernel, dims=FEW, examples=40)
+    assert report.detectors == ("pooled_signature",)
+    (finding,) = report.findings
+    assert f"cases are together those of a kernel where {mistake}" in finding.message
+    assert [run.check for run in report.runs if not run.verdict.ok] == ["pooled"]
+    assert finding.share is not None
+    assert finding.share > 1
+    assert finding.case in {run.case for run in report.runs if run.check == "example"}
+
+
+@pytest.mark.parametrize("choices", [Choices(), HUGGING_FACE_LIKE, dataclasses.replace(HUGGING_FACE_LIKE, cast="half_away")])
+def test_legal_kernels_are_not_told_by_all_cases_together_either(choices: Choices) -> None:
+    report = conformance.check("decode_layer", torch_kernel("decode_layer", choices), dims=FEW, examples=40)
+    assert report.ok, str(report)
+    pooled = report.runs[-1]
+    assert pooled.check == "pooled"  # it was looked for
+    assert pooled.verdict.share is not None
+    assert pooled.verdict.share < 0.75
+
+
+def test_together_a_case_counts_by_what_the_mistake_adds_to_it() -> None:
+    told, telling = judge_together(
+        [{"x": Along(3.0, 4.0)}, {"x": Along(4.0, 3.0)}, {"x": Along(3.0, 4.0)}, {"y": Along(9.0, 1.0)}]
+    )
+    assert telling == 0
+    (finding,) = told.findings
+    # 3 * 4 + 4 * 3 + 3 * 4 over the root of 4 * 4 + 3 * 3 + 4 * 4, and over that: 36 / 41
+    assert "3 cases" in finding.message
+    assert "0.88 times what that adds" in finding.message
+    assert "5.62 standard deviations" in finding.message
+    assert told.share == pytest.approx(36 / math.sqrt(41) / 5.5)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [{"x": Along(30.0, 30.0)}],  # one case is judged by itself
+        [{"x": Along(5.0, 40.0)}] * 4,  # ten deviations, and an eighth of what the mistake adds
+        [{"x": Along(2.0, 2.0)}] * 4,  # four deviations
+        [{"x": Along(-9.0, 9.0)}] * 4,
+        [{"x": Along(9.0, 9.0)}, {"y": Along(9.0, 9.0)}],
+        [],
+    ],
+)
+def test_together_too_little_is_nothing(runs: list[dict[str, Along]]) -> None:
+    assert judge_together(runs)[0].ok
+
+
+def test_a_case_that_comes_twice_counts_once_and_what_is_wrong_elsewhere_hides_it() -> None:
+    key, other = CaseKey.parse(LAYER), CaseKey.parse(PREFILL)
+    fine, wrong = Verdict(along={"x": Along(5.0, 5.0)}), Verdict((Finding("element", "far off"),), along={"x": Along(5.0, 5.0)})
+    example = Judged("example", key, fine, Outcome("ok"))
+    elsewhere = dataclasses.replace(example, case=other)
+    assert not list(pooled_run([example, example, dataclasses.replace(elsewhere, check="repeat")]))
+    (pooled,) = pooled_run([example, elsewhere])
+    assert pooled.check == "pooled"
+    assert not pooled.verdict.ok
+    assert not list(pooled_run([example, elsewhere, dataclasses.replace(elsewhere, verdict=wrong)]))
+
+
 # -- what is not ----------------------------------------------------------------------------------------------------------------
 
 
@@ -213,15 +303,38 @@ def test_where_signatures_are_not_looked_for(limit: str, monkeypatch: pytest.Mon
 
 def test_every_rounding_of_a_layer_has_a_signature() -> None:
     case = make_case(CaseKey.parse(PREFILL))
-    mistakes = [one.mistake for one in signatures(case, dict.fromkeys(("k_cache", "v_cache", "out")))]
+    found = list(signatures(case, dict.fromkeys(("k_cache", "v_cache", "out"))))
+    mistakes = [one.mistake for one in found] + [one.opposite for one in found if one.opposite is not None]
+    assert len(mistakes) == len(set(mistakes))
     sites = RoundingSites(case.stage.profiles[0].roundings)
     case.stage.reference(case.inputs, case.dims, sites)
-    names = Mistaken()
+    names = Sites(rounds_all=False)
     case.stage.reference(case.inputs, case.dims, names)
-    assert len(mistakes) == len(set(mistakes)) == len(names.names) + len(case.stage.mistakes) + 6
-    assert set(names.names) >= case.stage.profiles[0].roundings - {"deferred_norm"}
-    assert [name for name, stays_fp32 in names.names.items() if stays_fp32] == ["scores"]
-    assert set(case.stage.tie_prone) <= set(names.names)
+    assert set(names.may_round) >= case.stage.profiles[0].roundings - {"deferred_norm"}
+    for name in names.may_round:
+        assert f"{name} is truncated instead of rounded, or smaller by as much" in mistakes
+        # Sums fall on ties, which a legal kernel may round away from zero.
+        larger = f"{name} is rounded away from zero, or larger by as much"
+        assert (larger in mistakes) is (name not in case.stage.tie_prone)
+    norms = ("input norm", "q norm", "k norm", "post norm")
+    stays_fp32 = {"scores", "silu", *(f"{what} of the {norm}" for what in ("1/rms", "weight") for norm in norms)}
+    assert set(names.errors) == stays_fp32
+    assert {f"{name} is rounded to bf16" for name in stays_fp32} <= set(mistakes)
+    assert {
+        f"{output} is too {size} by a factor" for output in ("k_cache", "v_cache", "out") for size in ("large", "small")
+    } <= set(mistakes)
+    assert set(case.stage.mistakes) <= set(mistakes)
+    assert set(case.stage.tie_prone) <= set(names.may_round)
+
+
+def test_what_rounding_adds_is_looked_for_after_all_optional_roundings_too_where_they_matter() -> None:
+    """A score's rounding error depends on how q and k were rounded before; that of a weight on nothing."""
+    case = make_case(CaseKey.parse(LAYER))
+    mistakes = [one.mistake for one in signatures(case, dict.fromkeys(("k_cache", "v_cache", "out")))]
+    twice = {mistake.split(" is rounded")[0] for mistake in mistakes if mistake.endswith("after all optional roundings")}
+    assert {"scores", "silu"} <= twice
+    assert "weight of the input norm" not in twice
+    assert "1/rms of the input norm" not in twice
 
 
 def test_a_truncation_costs_half_a_ulp_on_average() -> None:
@@ -240,17 +353,17 @@ def test_covariances_of_all_sequences_add_up_to_the_variance_along_a_direction()
     oracle, profile = Oracle(case), case.stage.profiles[0]
     bounds = oracle.bounds(profile)
     generator = torch.Generator().manual_seed(3)
-    directions = [
-        {name: torch.randn(one.value.shape, generator=generator, dtype=torch.float64) for name, one in bounds.items()}
-        for _ in range(2)
-    ]
+    count = TOGETHER + 2  # more than are taken at a time
+    directions = {
+        name: torch.randn(count, *one.value.shape, generator=generator, dtype=torch.float64) for name, one in bounds.items()
+    }
     with torch.enable_grad():
         sensitivity = Sensitivity(case, bounds, profile)
         covariances = sensitivity.covariances(directions)
-        along = [sensitivity.along(direction) for direction in directions]
-    assert covariances.shape == (3, 2, 2)
+        along = [sensitivity.along({name: one[k] for name, one in directions.items()}) for k in range(count)]
+    assert covariances.shape == (3, count, count)
     assert torch.allclose(covariances, covariances.transpose(1, 2))
-    for k in range(2):
+    for k in range(count):
         assert float(covariances[:, k, k].sum()) == pytest.approx(along[k], rel=0.05)  # some values of two sequences agree
 
 
