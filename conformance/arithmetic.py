@@ -122,23 +122,24 @@ class RoundingSites(Arithmetic):
 class Sites(Arithmetic):
     """The contract's arithmetic, with all optional roundings or none, remembering what it comes by.
 
-    ``may_round`` are the names of roundings, demanded or optional; ``errors`` holds by name of what must stay fp32 what rounding
-    it to bf16 would add, in the order in which the reference comes by.
+    By name, in the order in which the reference comes by: ``ties`` holds of each rounding, made or optional, what rounding its
+    ties away from zero adds on average, and ``errors`` of what must stay fp32 what rounding it to bf16 would add.
     """
 
     def __init__(self, *, rounds_all: bool) -> None:
         super().__init__(torch.float64, rounds=True)
         self._rounds_all = rounds_all
-        self.may_round: dict[str, None] = {}
+        self.ties: dict[str, list[torch.Tensor]] = {}
         self.errors: dict[str, list[torch.Tensor]] = {}
 
     def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
-        self.may_round[name] = None
-        return super().round(tensor, name)
+        nearest, half = super().round(tensor), spacing(tensor, torch.bfloat16) / 2
+        self.ties.setdefault(name, []).append(torch.where((tensor - nearest).abs() == half, half.copysign(tensor), 0.0))
+        return nearest
 
     def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
-        self.may_round[name] = None
-        return super().round(tensor, name) if self._rounds_all else tensor
+        nearest = self.round(tensor, name)
+        return nearest if self._rounds_all else tensor
 
     def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         self.errors.setdefault(name, []).append(rounded(tensor, torch.bfloat16) - tensor)
@@ -161,12 +162,18 @@ class Truncating(Arithmetic):
 
 
 class Disturbed(Arithmetic):
-    """float64 without rounding, with errors added at the places of one name that must stay fp32 (``Sites.errors``)."""
+    """float64 without rounding, with errors added at the places of one name (``Sites.ties``, ``Sites.errors``)."""
 
     def __init__(self, name: str, errors: Iterable[torch.Tensor]) -> None:
         super().__init__(torch.float64, rounds=False)
         self.name = name
         self._errors = iter(errors)
 
-    def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+    def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
         return tensor + next(self._errors) if name == self.name else tensor
+
+    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
+        return self.round(tensor, name)
+
+    def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        return self.round(tensor, name)

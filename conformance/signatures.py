@@ -31,23 +31,20 @@ ALIKE = 0.7
 #: What is added to the diagonal of the correlations before they are inverted. Without it a filter would cancel noise to more
 #: digits than a first-order model of it has.
 RIDGE = 1e-3
-#: Casts that round ties away from zero, where every sum falls on a tie, move it by as much as a truncation does, the other way.
-#: Half of that, of all sums alike, is taken for the deviation.
-TIES = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
     """A mistake, as a clause, and what it adds to the judged rows of each output, float64.
 
-    ``opposite`` is the mistake that takes away as much, where there is one. A legal kernel may do the opposite of a signature
-    that ``is_of_ties``.
+    ``opposite`` is the mistake that takes away as much, where there is one. One that ``is_legal`` is no mistake, and must not be
+    taken for one.
     """
 
     mistake: str
     shifts: dict[str, torch.Tensor]
     opposite: str | None = None
-    is_of_ties: bool = False
+    is_legal: bool = False
 
 
 def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> Iterator[Signature]:
@@ -68,11 +65,14 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
     sites, after_all = Sites(rounds_all=False), Sites(rounds_all=True)
     results(case.inputs, case.dims, sites)
     results(case.inputs, case.dims, after_all)
-    for name in sites.may_round:
-        is_of_ties = name in case.stage.tie_prone
-        larger = None if is_of_ties else f"{name} is rounded away from zero, or larger by as much"
+    for name in sites.ties:
+        tie_prone = name in case.stage.tie_prone
+        larger = None if tie_prone else f"{name} is rounded away from zero, or larger by as much"
         truncated = shifts(results(case.inputs, case.dims, Truncating(name)))
-        yield Signature(f"{name} is truncated instead of rounded, or smaller by as much", truncated, larger, is_of_ties)
+        yield Signature(f"{name} is truncated instead of rounded, or smaller by as much", truncated, larger)
+        if tie_prone:
+            away = shifts(results(case.inputs, case.dims, Disturbed(name, after_all.ties[name])))
+            yield Signature(f"{name} is rounded with ties away from zero", away, is_legal=True)
     for name, errors in sites.errors.items():
         yield Signature(f"{name} is rounded to bf16", shifts(results(case.inputs, case.dims, Disturbed(name, errors))))
         others = after_all.errors[name]
@@ -109,34 +109,35 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
 
     The best weights for a shift s in noise of covariance C are ``inverse(C) s``. C has a row for every element of every output:
     the weights are sought among combinations of the signatures, each over the variance of the elements, and different for each
-    sequence. ``benchmarks/signatures.py`` compares them with the best.
+    sequence. ``benchmarks/signatures.py`` compares them with the best. What is legal is not among them: it is one sample of where
+    ties fall, and a filter could be made blind to that one alone.
     """
     found = list(signatures(case, {name: estimate.rows for name, estimate in bounds.items()}))
+    found.sort(key=lambda one: one.is_legal)
+    count = sum(not one.is_legal for one in found)
     shifts = {name: _finite(torch.stack([one.shifts[name] for one in found])) for name in bounds}  # [K, rows, columns]
     directions = {
-        name: _finite(shift / (bounds[name].variance + _cast_variance(case, name, bounds[name])))
+        name: _finite(shift[:count] / (bounds[name].variance + _cast_variance(case, name, bounds[name])))
         for name, shift in shifts.items()
     }
     largest = torch.stack([direction.flatten(1).abs().amax(1) for direction in directions.values()]).amax(0)
     shown = largest > 0
     if not bool(shown.any()):
         return []
-    found = [one for one, shows in zip(found, shown.tolist(), strict=True) if shows]
-    shifts = {name: shift[shown] for name, shift in shifts.items()}
     directions = {name: direction[shown] / largest[shown].view(-1, 1, 1) for name, direction in directions.items()}
     owners = {name: _sequence_of_judged_rows(case, name, bounds[name], sensitivity) for name in bounds}
     covariances = sensitivity.covariances(directions)
     # What each direction makes of each signature, by sequence.
-    responses = torch.zeros(covariances.shape, dtype=torch.float64)  # [B, K, K]
+    responses = torch.zeros(case.dims.B, len(covariances[0]), len(found), dtype=torch.float64)
     for name, owner in owners.items():
         responses.index_add_(0, owner, torch.einsum("krc,lrc->rkl", directions[name], shifts[name]))
-    ties = [TIES * responses[:, :, k] for k, one in enumerate(found) if one.is_of_ties]
+    legal = list(responses[:, :, count:].unbind(2))
     results = []
-    for index, signature in enumerate(found):
+    for signature, response, shows in zip(found, responses.unbind(2), shown.tolist(), strict=False):
         for mistake, sign in ((signature.mistake, 1), (signature.opposite, -1)):
-            if mistake is None:
+            if mistake is None or not shows:
                 continue
-            part, expected, variance = _combination(covariances, sign * responses[:, :, index], ties)
+            part, expected, variance = _combination(covariances, sign * response, legal)
             weights = {name: torch.einsum("rk,krc->rc", part[owner], directions[name]) for name, owner in owners.items()}
             if 0 < variance < math.inf:
                 results.append(Filter(mistake, weights, expected, math.sqrt(variance)))
@@ -144,27 +145,27 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
 
 
 def _combination(
-    covariances: torch.Tensor, response: torch.Tensor, ties: list[torch.Tensor]
+    covariances: torch.Tensor, response: torch.Tensor, legal: list[torch.Tensor]
 ) -> tuple[torch.Tensor, float, float]:
     """The best weights of K directions for each sequence, ``[B, K]``; what they make of the mistake, and their variance.
 
     ``covariances [B, K, K]`` are those of the directions in correct kernels, ``response [B, K]`` is what each makes of the
-    mistake, ``ties`` what it makes of sums that are all rounded towards zero. Casts may round ties away from zero, in all
-    sequences alike: where that looks like the mistake, its sum over the sequences has to vanish.
+    mistake, ``legal`` what it makes of something that a correct kernel does or not, in all sequences alike: where that looks like
+    the mistake, its sum over the sequences has to vanish.
     """
     batch, count = response.shape
     doubtful: list[torch.Tensor] = []
     while True:
-        noise = covariances + sum((batch * tie.unsqueeze(1) * tie.unsqueeze(2) for tie in doubtful), torch.zeros(()))
+        noise = covariances + sum((batch * one.unsqueeze(1) * one.unsqueeze(2) for one in doubtful), torch.zeros(()))
         size = noise.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-150)
         correlations = noise / size.unsqueeze(1) / size.unsqueeze(2) + RIDGE * torch.eye(count, dtype=torch.float64)
         part = torch.linalg.solve(correlations, response / size) / size
-        more = [tie for tie in ties if float((part * tie).sum()) < 0 and not any(tie is one for one in doubtful)]
+        more = [one for one in legal if float((part * one).sum()) > 0 and not any(one is other for other in doubtful)]
         if not more:
             break
         doubtful += more
     variance = float((part.unsqueeze(1) @ covariances @ part.unsqueeze(2)).sum())
-    variance += sum(float((part * tie).sum()) ** 2 for tie in doubtful)
+    variance += sum(float((part * one).sum()) ** 2 for one in doubtful)
     return part, float((part * response).sum()), variance
 
 

@@ -152,7 +152,6 @@ FIRST_DETECTOR_OF_LAYERS: dict[str, str] = {
         "signature",
     ),
     "queries_truncated": "pooled_signature",
-    "q_norm_weight_in_bf16": "pooled_signature",
 }
 #: Of the single stages' faults those that layers show because the shape of what they add is known.
 SIGNATURES_IN_LAYERS = ("root_in_bf16", "root_too_large", "inverse_too_large", "silu_in_bf16")
