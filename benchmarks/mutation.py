@@ -36,13 +36,13 @@ from _pytest.runner import runtestprotocol
 ROOT = Path(__file__).parents[1]
 COPY = ROOT / "build" / "mutation"
 COPIED = ("conformance", "kernels", "fixtures", "reports", "benchmarks", "conftest.py", "pyproject.toml")
-MODULES = ("conformance.ulp", "conformance.bounds", "conformance.judge")
+MODULES = ("conformance.ulp", "conformance.bounds", "conformance.judge", "conformance.signatures", "conformance.sensitivity")
 #: What mutmut writes for a change that no test reaches, that no test notices, that one does, and that never ends.
 NO_TESTS, SURVIVED, KILLED, TIMEOUT = 33, 0, 1, 36
 #: What a change has that is to be tried.
 UNSETTLED = (None, NO_TESTS, SURVIVED)
 #: Seconds of CPU after which a change is taken to never end.
-PATIENCE = 60
+PATIENCE = 150
 
 
 def undecorated(source: str) -> str:

@@ -159,6 +159,22 @@ def test_a_refuted_claim_counts_as_caught(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.score("assert_close").caught == 0
 
 
+def test_what_all_cases_show_together_counts_as_caught_once_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = (("S", 48), ("B", 1))
+    right = Subject("decode_layer", "right", None, "", functools.partial(torch_kernel, "decode_layer"), dims=dict(few))
+    make = functools.partial(torch_kernel, "decode_layer", fault="bf16_scores")
+    short_of_bits = dataclasses.replace(right, name="bf16_scores", kind="precision", summary="scores in bf16", make=make)
+    found = of(monkeypatch, right, short_of_bits, effort=dataclasses.replace(SHORT, composite=(6, 60), random_composite=0))
+    fault = next(one for one in found.standings if not one.legal)
+    assert fault.detectors == ["pooled_signature"]
+    assert 6 <= fault.first == fault.trials < 60  # no longer than until it shows
+    assert fault.rejected[OURS] == fault.in_outputs == 1
+    assert "(pooled)" in fault.rejections[0]
+    legal = next(one for one in found.standings if one.legal)
+    assert not legal.rejected.get(OURS)
+    assert found.passed
+
+
 def test_of_a_cache_others_see_the_rows_that_were_or_should_have_been_written() -> None:
     key = next(iter(stratified_keys(Space.of(stage_named("kv_write"), "tiny"), 0)))
     trial = Trial(key)

@@ -293,6 +293,14 @@ def test_replay_command_looks_at_the_compiled_graph_where_that_was_found(tmp_pat
     assert ("--all-passes" in fault.replay) == (lane == "interpret")
 
 
+def test_replay_command_runs_the_whole_check_for_what_no_case_shows(tmp_path: Path) -> None:
+    found = Finding("pooled_signature", "the errors of 50 cases are together those of a kernel where v is truncated", share=1.4)
+    (fault,) = run_of(tmp_path, case("rope", findings=[found], check="pooled", case="rope:tiny:B=3:unit:0")).faults
+    assert fault.replay == "conformance check rope kernels/qwen3/rope.py:rope --dims preset=tiny"
+    for render in RENDERERS.values():
+        assert "pooled" in render(run_of(tmp_path / "again", case("rope", findings=[found], check="pooled")))
+
+
 def test_command_in_the_terminal_can_be_pasted_although_it_takes_two_lines(tmp_path: Path) -> None:
     summary = run_of(tmp_path, case("rope", findings=[element()], case="rope/tiny/" + "x" * 90))
     shown = terminal.render(summary)

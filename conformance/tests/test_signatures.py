@@ -147,7 +147,7 @@ def test_logits_that_are_bf16_values_by_themselves_are_not() -> None:
     ],
 )
 def test_what_is_larger_than_it_may_be_or_short_of_bits_is_told(fault: str, mistake: str) -> None:
-    report = conformance.check("decode_layer", torch_kernel("decode_layer", fault=fault), examples=9)
+    report = conformance.check("decode_layer", torch_kernel("decode_layer", fault=fault), examples=5)
     assert f"a kernel where {mistake}" in report.findings[0].message
 
 
@@ -238,7 +238,6 @@ def test_legal_kernels_are_taken_for_none(stage: str, choices: Choices) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("fewer", [True, False])
 @pytest.mark.parametrize(
     "key",
     [
@@ -246,25 +245,17 @@ def test_legal_kernels_are_taken_for_none(stage: str, choices: Choices) -> None:
         "decode_fwd_layers:tiny:B=16,L=4,seq_lens=128+2+127+128+94+24+121+17+17+102+122+86+127+57+70+1:outlier:239714411",
     ],
 )
-def test_ties_that_are_rounded_away_from_zero_are_no_mistake(key: str, fewer: bool) -> None:
+def test_ties_that_are_rounded_away_from_zero_are_no_mistake(key: str) -> None:
     """Residuals of branches in bf16 fall on ties in plenty; without room for them these runs had 5.1 and 7 of 5.5 deviations."""
     case = make_case(CaseKey.parse(key))
-    choices = dataclasses.replace(
-        HUGGING_FACE_LIKE,
-        cast="half_away",
-        block=8,
-        visit="shuffled",
-        whole_page="replace",
-        probabilities="before",
-        lazy_maximum=True,
-    )
-    choices = dataclasses.replace(choices, up=False, projection=False, before_rope=False)
-    if fewer:
-        choices = Choices(branch=True, residual=True, cast="half_away")
-    outcome = run_eager(torch_kernel(case.stage.name, choices), case)
     oracle = Oracle(case)
-    assert judge(case, outcome, oracle=oracle).ok
-    assert max(sigmas_of(case, outcome.outputs, oracle).values()) < 0.75 * SIGNATURE_SIGMAS
+    for choices in (
+        dataclasses.replace(HUGGING_FACE_LIKE, cast="half_away", probabilities="before", block=8, projection=False, up=False),
+        Choices(branch=True, residual=True, cast="half_away"),
+    ):
+        outcome = run_eager(torch_kernel(case.stage.name, choices), case)
+        assert judge(case, outcome, oracle=oracle).ok
+        assert max(sigmas_of(case, outcome.outputs, oracle).values()) < 0.75 * SIGNATURE_SIGMAS
 
 
 def sigmas_of(case: Case, outputs: dict[str, torch.Tensor], oracle: Oracle) -> dict[str, float]:
