@@ -112,7 +112,7 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     # Every regime once; what then is not found gets as many cases as `conformance check` has by default.
     "quick": Effort("quick", True, False, (12, 50), (9, 18), interpreted=(1, 12), random_single=40, random_composite=8),
-    # Of each single stage 10,000 random combinations; of layers and chains as many legal runs all together, named variants included.
+    # Of each single stage 10,000 random combinations; of all layers and chains as many legal runs, named variants included.
     # Power of layers is told by 60 cases at most, which is what a check takes: what they show seldom they may miss anyway.
     "full": Effort("full", False, True, (22, 330), (18, 60), interpreted=(4, 36), random_single=10_000, random_composite=250),
 }

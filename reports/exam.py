@@ -34,8 +34,8 @@ MOST_SEEING = 4
 
 OUR_DEFINITION = (
     "every element within the error that the contract's own arithmetic allows it; errors of a row, a tile and the whole neither "
-    "larger than rounding explains nor leaning one way, and in a layer not those of a known mistake; nothing unwritten, nothing "
-    "else written, no input changed; repeats and single rows agree; declared capabilities hold"
+    "larger than rounding explains nor leaning one way, in a layer or in all its cases not those of a known mistake; nothing "
+    "unwritten, nothing else written, no input changed; repeats and single rows agree; declared capabilities hold"
 )
 OUR_SOURCE = "conformance/bounds.py, conformance/judge.py, conformance/checking.py"
 
