@@ -190,9 +190,11 @@ def judge_together(runs: Sequence[Mapping[str, Along]]) -> tuple[Verdict, int]:
         numbers = [number for number, run in enumerate(runs) if mistake in run]
         known = [runs[number][mistake] for number in numbers]
         amount, expected = sum(one.sigmas * one.expected for one in known), sum(one.expected**2 for one in known)
+        if len(known) < 2 or not expected:
+            continue
         sigmas, part = amount / math.sqrt(expected), amount / expected
         share = min(sigmas / POOLED_SIGMAS, part / POOLED_PART)
-        if len(known) < 2 or share <= (verdict.share or 0.0):
+        if share <= (verdict.share or 0.0):
             continue
         telling = max(numbers, key=lambda number: runs[number][mistake].sigmas * runs[number][mistake].expected)
         message = (

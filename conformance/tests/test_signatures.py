@@ -206,6 +206,7 @@ def test_together_a_case_counts_by_what_the_mistake_adds_to_it() -> None:
         [{"x": Along(2.0, 2.0)}] * 4,  # four deviations
         [{"x": Along(-9.0, 9.0)}] * 4,
         [{"x": Along(9.0, 9.0)}, {"y": Along(9.0, 9.0)}],
+        [{"x": Along(0.0, 0.0)}] * 4,
         [],
     ],
 )
