@@ -44,7 +44,7 @@ SIGNATURE_PART = 0.5
 #: what legal kernels add in common is a tenth of it at most, which tells in long runs (``benchmarks/constants.md``).
 POOLED_SIGMAS = 5.5
 POOLED_PART = 0.2
-#: Elements of all inputs up to which signatures are made, twice what ``tiny`` has in its largest cases. Some 25 evaluations
+#: Elements of all inputs up to which signatures are made, twice what ``tiny`` has in its largest cases. Some 45 evaluations
 #: of the reference and as many gradients take half a minute there, and would take a real layer many.
 MOST_INPUTS = 10_000_000
 #: Columns of a tile: what one NPU instruction writes.
