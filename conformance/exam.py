@@ -682,10 +682,10 @@ def _judge_trials(
     judged: list[Judged] = []
     with runner as run:
         for index, trial in enumerate(trials, first):
-            if standing.trials >= least and (
-                subject.legal or _is_settled(standing, measures) or _show_together(standing, judged)
-            ):
-                break
+            if standing.trials >= least:
+                settled = _is_settled(standing, measures) if standing.first else _show_together(standing, judged)
+                if subject.legal or settled:
+                    break
             if kernel.refusal(trial.case.dims) is not None:
                 continue
             watched = _Watched(run)
@@ -701,7 +701,8 @@ def _judge_trials(
             lost += sum(map(is_lost, runs))
             if lost >= MOST_LOST:
                 break
-        _show_together(standing, judged)
+        if not standing.first:
+            _show_together(standing, judged)
         if kernel.capabilities and not standing.first:
             proofs = list(capability_runs(kernel, space, run, subject.lane, judged))
             refuted = [finding for proof in proofs for finding in proof.verdict.findings]
@@ -714,7 +715,7 @@ def _judge_trials(
 
 def _show_together(standing: Standing, judged: Sequence[Judged]) -> bool:
     """Whether what no trial shows by itself is shown by all so far, which counts as one trial rejected."""
-    for one in pooled_run(judged) if not standing.first else ():
+    for one in pooled_run(judged):
         if one.verdict.ok:
             standing.share = max(standing.share, one.verdict.share or 0.0)
         else:
@@ -727,9 +728,7 @@ def _show_together(standing: Standing, judged: Sequence[Judged]) -> bool:
 
 
 def _is_settled(standing: Standing, measures: bool) -> bool:
-    """Whether a fault was found, and on as many cases as its power so far asks for, if that is measured."""
-    if not standing.first:
-        return False
+    """Whether a fault that was found was judged on as many cases as its power so far asks for, if that is measured."""
     return not (measures and standing.has_power) or trials_for(standing.regimes) <= standing.trials
 
 

@@ -406,6 +406,7 @@ def test_an_interrupt_while_the_exam_is_kept_loses_nothing(
         os.kill(os.getpid(), number)
         write(found, path)
 
+    monkeypatch.setattr(exam, "SUBJECTS_PER_TASK", 8)
     monkeypatch.setattr(exam, "_perform", perform_some)
     monkeypatch.setattr(exam, "write_json", interrupted_write)
     before = signal.getsignal(number)
