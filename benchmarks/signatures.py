@@ -28,7 +28,7 @@ def main() -> None:
     bounds = Oracle(case).bounds(profile)
     began = time.perf_counter()
     sensitivity = Sensitivity(case, bounds, profile)
-    used = {one.mistake: one.expected / one.deviation for one in filters(case, bounds, sensitivity)}
+    used = {one.mistake: one.expected for one in filters(case, bounds, sensitivity)}
     ours = time.perf_counter() - began
     began = time.perf_counter()
     covariance = sensitivity.covariances(unit_directions({name: one.value for name, one in bounds.items()}, case.dims.B))

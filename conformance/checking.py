@@ -367,7 +367,7 @@ def _text(report: Report, width: int = 80, most: int = 6) -> str:
             lines.append(f"  and {len(groups) - most} more kinds of findings")
             break
         worst = entries[0]
-        seen = len({entry.case for entry in entries})
+        seen = report.examples if detector == "pooled_signature" else len({entry.case for entry in entries})
         title = f"  {detector}" + (f" in {argument}" if argument else "") + f", {seen} case{'s' if seen != 1 else ''}"
         lines.append(title)
         lines += textwrap.wrap(worst.finding.message, width, initial_indent="    ", subsequent_indent="    ")

@@ -147,9 +147,10 @@ def check(
     folder = out if out is not None else new_run_folder(Path.cwd() / "runs")
     require_new_folder(folder)
     log = RunLog(folder)
-    log.start([subject], {"examples": len(keys), "seed": seed, "dims": dims, "case": case_key or ""})
+    options = {"examples": len(keys), "seed": seed, "dims": dims, "case": case_key or ""}
+    log.start([subject], options)
     try:
-        code = _judge(subject, log, keys, plan, space, timeout, expected.reason(subject))
+        code = _judge(subject, log, keys, plan, space, timeout, expected.reason(subject), options)
     except UsageError as error:
         log.could_not_run(subject, str(error))
         log.end(COULD_NOT_RUN if isinstance(error, UnavailableError) else USAGE)
@@ -168,6 +169,7 @@ def _judge(
     space: Space,
     timeout: float | None,
     expected_reason: str | None,
+    options: dict[str, Any],
 ) -> int:
     """Judge the cases as they are recorded, print the report, and return the exit code."""
     from conformance.checking import Report, capability_runs, case_runs, worker_runner
@@ -186,7 +188,7 @@ def _judge(
         click.echo("\r\033[K", nl=False, err=True)
     report = Report(subject.kernel.stage_name, subject.kernel.name, subject.lane, tuple(runs), planned=len(keys))
     click.echo(str(report))
-    _say_how_to_replay(report, subject)
+    _say_how_to_replay(report, subject, options)
     if expected_reason is not None:
         log.expected(subject, expected_reason, fixed=report.ok)
         state = "FIXED, take it off the list" if report.ok else "failed as expected"
@@ -203,7 +205,7 @@ def _progress(subject: Subject, runs: list[Judged], total: int) -> None:
     click.echo(f"\r\033[K{text[:79]}", nl=False, err=True)
 
 
-def _say_how_to_replay(report: Report, subject: Subject) -> None:
+def _say_how_to_replay(report: Report, subject: Subject, options: dict[str, Any]) -> None:
     from reports.text import replay_command
 
     if not report.findings:
@@ -211,8 +213,8 @@ def _say_how_to_replay(report: Report, subject: Subject) -> None:
     from conformance.session import relative_source
 
     worst = report.findings[0]
-    source = relative_source(subject.kernel)
-    command = replay_command(report.stage, source, report.kernel, str(worst.case), subject.lane, worst.finding.detector)
+    source, detector = relative_source(subject.kernel), worst.finding.detector
+    command = replay_command(report.stage, source, report.kernel, str(worst.case), subject.lane, detector, options)
     if command:
         click.echo(f"again: {command}")
 

@@ -142,7 +142,8 @@ class Standing:
     first: int = 0
     #: The largest share of the allowance that a run which passed used.
     share: float = 0.0
-    #: The first rejected cases of a legal variant, with what was found.
+    #: The first rejected cases of a legal variant, or the one that tells most of a fault that all cases show together; with what
+    #: was found.
     rejections: list[str] = dataclasses.field(default_factory=list)
     #: Why the subject could not be judged, if so.
     error: str = ""
@@ -721,7 +722,8 @@ def _show_together(standing: Standing, judged: Sequence[Judged]) -> bool:
         else:
             finding = one.verdict.findings[0]
             standing.first = standing.trials
-            standing.rejected[OURS] = standing.in_outputs = 1
+            standing.rejected[OURS] = 1
+            standing.in_outputs = 1  # whoever compares outputs had all of these to go by
             standing.detectors = [finding.detector]
             standing.rejections = [f"{one.case} ({one.check}): {finding.detector}: {finding.message}"]
     return standing.first > 0

@@ -40,10 +40,11 @@ SPREAD_SLACK = 1.1
 #: A known mistake is believed where the errors along its signature exceed 5.5 standard deviations, and half of what it adds.
 SIGNATURE_SIGMAS = 5.5
 SIGNATURE_PART = 0.5
-#: The same of all cases together. A kernel that rounds elsewhere than a signature takes for granted adds less than that says;
-#: what legal kernels add in common is a tenth of it at most, which tells in long runs (``benchmarks/constants.md``).
+#: The same of all cases together. A kernel that rounds elsewhere than a signature takes for granted adds less than that says,
+#: two thirds at least of what was tried. What legal kernels do in all cases alike, such as where their ties go, does not average
+#: out: in long runs the part alone tells it from a mistake (``benchmarks/constants.md``).
 POOLED_SIGMAS = 5.5
-POOLED_PART = 0.2
+POOLED_PART = 0.35
 #: Elements of all inputs up to which signatures are made, twice what ``tiny`` has in its largest cases. Some 45 evaluations
 #: of the reference and as many gradients take half a minute there, and would take a real layer many.
 MOST_INPUTS = 10_000_000
@@ -93,15 +94,15 @@ class Oracle:
 
     def independent_in_row(self, argument: str, profile: Profile, row: int) -> float:
         """The same of one judged row, counted more exactly."""
-        return self._sensitive(profile).of_one(argument, row, slice(None))
+        return self._sensitive(profile).of_one(argument, row, slice(None), SPREAD_SIGMAS)
 
     def independent_in_all_rows(self, argument: str, profile: Profile, columns: slice) -> float:
         """The same of some columns of all judged rows: those of one token share errors from layer to layer."""
-        return self._sensitive(profile).of_one(argument, None, columns)
+        return self._sensitive(profile).of_one(argument, None, columns, SPREAD_SIGMAS)
 
     def independent_in_tile(self, argument: str, profile: Profile, row: int, columns: slice) -> float:
         """The same of some columns of one judged row: a few roundings may steer a tile that do little to the rest of its row."""
-        return self._sensitive(profile).of_one(argument, row, columns)
+        return self._sensitive(profile).of_one(argument, row, columns, SPREAD_SIGMAS)
 
     def element_variance(self, argument: str, profile: Profile, row: int, column: int) -> float:
         """The variance of one judged element's error, from each rounding's own effect on it."""
@@ -112,10 +113,6 @@ class Oracle:
         if self._filters is None:
             self._filters = filters(self.case, self.bounds(profile), self._sensitive(profile))
         return self._filters
-
-    def deviation_along(self, weights: dict[str, torch.Tensor], profile: Profile) -> float:
-        """The deviation of a weighted sum of the errors of all judged rows."""
-        return math.sqrt(self._sensitive(profile).along(weights))
 
     def _sensitive(self, profile: Profile) -> Sensitivity:
         # One for all profiles of a composite stage: they differ in where a norm's division stands, not in what is rounded.
@@ -182,25 +179,27 @@ def judge_without_outputs(outcome: Outcome) -> Verdict:
 def judge_together(runs: Sequence[Mapping[str, Along]]) -> tuple[Verdict, int]:
     """Judge what the errors of several cases have in common, of each how far they lie along the signature of each mistake.
 
-    Each case counts by what the mistake adds to it (a matched filter over cases). Returns the verdict and the number of the case
-    that speaks for it most.
+    Each case counts by what the mistake adds to it (a matched filter over cases), and none decides by itself: the one that speaks
+    for the mistake most is left out. Returns the verdict and the number of that case.
     """
     verdict, telling = Verdict(), 0
     for mistake in dict.fromkeys(mistake for run in runs for mistake in run):
-        numbers = [number for number, run in enumerate(runs) if mistake in run]
-        known = [runs[number][mistake] for number in numbers]
-        amount, expected = sum(one.sigmas * one.expected for one in known), sum(one.expected**2 for one in known)
-        if len(known) < 2 or not expected:
+        known = {number: run[mistake] for number, run in enumerate(runs) if mistake in run}
+        most = max(known, key=lambda number: known[number].sigmas * known[number].expected)
+        others = [one for number, one in known.items() if number != most]
+        expected = sum(one.expected**2 for one in others)
+        if len(others) < 2 or not 0 < expected < math.inf:
             continue
+        amount = sum(one.sigmas * one.expected for one in others)
         sigmas, part = amount / math.sqrt(expected), amount / expected
         share = min(sigmas / POOLED_SIGMAS, part / POOLED_PART)
-        if share <= (verdict.share or 0.0):
+        if not share > (verdict.share or 0.0):
             continue
-        telling = max(numbers, key=lambda number: runs[number][mistake].sigmas * runs[number][mistake].expected)
+        telling = most
         message = (
             f"the errors of {len(known)} cases are together those of a kernel where {mistake}: {part:.2g} times what that adds, "
-            f"and {sigmas:.3g} standard deviations of what correct roundings add that way (at most {POOLED_SIGMAS:g}); no case "
-            "shows it by itself"
+            f"and {sigmas:.3g} standard deviations of what correct roundings add that way (at most {POOLED_SIGMAS:g}), without "
+            "the case that shows it most; no case shows it by itself"
         )
         verdict = Verdict((Finding("pooled_signature", message, share=share),) if share > 1 else (), share)
     return verdict, telling
@@ -453,14 +452,10 @@ def _known_mistake(case: Case, outcome: Outcome, oracle: Oracle, profile: Profil
         errors[name] = torch.where(torch.isfinite(error), error, 0.0)
     worst: tuple[float, float, Filter] | None = None
     for one in oracle.filters(profile):
-        along = sum(float((errors[name] * _matrix(weight)).sum()) for name, weight in one.weights.items())
-        sigmas, part = along / one.deviation, along / one.expected
-        result.along[one.mistake] = Along(sigmas, one.expected / one.deviation)
-        if part <= SIGNATURE_PART or sigmas <= max(SIGNATURE_SIGMAS, worst[0] if worst else 0.0):
-            continue
-        # The filter's own deviation takes sequences as independent, which they are not where they are rounded alike.
-        sigmas *= one.deviation / max(one.deviation, oracle.deviation_along(one.weights, profile))
-        if sigmas > max(SIGNATURE_SIGMAS, worst[0] if worst else 0.0):
+        sigmas = sum(float((errors[name] * _matrix(weight)).sum()) for name, weight in one.weights.items())
+        part = sigmas / one.expected
+        result.along[one.mistake] = Along(sigmas, one.expected)
+        if part > SIGNATURE_PART and sigmas > max(SIGNATURE_SIGMAS, worst[0] if worst else 0.0):
             worst = sigmas, part, one
     if worst is None:
         return

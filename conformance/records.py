@@ -38,7 +38,8 @@ class Record:
     #: The preset's name, and the file the kernel is from, relative to where the run began.
     preset: str = ""
     source: str = ""
-    #: What was checked: ``example``, ``repeat``, ``permuted_rows``, ``lone_row``, ``all_passes`` or ``compile``.
+    #: What was checked: ``example``, ``repeat``, ``permuted_rows``, ``lone_row``, ``all_passes``, ``compile``,
+    #: or ``pooled``: all cases together, of which ``case`` is the one that tells most.
     check: str = ""
     case: str = ""
     status: str = ""  # "passed" or "failed" for a case; the lane's status otherwise

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 BF16 = torch.bfloat16
 #: Random directions from which the correlation of a row's errors is estimated: 28 pairs, so to about a quarter.
 PROBES = 8
-#: The same for one row, or one tile of it, that is looked at by itself: 120 pairs, so to about an eighth.
-PROBES_OF_ONE = 16
+#: The same for an area that is looked at by itself: 496 pairs, so to about a sixteenth. One of no more elements than
+#: ``TOGETHER``, as a tile is, has the gradient of each of them instead.
+PROBES_OF_ONE = 32
 #: Weighted sums whose gradients are taken at a time.
 TOGETHER = 16
 
@@ -44,14 +46,17 @@ class Sensitivity:
         self._deviations = [rounding_variance(spacing(site.double(), BF16)).sqrt() for _, site, _ in arithmetic.sites]
         self._of_rows: dict[str, torch.Tensor] = {}
         self._of_elements: dict[tuple[str, int, int], float] = {}
-        self._of_ones: dict[tuple[str, int | None, int | None, int | None], float] = {}
+        self._of_ones: dict[tuple[str, int | None, int | None, int | None, float], float] = {}
 
-    def _scaled(self, name: str) -> torch.Tensor:
-        """The judged rows of an output, each element over its deviation: differentiable by the roundings."""
+    def _judged(self, name: str) -> torch.Tensor:
+        """The judged rows of an output, differentiable by the roundings."""
+        rows = self._bounds[name].rows
+        return self._results[name] if rows is None else self._results[name][rows]
+
+    def _scale(self, name: str) -> torch.Tensor:
+        """One over the deviation of each of their elements."""
         estimate = self._bounds[name]
-        value = self._results[name] if estimate.rows is None else self._results[name][estimate.rows]
-        ulp = spacing(estimate.value, BF16)
-        return value * (1 / (estimate.variance + rounding_variance(ulp)).sqrt()).float()
+        return 1 / (estimate.variance + rounding_variance(spacing(estimate.value, BF16))).sqrt()
 
     def _probed(self, part: torch.Tensor, signs: torch.Generator) -> list[torch.Tensor | None]:
         """The effect of each site's roundings on a sum of a part's elements with random signs."""
@@ -66,9 +71,7 @@ class Sensitivity:
         """The variance of an element's error, to first order."""
         place = name, row, column
         if place not in self._of_elements:
-            rows = self._bounds[name].rows
-            value = self._results[name] if rows is None else self._results[name][rows]
-            gradients = torch.autograd.grad(value[row, column], self._zeros, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(self._judged(name)[row, column], self._zeros, retain_graph=True, allow_unused=True)
             self._of_elements[place] = sum(
                 float((gradient.double() * deviation).square().sum())
                 for gradient, deviation in zip(gradients, self._deviations, strict=True)
@@ -76,22 +79,22 @@ class Sensitivity:
             )
         return self._of_elements[place]
 
-    def _effects(self, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def _effects(self, weights: Mapping[str, torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """What one deviation away from zero at each value of each site adds to weighted sums of all outputs' judged rows.
 
-        ``weights`` has K for every element, ``[K, rows, columns]``; the effects on the K sums are ``[K, values]``.
+        ``weights`` has K for every element, ``[K, rows, columns]``. Yields the effects on the first ``TOGETHER`` of the K sums,
+        ``[.., values]`` of each site, then on the next.
         """
-        judged = [
-            self._results[name] if (rows := self._bounds[name].rows) is None else self._results[name][rows] for name in weights
-        ]
+        judged = [self._judged(name) for name in weights]
 
         # The graph is of many small operators: several sums at a time take little longer than one.
         def gradients(each: list[torch.Tensor]) -> list[torch.Tensor]:
             found = torch.autograd.grad(judged, self._zeros, each, retain_graph=True, materialize_grads=True)
             return [(gradient * outwards).flatten() for gradient, outwards in zip(found, self._outwards, strict=True)]
 
-        effects: list[torch.Tensor] = torch.func.vmap(gradients)([weight.float() for weight in weights.values()])
-        return effects
+        several = torch.func.vmap(gradients)
+        for some in zip(*(torch.split(weight.float(), TOGETHER) for weight in weights.values()), strict=True):
+            yield several(list(some))
 
     @functools.cached_property
     def _outwards(self) -> list[torch.Tensor]:
@@ -104,14 +107,17 @@ class Sensitivity:
         magnitudes = (value.abs().contiguous().view(torch.int32) >> 11 for value in self._values)
         return [torch.unique(magnitude.flatten(), return_inverse=True)[1] for magnitude in magnitudes]
 
-    def along(self, weights: Mapping[str, torch.Tensor]) -> float:
-        """The variance of a weighted sum of the errors of all outputs' judged rows, to first order."""
-        variance = 0.0
-        only = self._effects({name: weight.unsqueeze(0) for name, weight in weights.items()})
-        for (effect,), alike in zip(only, self._alike, strict=True):
-            together = torch.zeros(int(alike.max()) + 1, dtype=torch.float64).scatter_add_(0, alike, effect.double())
-            variance += float(together.square().sum())
-        return variance
+    def along(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The variances of K weighted sums of the errors of all outputs' judged rows, to first order."""
+        return torch.cat([sum((part.square().sum(1) for part in parts), torch.zeros(())) for parts in self._of_alike(weights)])
+
+    def _of_alike(self, weights: Mapping[str, torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """The effects of the values of each site, float64; of those that are rounded alike as one."""
+        for effects in self._effects(weights):
+            yield [
+                torch.zeros(len(effect), int(alike.max()) + 1, dtype=torch.float64).index_add_(1, alike, effect.double())
+                for effect, alike in zip(effects, self._alike, strict=True)
+            ]
 
     def covariances(self, directions: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Of K weighted sums of errors, ``[B, K, K]``: each sequence by itself, as if none shared a rounding with another.
@@ -131,13 +137,13 @@ class Sensitivity:
             width += len(found)
         sorted_order, columns = torch.cat(order).sort(stable=True)
         starts = torch.searchsorted(sorted_order, torch.arange(self._case.dims.B + 1)).tolist()
-        effects = torch.empty(len(next(iter(directions.values()))), width)
-        for start in range(0, len(effects), TOGETHER):
-            some = {name: direction[start : start + TOGETHER] for name, direction in directions.items()}
-            together = torch.zeros(len(effects[start : start + TOGETHER]), width)
-            for effect, place in zip(self._effects(some), places, strict=True):
+        summed = []
+        for some in self._effects(directions):
+            together = torch.zeros(len(some[0]), width)
+            for effect, place in zip(some, places, strict=True):
                 together.index_add_(1, place, effect)
-            effects[start : start + TOGETHER] = together[:, columns]
+            summed.append(together[:, columns])
+        effects = torch.cat(summed)
         parts = (effects[:, low:high].double() for low, high in itertools.pairwise(starts))
         return torch.stack([part @ part.T for part in parts])
 
@@ -170,7 +176,7 @@ class Sensitivity:
         rounds = [torch.nonzero(_place_in_sequence(sequences) == place).flatten() for place in range(len(sequences))]
         # Rows stand by layer, token and head, as in a cache.
         heads = 1 if self._bounds[name].rows is None else case.dims.NKV
-        scaled = self._scaled(name)
+        scaled = self._judged(name) * self._scale(name).float()
         scaled = scaled.reshape(-1, len(sequences), heads, scaled.shape[-1])
         counts = torch.empty(scaled.shape[:3], dtype=torch.float64)
         for layer, head, tokens in itertools.product(range(scaled.shape[0]), range(heads), filter(len, rounds)):
@@ -188,28 +194,69 @@ class Sensitivity:
                             part.append(effect.reshape(len(sequences), -1)[sequences == b].flatten())
                 probes.append({b: torch.cat(part) for b, part in parts.items()})
             for token in tokens.tolist():
-                counts[layer, token, head] = _independent([probe[int(sequences[token])] for probe in probes])
+                effects = torch.stack([probe[int(sequences[token])] for probe in probes])
+                second, _ = _estimated_moments(effects @ effects.T)
+                counts[layer, token, head] = 1 / max(second, 1e-300)
         self._of_rows[name] = counts.flatten().clamp_min(1)
         return self._of_rows[name]
 
-    def of_one(self, name: str, row: int | None, columns: slice) -> float:
-        """For some columns of one judged row, or of all."""
-        place = name, row, columns.start, columns.stop
+    def of_one(self, name: str, row: int | None, columns: slice, sigmas: float) -> float:
+        """For some columns of one judged row, or of all: whose mean square reaches as far, at ``sigmas`` standard deviations.
+
+        One rounding may hold a good part of all variance: the mean square has a longer tail then than its variance tells.
+        """
+        place = name, row, columns.start, columns.stop, sigmas
         if place not in self._of_ones:
-            signs = torch.Generator().manual_seed(row or 0)
-            part = self._scaled(name)[slice(None) if row is None else row, columns]
-            effects = [[one.flatten() for one in self._probed(part, signs) if one is not None] for _ in range(PROBES_OF_ONE)]
-            self._of_ones[place] = max(1.0, float(_independent([torch.cat(each) for each in effects])))
+            scale = self._scale(name)
+            part = torch.zeros(scale.shape, dtype=torch.bool)
+            part[slice(None) if row is None else row, columns] = True
+            count = int(part.sum())
+            if exact := count <= TOGETHER:
+                directions = torch.eye(count)
+            else:
+                signs = torch.Generator().manual_seed(row or 0)
+                directions = torch.randint(0, 2, (PROBES_OF_ONE, count), generator=signs) * 2.0 - 1.0
+            weights = torch.zeros(len(directions), *scale.shape)
+            weights[:, part] = directions * scale[part].float()
+            of_sites = zip(*self._of_alike({name: weights}), strict=True)
+            products = sum((effect @ effect.T for effect in map(torch.cat, of_sites)), torch.zeros(()))
+            self._of_ones[place] = max(1.0, _as_far(*(_moments if exact else _estimated_moments)(products), sigmas))
         return self._of_ones[place]
 
 
-def _independent(probes: list[torch.Tensor]) -> torch.Tensor:
-    """``trace(C)**2 / trace(C**2)`` from the effects of the roundings on sums with random signs."""
-    effects = torch.stack(probes)
-    products = effects @ effects.T
-    pairs = products[~torch.eye(len(probes), dtype=torch.bool)]
-    estimate: torch.Tensor = products.diagonal().mean() ** 2 / (pairs**2).mean().clamp_min(1e-300)
-    return estimate
+def _moments(covariance: torch.Tensor) -> tuple[float, float]:
+    """Sums of the squares and of the cubes of the eigenvalues, as parts of their sum."""
+    parts = covariance / covariance.trace().clamp_min(1e-300)
+    square = parts @ parts
+    return float(square.trace()), float((square * parts).sum())
+
+
+def _estimated_moments(products: torch.Tensor) -> tuple[float, float]:
+    """The same from the products of probes' effects: pairs and triples of different ones."""
+    count, size = len(products), products.diagonal().mean().clamp_min(1e-300)
+    pairs = (products - products.diagonal().diag()) / size
+    second = float((pairs**2).sum()) / (count * (count - 1))
+    third = float((pairs @ pairs * pairs).sum()) / (count * (count - 1) * (count - 2))
+    return second, min(max(third, second**2), second**1.5)  # what a sum of positive parts can have
+
+
+def _as_far(second: float, third: float, sigmas: float) -> float:
+    """How many equal independent errors have a mean square that reaches as far, at ``sigmas`` deviations, as errors of these
+    moments: those of a shifted chi-square of the same variance and skewness (Pearson), its quantiles by Wilson and Hilferty."""
+    if second <= 0 or third <= 0:
+        return math.inf
+    count = second**3 / third**2
+    reach = 1 + math.sqrt(second * count) * (_chi_square(count, sigmas) - 1)
+    # Wilson and Hilferty's formula, solved for the count.
+    rise = reach ** (1 / 3) - 1
+    root = (sigmas - math.sqrt(max(sigmas**2 - 4 * rise, 0.0))) / 2
+    return 2 / (9 * root**2)
+
+
+def _chi_square(count: float, sigmas: float) -> float:
+    """A quantile of the mean of ``count`` squares of independent errors."""
+    variance = 2 / (9 * count)
+    return (1 - variance + sigmas * math.sqrt(variance)) ** 3
 
 
 def _place_in_sequence(sequences: torch.Tensor) -> torch.Tensor:

@@ -71,8 +71,9 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
         truncated = shifts(results(case.inputs, case.dims, Truncating(name)))
         yield Signature(f"{name} is truncated instead of rounded, or smaller by as much", truncated, larger)
         if tie_prone:
-            away = shifts(results(case.inputs, case.dims, Disturbed(name, after_all.ties[name])))
-            yield Signature(f"{name} is rounded with ties away from zero", away, is_legal=True)
+            for where, ties in (("", after_all.ties[name]), (", wherever they fall", after_all.even_ties[name])):
+                away = shifts(results(case.inputs, case.dims, Disturbed(name, ties)))
+                yield Signature(f"{name} is rounded with ties away from zero{where}", away, is_legal=True)
     for name, errors in sites.errors.items():
         yield Signature(f"{name} is rounded to bf16", shifts(results(case.inputs, case.dims, Disturbed(name, errors))))
         others = after_all.errors[name]
@@ -91,17 +92,19 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
 def _unlike(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     """Whether rounding errors of the same places have so little in common that one cannot stand for the other."""
     one, other = (torch.cat([part.flatten() for part in parts]) for parts in (some, others))
+    if not bool(one.any()):
+        return bool(other.any())
     return float(one @ other) < ALIKE * float(one.norm() * other.norm())
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-    """A weighted sum of all errors that shows one mistake: its size in a mistaken kernel, and its deviation in correct ones."""
+    """A weighted sum of all errors that shows one mistake: one standard deviation in correct kernels, ``expected`` in a mistaken
+    one."""
 
     mistake: str
     weights: dict[str, torch.Tensor]
     expected: float
-    deviation: float
 
 
 def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) -> list[Filter]:
@@ -109,8 +112,8 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
 
     The best weights for a shift s in noise of covariance C are ``inverse(C) s``. C has a row for every element of every output:
     the weights are sought among combinations of the signatures, each over the variance of the elements, and different for each
-    sequence. ``benchmarks/signatures.py`` compares them with the best. What is legal is not among them: it is one sample of where
-    ties fall, and a filter could be made blind to that one alone.
+    sequence. ``benchmarks/signatures.py`` compares them with the best. What is legal is not among them: a filter could be made
+    blind to where ties fall in one kernel, and see those of another.
     """
     found = list(signatures(case, {name: estimate.rows for name, estimate in bounds.items()}))
     found.sort(key=lambda one: one.is_legal)
@@ -137,17 +140,28 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
         for mistake, sign in ((signature.mistake, 1), (signature.opposite, -1)):
             if mistake is None or not shows:
                 continue
-            part, expected, variance = _combination(covariances, sign * response, legal)
+            part, variance, of_legal = _combination(covariances, sign * response, legal)
             weights = {name: torch.einsum("rk,krc->rc", part[owner], directions[name]) for name, owner in owners.items()}
-            if 0 < variance < math.inf:
-                results.append(Filter(mistake, weights, expected, math.sqrt(variance)))
-    return results
+            results.append((mistake, weights, float((part * sign * response).sum()), variance, of_legal))
+    # The covariances take sequences as independent, which they are not where they are rounded alike.
+    exact = sensitivity.along({name: torch.stack([weights[name] for _, weights, *_ in results]) for name in bounds})
+    deviations = [
+        math.sqrt(max(variance, least) + of_legal)
+        for (*_, variance, of_legal), least in zip(results, exact.tolist(), strict=True)
+    ]
+    # Of many cases these are most of what is kept.
+    return [
+        Filter(mistake, {name: (weight / deviation).float() for name, weight in weights.items()}, expected / deviation)
+        for (mistake, weights, expected, *_), deviation in zip(results, deviations, strict=True)
+        if 0 < deviation < math.inf
+    ]
 
 
 def _combination(
     covariances: torch.Tensor, response: torch.Tensor, legal: list[torch.Tensor]
 ) -> tuple[torch.Tensor, float, float]:
-    """The best weights of K directions for each sequence, ``[B, K]``; what they make of the mistake, and their variance.
+    """The best weights of K directions for each sequence, ``[B, K]``; the variance of what they sum in correct kernels, and what
+    is left in it of what is legal, squared.
 
     ``covariances [B, K, K]`` are those of the directions in correct kernels, ``response [B, K]`` is what each makes of the
     mistake, ``legal`` what it makes of something that a correct kernel does or not, in all sequences alike: where that looks like
@@ -165,8 +179,7 @@ def _combination(
             break
         doubtful += more
     variance = float((part.unsqueeze(1) @ covariances @ part.unsqueeze(2)).sum())
-    variance += sum(float((part * one).sum()) ** 2 for one in doubtful)
-    return part, float((part * response).sum()), variance
+    return part, variance, sum(float((part * one).sum()) ** 2 for one in doubtful)
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:

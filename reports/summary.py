@@ -553,6 +553,7 @@ def _faults(log: Log, expected: set[_Key], machine_of: Mapping[str, str]) -> lis
             message = _alike(first.message) if first and first.detector in _TOLD_APART_BY_MESSAGE else ""
             groups.setdefault((row, *identity, message, key in expected), []).append((record, first))
 
+    options_of = {record.process: _options(record) for record in log.of("start")}
     faults = []
     for group in groups.values():
         # The first of the equally bad ones, so that the same records always give the same example.
@@ -579,7 +580,13 @@ def _faults(log: Log, expected: set[_Key], machine_of: Mapping[str, str]) -> lis
                 example_preset=str(record.preset),
                 example_check=str(record.check),
                 replay=text.replay_command(
-                    row.stage, str(record.source), row.kernel, str(record.case), row.lane, first.detector if first else ""
+                    row.stage,
+                    str(record.source),
+                    row.kernel,
+                    str(record.case),
+                    row.lane,
+                    first.detector if first else "",
+                    options_of.get(record.process, {}),
                 ),
                 also=tuple((name, also[name]) for name in DETECTORS if name in also),
                 machines=_distinct(machine_of.get(other.process, "") for other, _ in group),
@@ -588,6 +595,11 @@ def _faults(log: Log, expected: set[_Key], machine_of: Mapping[str, str]) -> lis
         )
     order = {name: place for place, name in enumerate(DETECTORS)}
     return sorted(faults, key=lambda fault: (order.get(fault.detector, len(order)), -fault.magnitude, -fault.failed_cases))
+
+
+def _options(start: Record) -> Mapping[str, object]:
+    options = start.details.get("options") if isinstance(start.details, Mapping) else None
+    return options if isinstance(options, Mapping) else {}
 
 
 def _alike(message: object) -> str:

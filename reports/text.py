@@ -6,7 +6,9 @@ import datetime
 import math
 import re
 import shlex
+import types
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 # What XML 1.0 forbids, what a terminal would obey (escape sequences), and what reverses the text around it (bidi overrides).
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
@@ -128,10 +130,20 @@ def _dims_of(case: str) -> str:
     return ",".join([f"preset={preset}", *filter(None, model)])
 
 
-def replay_command(stage: str, source: str, kernel: str, case: str, lane: str = "", detector: str = "") -> str | None:
+def replay_command(
+    stage: str,
+    source: str,
+    kernel: str,
+    case: str,
+    lane: str = "",
+    detector: str = "",
+    options: Mapping[str, Any] = types.MappingProxyType({}),
+) -> str | None:
     """The command that runs one case again, quoted for a POSIX shell; ``None`` if the record does not say enough.
-
     ``None`` also for a text that cannot be shown as it is: a command that has to be altered to be shown replays something else.
+
+    What only all cases show together takes the whole check again: with the ``dims``, ``examples`` and ``seed`` of ``options``,
+    which are those of a run as it recorded them, or else with those that a check has by itself.
     """
     if not (stage and source and kernel):
         return None
@@ -141,8 +153,9 @@ def replay_command(stage: str, source: str, kernel: str, case: str, lane: str = 
     if detector == "compiler_pass" or (detector == "unwritten_read" and lane not in _LANES_TO_NAME):
         # The interpreter's lane looks at the compiled graph where it compares all passes.
         words += ["--all-passes"]
-    if detector in ("capability", "pooled_signature"):
-        # What several runs show together, only the whole check shows again.
+    if detector == "pooled_signature" and "dims" in options:
+        words += [f"--{name}={options[name]}" for name in ("dims", "examples", "seed") if name in options]
+    elif detector in ("capability", "pooled_signature"):
         words += ["--dims", _dims_of(case)] if case.count(":") >= 2 else []
     elif case:
         words += ["--case", case]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import conformance
+from conformance import sensitivity
 from conformance.arithmetic import CONTRACT, Arithmetic
 from conformance.bounds import Bounds, Correlation, Profile
 from conformance.buffers import GUARD_ALIGNMENT, GUARD_BYTES, Guarded, bits, poison, poisoned, same_bits
@@ -1252,11 +1253,16 @@ def independent(effects: torch.Tensor, deviations: torch.Tensor | None = None, r
     variance = torch.zeros_like(value) if deviations is None else (deviations**2).expand_as(value).clone()
 
     def reference(arithmetic: Arithmetic) -> torch.Tensor:
-        return arithmetic.round(torch.ones(rows, len(effects))) @ effects.float()
+        return arithmetic.round(rounded_each_its_own_way(rows, len(effects))) @ effects.float()
 
     case = made_up(value, variance, composite=True, reference=reference)
     oracle = Oracle(case)
     return oracle.independent_errors("out", case.stage.profiles[0]), oracle
+
+
+def rounded_each_its_own_way(rows: int, columns: int) -> torch.Tensor:
+    """Values of one exponent, no two alike."""
+    return (1 + torch.arange(rows * columns) / (rows * columns)).view(rows, columns)
 
 
 def in_groups(size: int, columns: int = 64) -> torch.Tensor:
@@ -1292,7 +1298,7 @@ def test_columns_of_all_rows_hold_the_errors_of_each_or_the_same_ones(shared: bo
     value = torch.full((8, 64), 1.5, dtype=torch.float64)
 
     def reference(arithmetic: Arithmetic) -> torch.Tensor:
-        return (arithmetic.round(torch.ones(1 if shared else 8, 16)) @ in_groups(4)).expand(8, 64)
+        return (arithmetic.round(rounded_each_its_own_way(1 if shared else 8, 16)) @ in_groups(4)).expand(8, 64)
 
     case = made_up(value, torch.zeros_like(value), composite=True, reference=reference)
     oracle, profile = Oracle(case), case.stage.profiles[0]
@@ -1307,7 +1313,7 @@ def test_whatever_is_asked_first_is_counted(rows: list[int] | None) -> None:
     effects = torch.stack([torch.cat([in_groups(size), torch.zeros(64 - 64 // size, 64)]) for size in (1, 4, 16, 64)])
 
     def reference(arithmetic: Arithmetic) -> torch.Tensor:
-        found = torch.einsum("rk,rkc->rc", arithmetic.round(torch.ones(4, 64)), effects)
+        found = torch.einsum("rk,rkc->rc", arithmetic.round(rounded_each_its_own_way(4, 64)), effects)
         return found if rows is None else found[rows]
 
     case = made_up(value, torch.zeros_like(value), composite=True, reference=reference)
@@ -1317,10 +1323,47 @@ def test_whatever_is_asked_first_is_counted(rows: list[int] | None) -> None:
         assert Oracle(case).independent_in_row("out", profile, row) == pytest.approx(count, rel=0.4)
         tile = Oracle(case).independent_in_tile("out", profile, row, slice(16, 32))
         assert tile == pytest.approx(max(1, count // 4), rel=0.4)
-        # Every rounding of ones moves a column of its row by one of its steps.
+        # Every rounding of a value from one to two moves a column of its row by one of its steps.
         assert Oracle(case).element_variance("out", profile, row, 5) == pytest.approx(2.0**-14 / 12, rel=1e-5)
     assert Oracle(case).independent_in_all_rows("out", profile, slice(0, 64)) > 5
     assert close_to(Oracle(case).independent_errors("out", profile), [64, 16, 4, 1])
+
+
+def test_values_that_are_rounded_alike_are_one_error() -> None:
+    value = torch.full((4, 64), 1.5, dtype=torch.float64)
+    alike = made_up(
+        value, torch.zeros_like(value), composite=True, reference=lambda arithmetic: arithmetic.round(torch.ones(4, 64))
+    )
+    oracle, profile = Oracle(alike), alike.stage.profiles[0]
+    assert oracle.independent_in_tile("out", profile, 1, slice(16, 32)) == pytest.approx(1)
+    assert oracle.independent_in_all_rows("out", profile, slice(0, 64)) < 1.2
+
+
+def test_one_rounding_with_much_of_all_variance_makes_a_longer_tail_than_as_many_equal_ones() -> None:
+    """Sixteen columns that one rounding moves by half of what they vary, and sixteen by one each."""
+    effects = torch.cat([torch.eye(16), torch.ones(1, 16)])
+    value = torch.full((1, 16), 1.5, dtype=torch.float64)
+
+    def reference(arithmetic: Arithmetic) -> torch.Tensor:
+        return arithmetic.round(rounded_each_its_own_way(1, 17)) @ effects
+
+    case = made_up(value, torch.zeros_like(value), composite=True, reference=reference)
+    found = Oracle(case).independent_in_tile("out", case.stage.profiles[0], 0, slice(0, 16))
+    # Parts of the variance: 17 / 32 of the one that all share, and 1 / 32 fifteen times over.
+    parts = torch.tensor([17 / 32, *[1 / 32] * 15], dtype=torch.float64)
+    assert found < 0.9 / float(parts.square().sum())
+    # As many samples of the mean square lie beyond its limit as of a Gaussian beyond so many deviations, or fewer.
+    drawn = torch.randn(2_000_000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64).square() @ parts
+    for sigmas in (2.5, 3.5, 4.0):
+        counted = sensitivity._as_far(float(parts.square().sum()), float((parts**3).sum()), sigmas)
+        limit = sensitivity._chi_square(counted, sigmas)
+        assert float((drawn > limit).double().mean()) < 1.5 * 0.5 * math.erfc(sigmas / math.sqrt(2))
+        assert float((drawn > 0.85 * limit).double().mean()) > 0.5 * math.erfc(sigmas / math.sqrt(2))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7.5, 100])
+def test_equal_errors_reach_as_far_as_so_many_of_them(count: float) -> None:
+    assert sensitivity._as_far(1 / count, 1 / count**2, 5.5) == pytest.approx(count)
 
 
 def test_the_rows_of_every_layer_are_counted() -> None:

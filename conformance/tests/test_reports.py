@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import html.parser
 import itertools
 import math
@@ -293,12 +294,21 @@ def test_replay_command_looks_at_the_compiled_graph_where_that_was_found(tmp_pat
     assert ("--all-passes" in fault.replay) == (lane == "interpret")
 
 
-def test_replay_command_runs_the_whole_check_for_what_no_case_shows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"profile": "ci"}, "--dims preset=tiny"),
+        ({"dims": "L=8,B=3", "examples": 35, "seed": 7, "case": ""}, "--dims=L=8,B=3 --examples=35 --seed=7"),
+    ],
+)
+def test_replay_command_runs_the_whole_check_for_what_no_case_shows(tmp_path: Path, options: dict, expected: str) -> None:  # type: ignore[type-arg]
     found = Finding("pooled_signature", "the errors of 50 cases are together those of a kernel where v is truncated", share=1.4)
-    (fault,) = run_of(tmp_path, case("rope", findings=[found], check="pooled", case="rope:tiny:B=3:unit:0")).faults
-    assert fault.replay == "conformance check rope kernels/qwen3/rope.py:rope --dims preset=tiny"
+    pooled = case("rope", findings=[found], check="pooled", case="rope:tiny:B=3:unit:0")
+    write(tmp_path, [start(options=options), pooled, end()])
+    summary = summary_of(tmp_path)
+    assert summary.faults[0].replay == f"conformance check rope kernels/qwen3/rope.py:rope {expected}"
     for render in RENDERERS.values():
-        assert "pooled" in render(run_of(tmp_path / "again", case("rope", findings=[found], check="pooled")))
+        assert expected in html.unescape(render(summary))
 
 
 def test_command_in_the_terminal_can_be_pasted_although_it_takes_two_lines(tmp_path: Path) -> None:
