@@ -84,7 +84,8 @@ class Effort:
 
     Each pair is the least number and the most: a faulty kernel is judged on further cases until our rule has found it, which the
     other rules see as well, a legal one on the least number. Where ``measures`` is set, a faulty torch kernel is judged until it
-    has had as many cases as its power so far asks for (``trials_for``): the one whose power is poor is measured longest.
+    has had as many cases as its power so far asks for (``trials_for``): the one whose power is poor is measured longest; and a
+    legal one of a layer or chain on the most, since a check judges all its cases together as well.
     The catalogue has a fault or a variant in every stage to which it means something; a ``sample`` has it once among the single
     stages and once among the composite ones, and of the interpreted kernels one in ``INTERPRETED_SAMPLE``.
     """
@@ -102,7 +103,10 @@ class Effort:
         """The least and the largest number of cases that one subject is judged on."""
         if subject.lane != "eager":
             return self.interpreted
-        return self.composite if stage_named(subject.stage).composite else self.single
+        if not stage_named(subject.stage).composite:
+            return self.single
+        least, most = self.composite
+        return (most if subject.legal and self.measures else least), most
 
     def random(self, stage: Stage) -> int:
         """Random legal combinations of a stage, each on a case of its own."""
@@ -114,7 +118,7 @@ EFFORTS: dict[str, Effort] = {
     "quick": Effort("quick", True, False, (12, 50), (9, 18), interpreted=(1, 12), random_single=40, random_composite=8),
     # Of each single stage 10,000 random combinations; of all layers and chains as many legal runs, named variants included.
     # Power of layers is told by 60 cases at most, which is what a check takes: what they show seldom they may miss anyway.
-    "full": Effort("full", False, True, (22, 330), (18, 60), interpreted=(4, 36), random_single=10_000, random_composite=250),
+    "full": Effort("full", False, True, (22, 330), (18, 60), interpreted=(4, 36), random_single=10_000, random_composite=100),
 }
 
 
@@ -527,13 +531,13 @@ def _perform(task: _Task) -> _Result:
     known = {one.id: one for one in catalogue()}
     group = [known[name] for name in task.ids]
     space = Space.of(stage_named(task.stage), dict(group[0].dims))
-    least, most = task.effort.examples(group[0])
-    keys = list(itertools.islice(stratified_keys(space, task.seed), most))
+    least_and_most = [task.effort.examples(one) for one in group]
+    keys = list(itertools.islice(stratified_keys(space, task.seed), max(most for _, most in least_and_most)))
     shelf = [Trial(key) for key in keys]  # what is made for one subject serves the others
     costs: dict[str, Cost] = collections.defaultdict(Cost)
     standings = []
-    for one in group:
-        standings.append(_stand(one, shelf, least, space, costs, measures=task.effort.measures))
+    for one, (least, most) in zip(group, least_and_most, strict=True):
+        standings.append(_stand(one, shelf[:most], least, space, costs, measures=task.effort.measures))
     return _Result(standings, costs)
 
 

@@ -214,6 +214,8 @@ def _examples(exam: Exam) -> str:
     growing = any(least < most for least, most in (effort.single, effort.composite, effort.interpreted))
     reason = "the less often it shows the fault" if effort.measures else "where our rule has not found the fault yet"
     until = f", the more {reason}" if growing else ""
+    if effort.measures and effort.composite[0] < effort.composite[1]:
+        until += f"; legal kernels of layers and chains {effort.composite[1]}, which are judged together as well"
     return (
         f"Examples a kernel: {_pair(effort.single)} of single stages, {_pair(effort.composite)} of layers and chains, "
         f"{_pair(effort.interpreted)} interpreted{until}. Legal choices combined at random: {effort.random_single:,} a single "

@@ -590,6 +590,15 @@ def test_a_rejection_counts_though_the_rest_was_not_judged() -> None:
     assert found.failed
 
 
+def test_a_full_exam_judges_a_legal_layer_on_as_many_cases_as_a_check_puts_together() -> None:
+    effort, known = EFFORTS["full"], {one.id: one for one in exam.catalogue()}
+    least, most = effort.examples(known["decode_layer/hugging_face_half_away"])
+    assert least == most >= stage_named("decode_layer").examples
+    assert effort.examples(known["decode_layer/queries_truncated"]) == effort.composite
+    assert effort.examples(known["rms_norm/half_away"]) == effort.single
+    assert EFFORTS["quick"].examples(known["decode_layer/hugging_face_half_away"]) == EFFORTS["quick"].composite
+
+
 def test_another_seed_draws_other_combinations() -> None:
     from conformance.faults.arithmetic import random_choices
     from conformance.faults.catalogue import random_variant
