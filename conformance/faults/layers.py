@@ -73,6 +73,7 @@ class Step:
         self.chunks = [self._chunk(b, start, count) for b, (start, count) in enumerate(zip(starts, counts, strict=True))]
         self.tokens = [token for chunk in self.chunks for token in chunk]
         self.cache_rows = t["k_cache"].shape[0]
+        self._rows: dict[tuple[int, int, int], list[int]] = {}
 
     def _chunk(self, b: int, start: int, count: int) -> list[Token]:
         m, total = self.m, self.seq_lens[b]
@@ -141,6 +142,12 @@ class Step:
             return ((layer * dims.B + sequence) * dims.NKV + kv_head) * dims.S + position
         index, offset = divmod(position, self.page_size)
         return self._paged_row(layer, self._page(sequence, index), offset, kv_head)
+
+    def rows(self, layer: int, sequence: int, positions: list[int], kv_head: int) -> list[int]:
+        """The same of many positions. Each token of a chunk sees those of the one before: they are worked out once."""
+        known = self._rows.setdefault((layer, sequence, kv_head), [])
+        known += [self.row(layer, sequence, position, kv_head) for position in range(len(known), max(positions) + 1)]
+        return [known[position] for position in positions]
 
     def written_row(self, layer: int, token: Token, kv_head: int) -> int:
         """Where the key and value of a token are written."""
@@ -224,10 +231,12 @@ def attention(m: Maker, q: Tensor, step: Step, layer: int, k_cache: Tensor, v_ca
             first += len(block)
             seen = [set(step.seen(token)) for token in block]
             read = step.read(sequence, sorted(set().union(*seen)))
-            hidden = torch.tensor([[position not in positions for position in read] for positions in seen])
+            hidden = torch.zeros(len(block), len(read), dtype=torch.bool)
+            if any(len(positions) < len(read) for positions in seen):
+                hidden = torch.tensor([[position not in positions for position in read] for positions in seen])
             for kv_head in range(dims.NKV):
                 source = m.at("kv_head", _own_head)(kv_head, dims)
-                rows = [step.row(layer, sequence, position, source) for position in read]
+                rows = step.rows(layer, sequence, read, source)
                 keys, values = m.at("history", _history)(k_cache[rows].float(), v_cache[rows].float())
                 if m.has("keys_as_values"):
                     values = keys
