@@ -346,6 +346,10 @@ class Maker:
             mean = mean[:1].expand_as(mean)
         return self.at("root", self.inverse_root)(mean, eps)
 
+    def eps_of(self, norm: str, dims: Dims) -> float:
+        """Of one of a layer's norms, or of the final one, by name."""
+        return self.at("eps_of", _model_eps)(norm, dims)
+
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """``x[M, n]`` normalised by row, times ``weight[n]``."""
         return self.at("norm", self._norm)(x, weight, eps)
@@ -513,6 +517,10 @@ class Maker:
         weighted = self.cast(x * gamma)
         inverse = torch.ones(1) if self.has("deferred_norm_dropped") else self.inverse_rms(x, eps)
         return [self.matmul(weighted, weight) * inverse for weight in weights]
+
+
+def _model_eps(norm: str, dims: Dims) -> float:
+    return dims.eps
 
 
 def truncated(x: Tensor) -> Tensor:

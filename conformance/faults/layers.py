@@ -277,9 +277,9 @@ def prepared(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q and k normalised by head and rotated, in bf16; v as it is."""
     if not m.has("q_norm_missing"):
-        q = m.heads_normalised(q, weights["q_norm_weight"][0], dims)
+        q = m.heads_normalised(q, weights["q_norm_weight"][0], dims.replace(eps=m.eps_of("q", dims)))
     if not m.has("k_norm_missing"):
-        k = m.heads_normalised(k, weights["k_norm_weight"][0], dims)
+        k = m.heads_normalised(k, weights["k_norm_weight"][0], dims.replace(eps=m.eps_of("k", dims)))
     q, k = (m.rotated(tensor, angles, t["rope_cos"], t["rope_sin"], dims) for tensor in (q, k))
     return m.at("query_cast", m.cast)(q), m.at("key_cast", m.cast)(k), v
 
@@ -290,7 +290,7 @@ def _layer(m: Maker, hidden: Tensor, weights: Arguments, t: Arguments, step: Ste
         hidden,
         weights["input_rms_weight"][0],
         [weights["wq"], weights["wk"], weights["wv"]],
-        dims.eps,
+        m.eps_of("input", dims),
         m.choices.deferred_input_norm or m.has("deferred_norm_dropped"),
     )
     q, k, v = (m.maybe(m.choices.projection, tensor) for tensor in (q, k, v))
@@ -306,7 +306,7 @@ def _layer(m: Maker, hidden: Tensor, weights: Arguments, t: Arguments, step: Ste
         m.at("second_input", _second_input)(residual, hidden),
         weights["post_rms_weight"][0],
         [weights["w_gate"], weights["w_up"]],
-        dims.eps,
+        m.eps_of("post", dims),
         m.choices.deferred_post_norm,
     )
     residual = hidden if m.has("second_residual_wrong") else residual
@@ -357,7 +357,8 @@ def lm_head(m: Maker, hidden: Tensor, gamma: Tensor, weight: Tensor, dims: Dims)
     if m.has("final_norm_missing"):
         logits = m.matmul(m.cast(hidden), transposed)
     else:
-        (logits,) = m.normalised_projections(hidden, gamma[0], [transposed], dims.eps, m.choices.deferred_final_norm)
+        eps = m.eps_of("final", dims)
+        (logits,) = m.normalised_projections(hidden, gamma[0], [transposed], eps, m.choices.deferred_final_norm)
     if m.has("vocabulary_shifted"):
         logits = logits.roll(1, 1)
     if m.has("half_the_vocabulary_zero"):

@@ -121,6 +121,14 @@ for _name, _eps in (("eps_missing", 0.0), ("eps_1e-8", 1e-8), ("eps_1e-3", 1e-3)
     fault("eps", "value", *NORMS, name=_name, summary=_says)(lambda eps, other=_eps: other)
 
 
+for _norm in ("input", "q", "k", "post", "final"):
+    _of = ("decode_fwd",) if _norm == "final" else LAYERS_OF_EACH_KIND
+    _says = f"eps of the {_norm} norm alone is 1e-5 instead of the model's 1e-6"
+    fault("eps_of", "value", *_of, name=f"eps_1e-5_in_{_norm}_norm", summary=_says)(
+        lambda norm, dims, wrong=_norm: 1e-5 if norm == wrong else dims.eps
+    )
+
+
 @fault("root", "value", *NORMS)
 def eps_outside_the_root(mean: Tensor, eps: float) -> Tensor:
     """Eps is added to the root instead of under it."""

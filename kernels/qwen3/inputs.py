@@ -20,7 +20,7 @@ Inputs = dict[str, Tensor]
 
 REGIMES: dict[str, str] = {
     "normal": "bell-shaped values of unit size",
-    "small": "activations near 1e-3, in a layer wq and wk too: only here does eps matter",
+    "small": "activations near 1e-3, and so in a layer what its norms are given: only here does eps matter",
     "outlier": "2% of the channels 100 times larger: a lost channel or a narrow format shows",
     "cancel": "sums that nearly cancel: a lost or doubled partial sum shows, and accumulation in bf16",
     "constant": "every value of a row equal: errors cannot average out",
@@ -246,9 +246,9 @@ def mlp(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> I
 
 def _layer_weights(dims: Dims, regime: str, source: Source) -> Inputs:
     L, H, D = dims.L, dims.H, dims.D
-    # Attention averages values and so shrinks them; wo makes up for it.
+    # What norms are given is small, before heads and in the residual.
     small = 1e-3 if regime == "small" else 1.0
-    w_gate, w_down = _weight(source, "w_gate", H, dims.I, 1.0, L), _weight(source, "w_down", dims.I, H, 2.0, L)
+    w_gate, w_down = _weight(source, "w_gate", H, dims.I, 1.0, L), _weight(source, "w_down", dims.I, H, 2 * small, L)
     if regime in ("big", "heavy_tail"):
         # Norms keep whatever comes before them small: only the gates can become large, and what follows makes up for it. Beside
         # a residual near 1e5 alone, whose last rounding drowns the branch, a clamped gate would hardly show.
@@ -261,7 +261,8 @@ def _layer_weights(dims: Dims, regime: str, source: Source) -> Inputs:
         "wv": _weight(source, "wv", H, dims.NKV * D, 1.0, L),
         "q_norm_weight": _norm_weight(source, "q_norm_weight", (L, D)),
         "k_norm_weight": _norm_weight(source, "k_norm_weight", (L, D)),
-        "wo": _weight(source, "wo", H, H, 2.0, L),
+        # Attention averages values and so shrinks them; wo makes up for it.
+        "wo": _weight(source, "wo", H, H, 2 * small, L),
         "w_gate": w_gate,
         "w_up": _weight(source, "w_up", H, dims.I, 1.0, L),
         "w_down": w_down,
