@@ -535,7 +535,7 @@ def hard_swish(gate: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.hardswish(gate) * up
 
 
-@fault("activation", "precision", "mlp")
+@fault("activation", "precision", "mlp", *LAYERS_OF_EACH_KIND)
 def sigmoid_in_bf16(gate: Tensor, up: Tensor) -> Tensor:
     """The sigmoid is rounded to bf16."""
     return gate * _rounded(torch.sigmoid(gate), BF16) * up
@@ -977,7 +977,7 @@ def denominator_of_the_first_query(result: Tensor, denominator: Tensor) -> Tenso
     return result / denominator[:1]
 
 
-@fault("quotient", "precision", *ATTENTIONS)
+@fault("quotient", "precision", *ATTENTIONS, *LAYERS_OF_EACH_KIND)
 def denominator_in_bf16(result: Tensor, denominator: Tensor) -> Tensor:
     """The denominator is rounded to bf16."""
     return result / _rounded(denominator, BF16)

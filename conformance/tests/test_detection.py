@@ -145,6 +145,7 @@ FIRST_DETECTOR_OF_LAYERS: dict[str, str] = {
             "root_too_large",
             "inverse_too_large",
             "silu_in_bf16",
+            "sigmoid_in_bf16",
             "bf16_scores",
             *(f"{name}_in_bf16" for name in LAYER_WEIGHTS if name.endswith("rms_weight") or name.endswith("norm_weight")),
             *(name for name in REGISTERED if name.endswith("_rounded_up")),
@@ -152,9 +153,17 @@ FIRST_DETECTOR_OF_LAYERS: dict[str, str] = {
         "signature",
     ),
     "queries_truncated": "pooled_signature",
+    "denominator_in_bf16": "pooled_signature",
 }
 #: Of the single stages' faults those that layers show because the shape of what they add is known.
-SIGNATURES_IN_LAYERS = ("root_in_bf16", "root_too_large", "inverse_too_large", "silu_in_bf16")
+SIGNATURES_IN_LAYERS = (
+    "root_in_bf16",
+    "root_too_large",
+    "inverse_too_large",
+    "silu_in_bf16",
+    "sigmoid_in_bf16",
+    "denominator_in_bf16",
+)
 #: Faults that no case shows so far, and what would.
 UNSEEN: dict[tuple[str, str], str] = {}
 #: Most faults show in the first examples; the others need a batch of one, a length at a page's edge or a regime that comes late.

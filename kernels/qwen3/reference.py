@@ -100,7 +100,9 @@ def attend(q: Tensor, layout: Layout, k_cache: Tensor, v_cache: Tensor, *, dims:
             length = int(layout.length[token])
             grouped = queries[token].reshape(dims.NKV, dims.G, dims.D)
             scores = a.unrounded(grouped @ keys[:, :length].transpose(1, 2) * dims.scale, "scores")  # [NKV, G, length]
-            weights = a.optional(torch.softmax(scores, -1), "probabilities", sequence=b)
+            exponentials = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
+            denominator = a.unrounded(exponentials.sum(-1, keepdim=True), "softmax denominator")
+            weights = a.optional(exponentials / denominator, "probabilities", sequence=b)
             rows[token] = (weights @ values[:, :length]).reshape(dims.H)
     return a.round(torch.stack(rows), "attention")
 
@@ -128,7 +130,8 @@ def mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, dims: Dims, 
     x = a.wide(x)
     gate = a.optional(a.matmul(x, w_gate), "gate")
     up = a.optional(a.matmul(x, w_up), "up")
-    activation = a.round(a.unrounded(torch.nn.functional.silu(gate), "silu") * up, "activation")
+    silu = a.unrounded(gate * a.unrounded(torch.sigmoid(gate), "sigmoid"), "silu")
+    activation = a.round(silu * up, "activation")
     return (a.optional(a.matmul(activation, w_down), "branch"),)
 
 
