@@ -146,6 +146,7 @@ FIRST_DETECTOR_OF_LAYERS: dict[str, str] = {
             "inverse_too_large",
             "silu_in_bf16",
             "sigmoid_in_bf16",
+            "denominator_in_bf16",
             "bf16_scores",
             *(f"{name}_in_bf16" for name in LAYER_WEIGHTS if name.endswith("rms_weight") or name.endswith("norm_weight")),
             *(name for name in REGISTERED if name.endswith("_rounded_up")),
@@ -153,7 +154,6 @@ FIRST_DETECTOR_OF_LAYERS: dict[str, str] = {
         "signature",
     ),
     "queries_truncated": "pooled_signature",
-    "denominator_in_bf16": "pooled_signature",
 }
 #: Of the single stages' faults those that layers show because the shape of what they add is known.
 SIGNATURES_IN_LAYERS = (

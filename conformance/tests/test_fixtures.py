@@ -397,14 +397,14 @@ ATTENTION = {"attention", "paged_attention", *LAYERS}
         ),
         pytest.param(
             reference.attend,
-            'torch.softmax(scores, -1), "probabilities"',
-            'torch.softmax(scores, -1).bfloat16().to(a.dtype), "probabilities"',
+            'exponentials / denominator, "probabilities"',
+            '(exponentials / denominator).bfloat16().to(a.dtype), "probabilities"',
             ATTENTION,
             id="probabilities in bf16",
         ),
         pytest.param(reference.o_proj, "+ a.wide(residual)", "", {"o_proj", *LAYERS}, id="no residual"),
         pytest.param(reference.mlp, "a.round(", "a.unrounded(", {"mlp", *LAYERS}, id="activation not rounded"),
-        pytest.param(reference.mlp, "silu(gate)", 'gelu(gate, approximate="tanh")', {"mlp", *LAYERS}, id="gelu"),
+        pytest.param(reference.mlp, "torch.sigmoid(gate)", "torch.sigmoid(1.702 * gate)", {"mlp", *LAYERS}, id="gelu"),
         pytest.param(reference.layer, 'a.round(v, "v")', "v", LAYERS, id="v not rounded in a layer"),
         pytest.param(
             reference.layer,
