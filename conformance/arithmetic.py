@@ -123,31 +123,35 @@ class Sites(Arithmetic):
     """The contract's arithmetic, with all optional roundings or none, remembering what it comes by.
 
     By name, in the order in which the reference comes by: ``ties`` holds of each rounding, made or optional, what rounding its
-    ties away from zero adds on average, ``even_ties`` the same of as many ties among values of each exponent, wherever they fall
-    in another kernel, and ``errors`` of what must stay fp32 what rounding it to bf16 would add.
+    ties away from zero adds on average, and ``errors`` of what must stay fp32 what rounding it to bf16 would add.
     """
 
     def __init__(self, *, rounds_all: bool) -> None:
         super().__init__(torch.float64, rounds=True)
         self._rounds_all = rounds_all
         self.ties: dict[str, list[torch.Tensor]] = {}
-        self.even_ties: dict[str, list[torch.Tensor]] = {}
+        self._halves: dict[str, list[torch.Tensor]] = {}
         self.errors: dict[str, list[torch.Tensor]] = {}
 
     def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
         nearest, half = super().round(tensor), spacing(tensor, torch.bfloat16) / 2
-        is_tie = (tensor - nearest).abs() == half
-        exponents = torch.frexp(tensor).exponent
-        often = torch.zeros_like(half)
-        for exponent in torch.unique(exponents):
-            often[exponents == exponent] = is_tie[exponents == exponent].double().mean()
-        self.ties.setdefault(name, []).append(torch.where(is_tie, half.copysign(tensor), 0.0))
-        self.even_ties.setdefault(name, []).append(often * half.copysign(tensor))
+        half = half.copysign(tensor)
+        self.ties.setdefault(name, []).append(torch.where((tensor - nearest).abs() == half.abs(), half, 0.0))
+        self._halves.setdefault(name, []).append(half)
         return nearest
 
     def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
         nearest = self.round(tensor, name)
         return nearest if self._rounds_all else tensor
+
+    def even_ties(self, name: str) -> list[torch.Tensor]:
+        """What ``ties`` holds, of as many ties among the values of each exponent, wherever they fall in another kernel."""
+        found = []
+        for ties, halves in zip(self.ties[name], self._halves[name], strict=True):
+            _, exponents = torch.unique(halves.abs(), return_inverse=True)
+            often = [float((ties[exponents == one] != 0).double().mean()) for one in range(int(exponents.max()) + 1)]
+            found.append(torch.tensor(often, dtype=halves.dtype)[exponents] * halves)
+        return found
 
     def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         self.errors.setdefault(name, []).append(rounded(tensor, torch.bfloat16) - tensor)

@@ -531,13 +531,14 @@ def _perform(task: _Task) -> _Result:
     known = {one.id: one for one in catalogue()}
     group = [known[name] for name in task.ids]
     space = Space.of(stage_named(task.stage), dict(group[0].dims))
-    least_and_most = [task.effort.examples(one) for one in group]
-    keys = list(itertools.islice(stratified_keys(space, task.seed), max(most for _, most in least_and_most)))
+    _, most = task.effort.examples(group[0])
+    keys = list(itertools.islice(stratified_keys(space, task.seed), most))
     shelf = [Trial(key) for key in keys]  # what is made for one subject serves the others
     costs: dict[str, Cost] = collections.defaultdict(Cost)
     standings = []
-    for one, (least, most) in zip(group, least_and_most, strict=True):
-        standings.append(_stand(one, shelf[:most], least, space, costs, measures=task.effort.measures))
+    for one in group:
+        least, _ = task.effort.examples(one)
+        standings.append(_stand(one, shelf, least, space, costs, measures=task.effort.measures))
     return _Result(standings, costs)
 
 

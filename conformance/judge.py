@@ -23,7 +23,7 @@ from conformance.cases import Case
 from conformance.contract import Argument
 from conformance.errors import UnavailableError, UsageError
 from conformance.executors.base import Outcome
-from conformance.sensitivity import Sensitivity
+from conformance.sensitivity import Sensitivity, chi_square_mean
 from conformance.signatures import Filter, filters
 from conformance.ulp import distance, rounded, spacing
 from conformance.verdict import Along, Finding, Verdict, worst_first
@@ -45,7 +45,7 @@ SIGNATURE_PART = 0.5
 #: out: in long runs the part alone tells it from a mistake (``benchmarks/constants.md``).
 POOLED_SIGMAS = 5.5
 POOLED_PART = 0.35
-#: Elements of all inputs up to which signatures are made, twice what ``tiny`` has in its largest cases. Some 45 evaluations
+#: Elements of all inputs up to which signatures are made, twice what ``tiny`` has in its largest cases. Some 50 evaluations
 #: of the reference and as many gradients take half a minute there, and would take a real layer many.
 MOST_INPUTS = 10_000_000
 #: Columns of a tile: what one NPU instruction writes.
@@ -113,6 +113,11 @@ class Oracle:
         if self._filters is None:
             self._filters = filters(self.case, self.bounds(profile), self._sensitive(profile))
         return self._filters
+
+    def deviation_along(self, weights: dict[str, torch.Tensor], profile: Profile) -> float:
+        """The deviation of a weighted sum of the errors of all judged rows."""
+        (variance,) = self._sensitive(profile).along({name: weight.unsqueeze(0) for name, weight in weights.items()})
+        return math.sqrt(variance)
 
     def _sensitive(self, profile: Profile) -> Sensitivity:
         # One for all profiles of a composite stage: they differ in where a norm's division stands, not in what is rounded.
@@ -455,7 +460,12 @@ def _known_mistake(case: Case, outcome: Outcome, oracle: Oracle, profile: Profil
         sigmas = sum(float((errors[name] * _matrix(weight)).sum()) for name, weight in one.weights.items())
         part = sigmas / one.expected
         result.along[one.mistake] = Along(sigmas, one.expected)
-        if part > SIGNATURE_PART and sigmas > max(SIGNATURE_SIGMAS, worst[0] if worst else 0.0):
+        enough = max(SIGNATURE_SIGMAS, worst[0] if worst else 0.0)
+        if part <= SIGNATURE_PART or sigmas <= enough:
+            continue
+        # The filter takes it for granted which rounding belongs to which sequence.
+        sigmas /= max(1.0, oracle.deviation_along(one.weights, profile))
+        if sigmas > enough:
             worst = sigmas, part, one
     if worst is None:
         return
@@ -957,9 +967,7 @@ def _count_distinct(rows: torch.Tensor) -> torch.Tensor:
 
 def spread_limit(independent: torch.Tensor) -> torch.Tensor:
     """The largest mean square of scaled errors of a correct kernel, of which ``independent`` are independent."""
-    n = independent.clamp_min(2)
-    variance = 2 / (9 * n)
-    return SPREAD_SLACK * (1 - variance + SPREAD_SIGMAS * variance.sqrt()) ** 3
+    return SPREAD_SLACK * chi_square_mean(independent.clamp_min(2), SPREAD_SIGMAS)
 
 
 def _count(mask: torch.Tensor) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -25,6 +26,37 @@ PROBES = 8
 PROBES_OF_ONE = 32
 #: Weighted sums whose gradients are taken at a time.
 TOGETHER = 16
+
+Count = TypeVar("Count", float, torch.Tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Effects:
+    """What one deviation away from zero at every rounding adds to K weighted sums of errors, ``values [K, roundings]``.
+
+    Those of each sequence stand together, the first at ``starts``; what one sequence rounds alike is one rounding.
+    ``alike [roundings]`` numbers those that are rounded alike in all sequences.
+    """
+
+    values: torch.Tensor
+    starts: list[int]
+    alike: torch.Tensor
+
+    def covariances(self) -> torch.Tensor:
+        """Of the sums, ``[B, K, K]``: each sequence by itself, as if none shared a rounding with another."""
+        parts = (self.values[:, low:high].double() for low, high in itertools.pairwise(self.starts))
+        return torch.stack([part @ part.T for part in parts])
+
+    def variances(self, combinations: torch.Tensor) -> torch.Tensor:
+        """Of F combinations of the sums, ``[F, B, K]``, others in every sequence; roundings that sequences share are one."""
+        size = combinations.abs().amax((1, 2), keepdim=True).clamp_min(1e-300)
+        found = []
+        for some in torch.split((combinations / size).float(), TOGETHER):
+            together = torch.zeros(len(some), int(self.alike.max()) + 1)
+            for weights, (low, high) in zip(some.unbind(1), itertools.pairwise(self.starts), strict=True):
+                together.index_add_(1, self.alike[low:high], weights @ self.values[:, low:high])
+            found.append(together.double().square().sum(1))
+        return torch.cat(found) * size.flatten() ** 2
 
 
 class Sensitivity:
@@ -119,13 +151,10 @@ class Sensitivity:
                 for effect, alike in zip(effects, self._alike, strict=True)
             ]
 
-    def covariances(self, directions: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Of K weighted sums of errors, ``[B, K, K]``: each sequence by itself, as if none shared a rounding with another.
-
-        ``directions`` has the weights of each output's judged rows, ``[K, rows, columns]``.
-        """
+    def effects(self, directions: Mapping[str, torch.Tensor]) -> Effects:
+        """On K weighted sums of errors. ``directions`` has the weights of each output's judged rows, ``[K, rows, columns]``."""
         # Values of one sequence that are rounded alike are one column, the columns of each sequence stand together.
-        order, places, width = [], [], 0
+        order, places, groups, width, known = [], [], [], 0, 0
         owned = zip(self._values, self._owners, self._alike, strict=True)
         for value, owner, alike in owned:
             count = int(alike.max()) + 1
@@ -133,8 +162,9 @@ class Sensitivity:
             each = owners.repeat_interleave(value.numel() // len(value)) * count + alike
             found, inverse = torch.unique(each, return_inverse=True)
             order.append(found // count)
+            groups.append(found % count + known)
             places.append(inverse + width)
-            width += len(found)
+            width, known = width + len(found), known + count
         sorted_order, columns = torch.cat(order).sort(stable=True)
         starts = torch.searchsorted(sorted_order, torch.arange(self._case.dims.B + 1)).tolist()
         summed = []
@@ -143,9 +173,7 @@ class Sensitivity:
             for effect, place in zip(some, places, strict=True):
                 together.index_add_(1, place, effect)
             summed.append(together[:, columns])
-        effects = torch.cat(summed)
-        parts = (effects[:, low:high].double() for low, high in itertools.pairwise(starts))
-        return torch.stack([part @ part.T for part in parts])
+        return Effects(torch.cat(summed), starts, torch.cat(groups)[columns])
 
     def sequence_of_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Which sequence each row of a tensor with one row a token, or one a sequence, belongs to.
@@ -201,9 +229,10 @@ class Sensitivity:
         return self._of_rows[name]
 
     def of_one(self, name: str, row: int | None, columns: slice, sigmas: float) -> float:
-        """For some columns of one judged row, or of all: whose mean square reaches as far, at ``sigmas`` standard deviations.
+        """How many equal independent errors some columns of one judged row, or of all, amount to.
 
-        One rounding may hold a good part of all variance: the mean square has a longer tail then than its variance tells.
+        Their mean square reaches as far at ``sigmas`` standard deviations. Where one rounding holds a good part of all variance
+        that is further than the variance tells.
         """
         place = name, row, columns.start, columns.stop, sigmas
         if place not in self._of_ones:
@@ -246,17 +275,17 @@ def _as_far(second: float, third: float, sigmas: float) -> float:
     if second <= 0 or third <= 0:
         return math.inf
     count = second**3 / third**2
-    reach = 1 + math.sqrt(second * count) * (_chi_square(count, sigmas) - 1)
+    reach = 1 + math.sqrt(second * count) * (chi_square_mean(count, sigmas) - 1)
     # Wilson and Hilferty's formula, solved for the count.
     rise = reach ** (1 / 3) - 1
     root = (sigmas - math.sqrt(max(sigmas**2 - 4 * rise, 0.0))) / 2
     return 2 / (9 * root**2)
 
 
-def _chi_square(count: float, sigmas: float) -> float:
-    """A quantile of the mean of ``count`` squares of independent errors."""
+def chi_square_mean(count: Count, sigmas: float) -> Count:
+    """How far the mean of ``count`` squares of independent errors reaches at ``sigmas`` deviations (Wilson and Hilferty)."""
     variance = 2 / (9 * count)
-    return (1 - variance + sigmas * math.sqrt(variance)) ** 3
+    return (1 - variance + sigmas * variance**0.5) ** 3  # type: ignore[no-any-return, return-value]
 
 
 def _place_in_sequence(sequences: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,7 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
         truncated = shifts(results(case.inputs, case.dims, Truncating(name)))
         yield Signature(f"{name} is truncated instead of rounded, or smaller by as much", truncated, larger)
         if tie_prone:
-            for where, ties in (("", after_all.ties[name]), (", wherever they fall", after_all.even_ties[name])):
+            for where, ties in (("", after_all.ties[name]), (", wherever they fall", after_all.even_ties(name))):
                 away = shifts(results(case.inputs, case.dims, Disturbed(name, ties)))
                 yield Signature(f"{name} is rounded with ties away from zero{where}", away, is_legal=True)
     for name, errors in sites.errors.items():
@@ -129,39 +129,35 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
         return []
     directions = {name: direction[shown] / largest[shown].view(-1, 1, 1) for name, direction in directions.items()}
     owners = {name: _sequence_of_judged_rows(case, name, bounds[name], sensitivity) for name in bounds}
-    covariances = sensitivity.covariances(directions)
+    effects = sensitivity.effects(directions)
+    covariances = effects.covariances()
     # What each direction makes of each signature, by sequence.
     responses = torch.zeros(case.dims.B, len(covariances[0]), len(found), dtype=torch.float64)
     for name, owner in owners.items():
         responses.index_add_(0, owner, torch.einsum("krc,lrc->rkl", directions[name], shifts[name]))
     legal = list(responses[:, :, count:].unbind(2))
-    results = []
+    sums = []
     for signature, response, shows in zip(found, responses.unbind(2), shown.tolist(), strict=False):
         for mistake, sign in ((signature.mistake, 1), (signature.opposite, -1)):
-            if mistake is None or not shows:
-                continue
-            part, variance, of_legal = _combination(covariances, sign * response, legal)
-            weights = {name: torch.einsum("rk,krc->rc", part[owner], directions[name]) for name, owner in owners.items()}
-            results.append((mistake, weights, float((part * sign * response).sum()), variance, of_legal))
+            if mistake is not None and shows:
+                part, variance = _combination(covariances, sign * response, legal)
+                sums.append((mistake, part, float((part * sign * response).sum()), variance))
+    results = []
     # The covariances take sequences as independent, which they are not where they are rounded alike.
-    exact = sensitivity.along({name: torch.stack([weights[name] for _, weights, *_ in results]) for name in bounds})
-    deviations = [
-        math.sqrt(max(variance, least) + of_legal)
-        for (*_, variance, of_legal), least in zip(results, exact.tolist(), strict=True)
-    ]
-    # Of many cases these are most of what is kept.
-    return [
-        Filter(mistake, {name: (weight / deviation).float() for name, weight in weights.items()}, expected / deviation)
-        for (mistake, weights, expected, *_), deviation in zip(results, deviations, strict=True)
-        if 0 < deviation < math.inf
-    ]
+    shared = effects.variances(torch.stack([part for _, part, _, _ in sums])).tolist()
+    for (mistake, part, expected, variance), with_shared in zip(sums, shared, strict=True):
+        # What looks like the mistake and is legal is for a single case an error like others.
+        deviation = math.sqrt(max(variance, with_shared) + sum(max(0.0, float((part * one).sum())) ** 2 for one in legal))
+        if 0 < deviation < math.inf:
+            unit = part / deviation
+            weights = {name: torch.einsum("rk,krc->rc", unit[owner], directions[name]) for name, owner in owners.items()}
+            # In fp32: of many cases they are most of what is kept.
+            results.append(Filter(mistake, {name: weight.float() for name, weight in weights.items()}, expected / deviation))
+    return results
 
 
-def _combination(
-    covariances: torch.Tensor, response: torch.Tensor, legal: list[torch.Tensor]
-) -> tuple[torch.Tensor, float, float]:
-    """The best weights of K directions for each sequence, ``[B, K]``; the variance of what they sum in correct kernels, and what
-    is left in it of what is legal, squared.
+def _combination(covariances: torch.Tensor, response: torch.Tensor, legal: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """The best weights of K directions for each sequence, ``[B, K]``, and the variance of what they sum in correct kernels.
 
     ``covariances [B, K, K]`` are those of the directions in correct kernels, ``response [B, K]`` is what each makes of the
     mistake, ``legal`` what it makes of something that a correct kernel does or not, in all sequences alike: where that looks like
@@ -178,8 +174,7 @@ def _combination(
         if not more:
             break
         doubtful += more
-    variance = float((part.unsqueeze(1) @ covariances @ part.unsqueeze(2)).sum())
-    return part, variance, sum(float((part * one).sum()) ** 2 for one in doubtful)
+    return part, float((part.unsqueeze(1) @ covariances @ part.unsqueeze(2)).sum())
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:

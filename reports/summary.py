@@ -586,7 +586,7 @@ def _faults(log: Log, expected: set[_Key], machine_of: Mapping[str, str]) -> lis
                     str(record.case),
                     row.lane,
                     first.detector if first else "",
-                    options_of.get(record.process, {}),
+                    options_of.get(record.process),
                 ),
                 also=tuple((name, also[name]) for name in DETECTORS if name in also),
                 machines=_distinct(machine_of.get(other.process, "") for other, _ in group),

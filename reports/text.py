@@ -6,7 +6,6 @@ import datetime
 import math
 import re
 import shlex
-import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -137,7 +136,7 @@ def replay_command(
     case: str,
     lane: str = "",
     detector: str = "",
-    options: Mapping[str, Any] = types.MappingProxyType({}),
+    options: Mapping[str, Any] | None = None,
 ) -> str | None:
     """The command that runs one case again, quoted for a POSIX shell; ``None`` if the record does not say enough.
     ``None`` also for a text that cannot be shown as it is: a command that has to be altered to be shown replays something else.
@@ -153,7 +152,7 @@ def replay_command(
     if detector == "compiler_pass" or (detector == "unwritten_read" and lane not in _LANES_TO_NAME):
         # The interpreter's lane looks at the compiled graph where it compares all passes.
         words += ["--all-passes"]
-    if detector == "pooled_signature" and "dims" in options:
+    if detector == "pooled_signature" and options and "dims" in options:
         words += [f"--{name}={options[name]}" for name in ("dims", "examples", "seed") if name in options]
     elif detector in ("capability", "pooled_signature"):
         words += ["--dims", _dims_of(case)] if case.count(":") >= 2 else []

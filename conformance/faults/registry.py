@@ -3,8 +3,8 @@
 Where the right kernels compute something that is easily got wrong they ask for what stands at a *hook*: usually the right
 function, or the fault's, which takes the same arguments. The hooks, and the function that belongs there:
 
-- in ``arithmetic.py``: ``statistic eps root norm gamma``, ``operands sum``, ``activation activated``, ``angle tables rotated_head
-  turn``, ``attend scale scores mask exponential probabilities carry merge quotient``, ``cast normalised_cast``;
+- in ``arithmetic.py``: ``statistic eps eps_of root norm gamma``, ``operands sum``, ``activation activated``, ``angle tables
+  rotated_head turn``, ``attend scale scores mask exponential probabilities carry merge quotient``, ``cast normalised_cast``;
 - in ``layers.py``: ``weight prepared first_sum second_input second_sum``, ``length seen heads kv_head history depth page cell``,
   ``slot head_written written``, ``query_cast key_cast value_cast attention_cast carried_cast``;
 - in ``kernels.py``: ``winner`` of greedy sampling, and ``call``, which has the whole call of a right kernel in its hands

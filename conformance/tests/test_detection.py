@@ -127,6 +127,15 @@ FIRST_DETECTOR_OF_STAGE: dict[tuple[str, str], str] = {
     # No probability is left: zero over zero.
     ("paged_attention", "maximum_starts_at_zero"): "not_finite",
 }
+#: Of the single stages' faults those that layers show because the shape of what they add is known.
+SIGNATURES_IN_LAYERS = (
+    "root_in_bf16",
+    "root_too_large",
+    "inverse_too_large",
+    "silu_in_bf16",
+    "sigmoid_in_bf16",
+    "denominator_in_bf16",
+)
 #: Inside a layer no element shows a rounding that is slightly wrong, and a spread seldom: what shows is what it adds to them all.
 FIRST_DETECTOR_OF_LAYERS: dict[str, str] = {
     "casts_truncate": "spread",
@@ -141,13 +150,8 @@ FIRST_DETECTOR_OF_LAYERS: dict[str, str] = {
             "activation_truncated",
             "carried_state_truncated",
             "gamma_in_bf16",
-            "root_in_bf16",
-            "root_too_large",
-            "inverse_too_large",
-            "silu_in_bf16",
-            "sigmoid_in_bf16",
-            "denominator_in_bf16",
             "bf16_scores",
+            *SIGNATURES_IN_LAYERS,
             *(f"{name}_in_bf16" for name in LAYER_WEIGHTS if name.endswith("rms_weight") or name.endswith("norm_weight")),
             *(name for name in REGISTERED if name.endswith("_rounded_up")),
         ),
@@ -155,15 +159,6 @@ FIRST_DETECTOR_OF_LAYERS: dict[str, str] = {
     ),
     "queries_truncated": "pooled_signature",
 }
-#: Of the single stages' faults those that layers show because the shape of what they add is known.
-SIGNATURES_IN_LAYERS = (
-    "root_in_bf16",
-    "root_too_large",
-    "inverse_too_large",
-    "silu_in_bf16",
-    "sigmoid_in_bf16",
-    "denominator_in_bf16",
-)
 #: Faults that no case shows so far, and what would.
 UNSEEN: dict[tuple[str, str], str] = {}
 #: Most faults show in the first examples; the others need a batch of one, a length at a page's edge or a regime that comes late.

@@ -17,7 +17,7 @@ from conformance.executors.eager import run_eager
 from conformance.faults.kernels import HUGGING_FACE_LIKE, Choices, random_choices, torch_kernel
 from conformance.judge import SIGNATURE_SIGMAS, Oracle, judge, judge_together
 from conformance.sensitivity import TOGETHER, Sensitivity
-from conformance.signatures import Filter, filters, signatures
+from conformance.signatures import Filter, _sequence_of_judged_rows, filters, signatures
 from conformance.ulp import rounded, spacing
 from conformance.verdict import Along, Finding, Verdict
 
@@ -383,7 +383,7 @@ def test_as_many_ties_are_expected_of_values_of_each_exponent() -> None:
     below, above = 1 + 2.0**-8, 2 + 2.0**-7  # ties
     sites.round(torch.tensor([[below, -below], [1.0, 1.5], [above, -3.0]], dtype=torch.float64))
     assert torch.equal(sites.ties["result"][0], torch.tensor([[2.0**-8, -(2.0**-8)], [0, 0], [2.0**-7, 0]]).double())
-    (even,) = sites.even_ties["result"]
+    (even,) = sites.even_ties("result")
     assert torch.equal(even, torch.tensor([[2.0**-9, -(2.0**-9)], [2.0**-9, 2.0**-9], [2.0**-8, -(2.0**-8)]]).double())
 
 
@@ -409,8 +409,18 @@ def test_covariances_of_all_sequences_add_up_to_the_variance_along_a_direction()
     }
     with torch.enable_grad():
         sensitivity = Sensitivity(case, bounds, profile)
-        covariances = sensitivity.covariances(directions)
+        effects = sensitivity.effects(directions)
+        covariances = effects.covariances()
         along = sensitivity.along(directions).tolist()
+        # One sum by itself, and in every sequence another multiple of the next.
+        combinations = torch.zeros(2, 3, count, dtype=torch.float64)
+        combinations[0, :, 4] = 1e-60
+        combinations[1, :, 5] = factors = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+        of_rows = {name: factors[_sequence_of_judged_rows(case, name, one, sensitivity)] for name, one in bounds.items()}
+        scaled = {name: (directions[name][5] * of_rows[name].unsqueeze(1)).unsqueeze(0) for name in bounds}
+        (along_scaled,) = sensitivity.along(scaled).tolist()
+    found = effects.variances(combinations).tolist()
+    assert found == [pytest.approx(1e-120 * along[4], rel=1e-4), pytest.approx(along_scaled, rel=1e-4)]
     assert covariances.shape == (3, count, count)
     assert torch.allclose(covariances, covariances.transpose(1, 2))
     for k in range(count):
