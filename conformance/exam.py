@@ -58,13 +58,13 @@ OURS = "conformance"
 #: A result of ordinary torch code in the low precision: every intermediate in bf16.
 ROUGH = Arithmetic(torch.bfloat16, rounds=False)
 #: Subjects that one task judges: their cases and oracles are made once.
-SUBJECTS_PER_TASK = 32
+SUBJECTS_PER_TASK = 128
 #: How many rejected legal runs are kept with their cases.
 MOST_REJECTIONS = 5
 #: Seconds between two times that an exam so far is kept.
 KEPT_EVERY = 60.0
 #: How many interpreted kernels there are to each one of a sample: every one needs a process of its own, which takes seconds.
-INTERPRETED_SAMPLE = 8
+INTERPRETED_SAMPLE = 16
 #: Detectors that need more than the outputs of one run: no rule that compares outputs could stand in for them.
 BEYOND_OUTPUTS = frozenset(
     {"changed_input", "out_of_bounds", "nondeterministic", "compiler_pass", "unwritten_read", "capability"}
@@ -79,13 +79,21 @@ LEAST_CONFIDENCE = 0.99
 
 
 @dataclasses.dataclass(frozen=True)
+class Cases:
+    """How many cases a faulty kernel is judged on at least, a legal one, and any at most."""
+
+    faulty: int
+    legal: int
+    most: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Effort:
     """How many cases a kernel is judged on, by kind of stage and lane, and how many random combinations of legal choices.
 
-    Each pair is the least number and the most: a faulty kernel is judged on further cases until our rule has found it, which the
-    other rules see as well, a legal one on the least number. Where ``measures`` is set, a faulty torch kernel is judged until it
-    has had as many cases as its power so far asks for (``trials_for``): the one whose power is poor is measured longest; and a
-    legal one of a layer or chain on the most, since a check judges all its cases together as well.
+    A faulty kernel is judged on more than its least number until our rule has found it, which the other rules see as well. Where
+    ``measures`` is set, a faulty torch kernel is judged until it has had as many cases as its power so far asks for
+    (``trials_for``): the one whose power is poor is measured longest.
     The catalogue has a fault or a variant in every stage to which it means something; a ``sample`` has it once among the single
     stages and once among the composite ones, and of the interpreted kernels one in ``INTERPRETED_SAMPLE``.
     """
@@ -93,20 +101,17 @@ class Effort:
     name: str
     sample: bool
     measures: bool
-    single: tuple[int, int]
-    composite: tuple[int, int]
-    interpreted: tuple[int, int]
+    single: Cases
+    composite: Cases
+    interpreted: Cases
     random_single: int
     random_composite: int
 
-    def examples(self, subject: Subject) -> tuple[int, int]:
-        """The least and the largest number of cases that one subject is judged on."""
+    def cases(self, subject: Subject) -> Cases:
+        """The numbers that hold for one subject."""
         if subject.lane != "eager":
             return self.interpreted
-        if not stage_named(subject.stage).composite:
-            return self.single
-        least, most = self.composite
-        return (most if subject.legal and self.measures else least), most
+        return self.composite if stage_named(subject.stage).composite else self.single
 
     def random(self, stage: Stage) -> int:
         """Random legal combinations of a stage, each on a case of its own."""
@@ -114,11 +119,31 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    # Every regime once; what then is not found gets as many cases as `conformance check` has by default.
-    "quick": Effort("quick", True, False, (12, 50), (9, 18), interpreted=(1, 12), random_single=40, random_composite=8),
-    # Of each single stage 10,000 random combinations; of all layers and chains as many legal runs, named variants included.
+    # A few cases each: the legal kernels see every regime between them. A fault of a single stage that is not found has as many
+    # as `conformance check` has by default.
+    "quick": Effort(
+        "quick",
+        sample=True,
+        measures=False,
+        single=Cases(3, 6, 50),
+        composite=Cases(2, 3, 18),
+        interpreted=Cases(1, 1, 12),
+        random_single=20,
+        random_composite=2,
+    ),
+    # Of each single stage 10,000 random combinations; of all layers and chains as many legal runs, named variants included, which
+    # have as many cases as a check, because that judges all of them together as well.
     # Power of layers is told by 60 cases at most, which is what a check takes: what they show seldom they may miss anyway.
-    "full": Effort("full", False, True, (22, 330), (18, 60), interpreted=(4, 36), random_single=10_000, random_composite=100),
+    "full": Effort(
+        "full",
+        sample=False,
+        measures=True,
+        single=Cases(22, 22, 330),
+        composite=Cases(18, 60, 60),
+        interpreted=Cases(4, 4, 36),
+        random_single=10_000,
+        random_composite=100,
+    ),
 }
 
 
@@ -276,9 +301,10 @@ class Exam:
 
         From the measured power in each regime, since stratified examples go round the regimes. Faults that were never caught
         say nothing about a number and are left out: they are listed as missed. So are those that have no power (``has_power``).
+        Empty if the exam measures no power: the few cases of a sample say next to nothing about it.
         """
         needed: dict[str, tuple[int, str]] = {}
-        for one in self.faults:
+        for one in self.faults if self.effort.measures else ():
             if one.has_power and any(caught for _, caught in one.regimes.values()):
                 needed[one.stage] = max(needed.get(one.stage, (0, "")), (trials_for(one.regimes, confidence), one.name))
         return needed
@@ -288,7 +314,7 @@ class Exam:
 
         Layers and chains may miss some faults, so one that they show seldom is no reason.
         """
-        needed = self.examples_needed(LEAST_CONFIDENCE) if self.effort.measures else {}
+        needed = self.examples_needed(LEAST_CONFIDENCE)
         given = {name: stage_named(name) for name in needed}
         return {name: needed[name][1] for name, one in given.items() if not one.composite and needed[name][0] > one.examples}
 
@@ -306,7 +332,7 @@ class Exam:
     def from_json(cls, data: Mapping[str, Any]) -> Exam:
         """The inverse of ``to_json``."""
         effort: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in data["effort"].items()
+            name: Cases(**value) if isinstance(value, dict) else value for name, value in data["effort"].items()
         }
         return cls(
             Effort(**effort),
@@ -531,15 +557,26 @@ def _perform(task: _Task) -> _Result:
     known = {one.id: one for one in catalogue()}
     group = [known[name] for name in task.ids]
     space = Space.of(stage_named(task.stage), dict(group[0].dims))
-    _, most = task.effort.examples(group[0])
-    keys = list(itertools.islice(stratified_keys(space, task.seed), most))
+    cases = task.effort.cases(group[0])
+    keys = list(itertools.islice(stratified_keys(space, task.seed), cases.most))
     shelf = [Trial(key) for key in keys]  # what is made for one subject serves the others
     costs: dict[str, Cost] = collections.defaultdict(Cost)
     standings = []
     for one in group:
-        least, _ = task.effort.examples(one)
-        standings.append(_stand(one, shelf, least, space, costs, measures=task.effort.measures))
+        least, trials = (cases.legal, _in_turn(shelf, one)) if one.legal else (cases.faulty, shelf)
+        standings.append(_stand(one, trials, least, space, costs, measures=task.effort.measures))
     return _Result(standings, costs)
+
+
+def _in_turn(shelf: Sequence[Trial], subject: Subject) -> Sequence[Trial]:
+    """The same cases, begun at another kind of data: a few each are all kinds between them.
+
+    A case of a layer or chain is dear, so all kernels of such a stage begin with the same.
+    """
+    stage = stage_named(subject.stage)
+    kinds = len(stage.regimes)
+    start = _number(stage.name if stage.composite else subject.id) % kinds
+    return [*shelf[start:kinds], *shelf[:start], *shelf[kinds:]]
 
 
 def _random_combinations(task: _Task) -> _Result:

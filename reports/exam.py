@@ -211,21 +211,19 @@ def _trials(exam: Exam) -> int:
 
 def _examples(exam: Exam) -> str:
     effort = exam.effort
-    growing = any(least < most for least, most in (effort.single, effort.composite, effort.interpreted))
+    kinds = {"of single stages": effort.single, "of layers and chains": effort.composite, "interpreted": effort.interpreted}
+    faulty = ", ".join(f"{_range(one.faulty, one.most)} {kind}" for kind, one in kinds.items())
+    legal = ", ".join(f"{one.legal:,} {kind}" for kind, one in kinds.items())
     reason = "the less often it shows the fault" if effort.measures else "where our rule has not found the fault yet"
-    until = f", the more {reason}" if growing else ""
-    if effort.measures and effort.composite[0] < effort.composite[1]:
-        until += f"; legal kernels of layers and chains {effort.composite[1]}, which are judged together as well"
+    growing = f", the more {reason}" if any(one.faulty < one.most for one in kinds.values()) else ""
     return (
-        f"Examples a kernel: {_pair(effort.single)} of single stages, {_pair(effort.composite)} of layers and chains, "
-        f"{_pair(effort.interpreted)} interpreted{until}. Legal choices combined at random: {effort.random_single:,} a single "
-        f"stage, {effort.random_composite:,} a layer or chain."
+        f"Examples of a faulty kernel: {faulty}{growing}. Of a legal one: {legal}. Legal choices combined at random: "
+        f"{effort.random_single:,} a single stage, {effort.random_composite:,} a layer or chain."
         + (" Shares of single trials lean to the faults that show seldom, which have more of them." if effort.measures else "")
     )
 
 
-def _pair(least_and_most: tuple[int, int]) -> str:
-    least, most = least_and_most
+def _range(least: int, most: int) -> str:
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 

@@ -381,34 +381,29 @@ class Maker:
 
     def rotated(self, x: Tensor, angles: list[int], cos: Tensor, sin: Tensor, dims: Dims) -> Tensor:
         """Every head of ``x[N, heads*D]`` rotated by the tables' row ``angles[i]``."""
-        half = dims.D // 2
-        result = torch.empty_like(x)
-        for b, position in enumerate(angles):
-            c, s = self.at("tables", _table_rows)(cos, sin, position)
-            if self.has("bf16_tables"):
-                c, s = c.to(BF16).float(), s.to(BF16).float()
-            if self.has("wrong_sign"):
-                s = -s
-            for head in range(x.shape[1] // dims.D):
-                start = head * dims.D
-                if self.has("interleaved_pairs"):
-                    even, odd = x[b, start : start + dims.D : 2], x[b, start + 1 : start + dims.D : 2]
-                    result[b, start : start + dims.D : 2] = even * c[:half] - odd * s[:half]
-                    result[b, start + 1 : start + dims.D : 2] = odd * c[:half] + even * s[:half]
-                    continue
-                low, high = x[b, start : start + half], x[b, start + half : start + dims.D]
-                if self.at("rotated_head", _every_head)(head, x.shape[1] // dims.D):
-                    low, high = self.at("turn", self._turn)(low, high, c, s)
-                result[b, start : start + half] = low
-                result[b, start + half : start + dims.D] = high
-        return result
+        count, half = x.shape[1] // dims.D, dims.D // 2
+        heads = x.reshape(len(angles), count, dims.D)
+        rows = [self.at("tables", _table_rows)(cos, sin, position) for position in angles]
+        c, s = (torch.stack(table).unsqueeze(1) for table in zip(*rows, strict=True))
+        if self.has("bf16_tables"):
+            c, s = c.to(BF16).float(), s.to(BF16).float()
+        if self.has("wrong_sign"):
+            s = -s
+        if self.has("interleaved_pairs"):
+            even, odd = heads[..., ::2], heads[..., 1::2]
+            c, s = c[..., :half], s[..., :half]
+            return torch.stack([even * c - odd * s, odd * c + even * s], -1).view(x.shape)
+        turned = torch.cat(self.at("turn", self._turn)(heads[..., :half], heads[..., half:], c, s), -1)
+        kept = [head for head in range(count) if not self.at("rotated_head", _every_head)(head, count)]
+        turned[:, kept] = heads[:, kept]
+        return turned.view(x.shape)
 
     def _turn(self, low: Tensor, high: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """The two halves of a head rotated; ``c[D]`` and ``s[D]`` are rows of the tables."""
+        """The two halves ``[N, heads, D/2]`` of all heads rotated; ``c`` and ``s[N, 1, D]`` are rows of the tables."""
         if self.choices.order == "double":
             low, high, c, s = low.double(), high.double(), c.double(), s.double()
-        half = low.shape[0]
-        return (low * c[:half] - high * s[:half]).float(), (high * c[half:] + low * s[half:]).float()
+        half = low.shape[-1]
+        return (low * c[..., :half] - high * s[..., :half]).float(), (high * c[..., half:] + low * s[..., half:]).float()
 
     def softmax_values(self, scores: Tensor, values: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Unnormalised result ``[M, D]``, denominator ``[M, 1]`` and maximum ``[M, 1]`` of unscaled ``scores[M, n]``.

@@ -672,47 +672,49 @@ def positions_stop(position: int, row: int, dims: Dims) -> int:
 @fault("turn", "dependency", *_TURNS)
 def low_half_overwritten(low: Tensor, high: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """The low half is rotated in place before the high half reads it."""
-    half = low.shape[0]
-    low = low * c[:half] - high * s[:half]
-    return low, high * c[half:] + low * s[half:]
+    half = low.shape[-1]
+    low = low * c[..., :half] - high * s[..., :half]
+    return low, high * c[..., half:] + low * s[..., half:]
 
 
 @fault("turn", "indexing", *_TURNS)
 def halves_exchanged(low: Tensor, high: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """The two rotated halves of a head are stored in each other's place."""
-    half = low.shape[0]
-    return high * c[half:] + low * s[half:], low * c[:half] - high * s[:half]
+    half = low.shape[-1]
+    return high * c[..., half:] + low * s[..., half:], low * c[..., :half] - high * s[..., :half]
 
 
 @fault("turn", "value", *_TURNS)
 def high_half_not_rotated(low: Tensor, high: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Only the low half of a head is rotated."""
-    half = low.shape[0]
-    return low * c[:half] - high * s[:half], high
+    half = low.shape[-1]
+    return low * c[..., :half] - high * s[..., :half], high
 
 
 @fault("turn", "value", *_TURNS)
 def partial_rotation(low: Tensor, high: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Only the first half of a head's pairs is rotated, as in models with partial RoPE."""
-    half, kept = low.shape[0], low.shape[0] // 2
+    half, kept = low.shape[-1], low.shape[-1] // 2
     c, s = c.clone(), s.clone()
     for start in (0, half):
-        c[start + kept : start + half], s[start + kept : start + half] = 1, 0
-    return low * c[:half] - high * s[:half], high * c[half:] + low * s[half:]
+        c[..., start + kept : start + half], s[..., start + kept : start + half] = 1, 0
+    return low * c[..., :half] - high * s[..., :half], high * c[..., half:] + low * s[..., half:]
 
 
 @fault("turn", "value", *_TURNS)
 def sine_added_in_both(low: Tensor, high: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """The sine's term is added in both halves."""
-    half = low.shape[0]
-    return low * c[:half] + high * s[:half], high * c[half:] + low * s[half:]
+    half = low.shape[-1]
+    return low * c[..., :half] + high * s[..., :half], high * c[..., half:] + low * s[..., half:]
 
 
 @fault("turn", "precision", "rope")
 def rotation_in_bf16(low: Tensor, high: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """The four products of the rotation are rounded to bf16."""
-    half = low.shape[0]
-    a, b, d, e = (_rounded(term, BF16) for term in (low * c[:half], high * s[:half], high * c[half:], low * s[half:]))
+    half = low.shape[-1]
+    a, b, d, e = (
+        _rounded(term, BF16) for term in (low * c[..., :half], high * s[..., :half], high * c[..., half:], low * s[..., half:])
+    )
     return a - b, d + e
 
 

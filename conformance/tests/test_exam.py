@@ -29,7 +29,19 @@ from conformance.cases import Space, stratified_keys
 from conformance.cli import main
 from conformance.contract import stage_named, stages
 from conformance.errors import UsageError
-from conformance.exam import EFFORTS, LEAST_CONFIDENCE, OURS, Effort, Exam, Standing, Trial, chosen_subjects, take, trials_for
+from conformance.exam import (
+    EFFORTS,
+    LEAST_CONFIDENCE,
+    OURS,
+    Cases,
+    Effort,
+    Exam,
+    Standing,
+    Trial,
+    chosen_subjects,
+    take,
+    trials_for,
+)
 from conformance.executors.base import Outcome
 from conformance.faults.kernels import torch_kernel
 from conformance.faults.subject import Subject
@@ -37,7 +49,7 @@ from conformance.rules import RULES
 from reports import exam as exam_report
 
 #: A few cases of each kind.
-SHORT = Effort("short", True, False, (9, 9), (2, 2), interpreted=(1, 2), random_single=6, random_composite=2)
+SHORT = Effort("short", True, False, Cases(9, 9, 9), Cases(2, 2, 2), Cases(1, 1, 2), random_single=6, random_composite=2)
 
 
 def subject(name: str, kind: Any, make: Any, stage: str = "rms_norm") -> Subject:
@@ -164,7 +176,9 @@ def test_what_all_cases_show_together_counts_as_caught_once_it_shows(monkeypatch
     right = Subject("decode_layer", "right", None, "", functools.partial(torch_kernel, "decode_layer"), dims=dict(few))
     make = functools.partial(torch_kernel, "decode_layer", fault="bf16_scores")
     short_of_bits = dataclasses.replace(right, name="bf16_scores", kind="precision", summary="scores in bf16", make=make)
-    found = of(monkeypatch, right, short_of_bits, effort=dataclasses.replace(SHORT, composite=(6, 60), random_composite=0))
+    found = of(
+        monkeypatch, right, short_of_bits, effort=dataclasses.replace(SHORT, composite=Cases(6, 6, 60), random_composite=0)
+    )
     fault = next(one for one in found.standings if not one.legal)
     assert fault.detectors == ["pooled_signature"]
     assert 6 <= fault.first == fault.trials < 60  # no longer than until it shows
@@ -264,11 +278,13 @@ def test_the_number_of_examples_follows_from_the_power_in_each_regime() -> None:
         "s/a", "rms_norm", "a", "eager", "value", "", trials=99, rejected={OURS: 50}, regimes={"normal": [99, 50]}
     )
     easier = dataclasses.replace(standing, name="b", rejected={OURS: 99}, regimes={"normal": [99, 99]})
-    assert Exam(SHORT, 0, [easier, standing], {}).examples_needed() == {"rms_norm": (10, "a")}
+    measuring = dataclasses.replace(SHORT, measures=True)
+    assert Exam(measuring, 0, [easier, standing], {}).examples_needed() == {"rms_norm": (10, "a")}
+    assert not Exam(SHORT, 0, [easier, standing], {}).examples_needed()
 
 
 def test_an_exam_that_measures_judges_the_fault_that_shows_least_the_longest() -> None:
-    measuring = dataclasses.replace(SHORT, sample=False, measures=True, single=(18, 99), random_single=1)
+    measuring = dataclasses.replace(SHORT, sample=False, measures=True, single=Cases(18, 18, 99), random_single=1)
     found = {one.name: one for one in take(measuring, stage="greedy_sample", lane="eager", processes=1).faults}
     always, in_one_regime = found["row_unwritten"], found["maximum_starts_at_zero"]
     assert (always.trials, always.rejected[OURS]) == (18, 18)
@@ -363,7 +379,8 @@ def test_an_exam_cut_short_has_what_it_judged_and_is_no_pass(
         performed.append(task)
         return perform(task)
 
-    effort = dataclasses.replace(SHORT, single=(2, 50), random_single=600)  # combinations in three parts
+    monkeypatch.setattr(exam, "_COMBINATIONS_PER_TASK", 5)
+    effort = dataclasses.replace(SHORT, single=Cases(2, 2, 50), random_single=12)  # combinations in three parts
     whole = take(effort, stage="greedy_sample", lane="eager", processes=1)
     monkeypatch.setattr(exam, "_perform", once)
     found = take(effort, stage="greedy_sample", lane="eager", processes=1)
@@ -566,7 +583,8 @@ def test_a_share_of_all_faults_of_layers_may_be_missed_however_few_were_judged_y
 
 
 def test_an_exam_is_kept_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    effort = dataclasses.replace(SHORT, single=(2, 50), random_single=600)  # combinations in three parts
+    monkeypatch.setattr(exam, "_COMBINATIONS_PER_TASK", 5)
+    effort = dataclasses.replace(SHORT, single=Cases(2, 2, 50), random_single=12)  # combinations in three parts
     whole = take(effort, stage="greedy_sample", lane="eager", processes=1)
     monkeypatch.setattr(exam, "KEPT_EVERY", -1.0)
     kept: list[Exam] = []
@@ -577,7 +595,7 @@ def test_an_exam_is_kept_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
     assert unjudged[0] > unjudged[-1] == 0
     assert found.standings == kept[-1].standings == whole.standings  # to keep it changes nothing
     combinations = [standing.trials for one in kept for standing in one.standings if standing.name == "random_combinations"]
-    assert sorted(set(combinations)) == [0, 250, 500, 600]
+    assert sorted(set(combinations)) == [0, 5, 10, 12]
     assert not any(one.failed for one in kept)
     assert not any(one.passed for one in kept[:-1] if one.errors)
 
@@ -591,12 +609,15 @@ def test_a_rejection_counts_though_the_rest_was_not_judged() -> None:
 
 
 def test_a_full_exam_judges_a_legal_layer_on_as_many_cases_as_a_check_puts_together() -> None:
-    effort, known = EFFORTS["full"], {one.id: one for one in exam.catalogue()}
-    least, most = effort.examples(known["decode_layer/hugging_face_half_away"])
-    assert least == most >= stage_named("decode_layer").examples
-    assert effort.examples(known["decode_layer/queries_truncated"]) == effort.composite
-    assert effort.examples(known["rms_norm/half_away"]) == effort.single
-    assert EFFORTS["quick"].examples(known["decode_layer/hugging_face_half_away"]) == EFFORTS["quick"].composite
+    assert EFFORTS["full"].composite.legal >= max(one.examples for one in stages().values() if one.composite)
+
+
+def test_a_legal_kernel_and_a_faulty_one_have_their_own_numbers_of_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = of(monkeypatch, RIGHT, GAIN, effort=dataclasses.replace(SHORT, single=Cases(2, 5, 9)))
+    assert {one.name: one.trials for one in found.standings if one.name in ("gain", "right")} == {"gain": 2, "right": 5}
+    words = " ".join(exam_report.table(found).split())
+    assert "Examples of a faulty kernel: 2 to 9 of single stages" in words
+    assert "Of a legal one: 5 of single stages" in words
 
 
 def test_another_seed_draws_other_combinations() -> None:

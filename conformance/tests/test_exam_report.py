@@ -162,7 +162,9 @@ def test_terminal_tells_each_rule_by_its_numbers() -> None:
     assert rule_row(table, COSINE) == ["1/3", "16.6%", "0/2", "0/20", "0%", "-", "-"]
     assert table.startswith("The harness judged: 3 known faults and 2 legal kernels in 3 stages\n")
     assert "effort quick, seed 7, 32 trials in 1 min 23 s." in table
-    assert "12 to 50 of single stages, 9 to 18 of layers and chains, 1 to 12 interpreted" in " ".join(table.split())
+    words = " ".join(table.split())
+    assert "Examples of a faulty kernel: 3 to 50 of single stages, 2 to 18 of layers and chains, 1 to 12 interpreted" in words
+    assert "Of a legal one: 6 of single stages, 3 of layers and chains, 1 interpreted." in words
     assert table.splitlines()[-1] == "PASSED: 3 of 3 faulty kernels caught, 0 of 20 runs of legal kernels rejected"
 
 
@@ -179,11 +181,17 @@ def test_page_tells_each_rule_by_its_numbers() -> None:
     assert page.row("faults", "wrong_eps")[1:] == ["4", "75", "✓", "✗"]
     assert page.row("narrow", "rms_norm wrong_eps")[2:5] == ["3/4 (75.0%)", "1", "normal 1/2, small 2/2"]
     assert page.row("variants", "rounded_early")[2:] == ["10", "43%", "✓ passed", f"1 of 2: {CLOSE}"]
-    needed = small_exam().examples_needed()
-    for stage in ("rms_norm", "rope", "decode_layer"):
-        assert page.row("examples", stage) == [stage, str(needed[stage][0]), str(stage_named(stage).examples), needed[stage][1]]
     assert "None of the 2 rules in use elsewhere did as well on both counts." in page.text
     assert "conformance exam --lane eager --seed 7 --out exam" in page.text
+    assert "A sample judges a fault on too few cases to tell" in page.text
+
+
+def test_an_exam_that_measures_power_states_how_many_examples_show_every_fault() -> None:
+    measured = dataclasses.replace(small_exam(), effort=EFFORTS["full"])
+    page = Page(report.page(measured))
+    needed = measured.examples_needed()
+    for stage in ("rms_norm", "rope", "decode_layer"):
+        assert page.row("examples", stage) == [stage, str(needed[stage][0]), str(stage_named(stage).examples), needed[stage][1]]
 
 
 def test_rule_that_does_as_well_as_ours_is_named() -> None:
