@@ -32,6 +32,7 @@ from conformance.buffers import bits
 from conformance.cases import Case, CaseKey, Space, make_case, stratified_keys
 from conformance.checking import (
     MOST_LOST,
+    ROW_CHECK_PERIOD,
     Judged,
     Runner,
     RunPlan,
@@ -39,11 +40,10 @@ from conformance.checking import (
     eager_runner,
     is_lost,
     judged_runs,
-    plan_for,
     pooled_run,
     worker_runner,
 )
-from conformance.contract import Stage, models, stage_named
+from conformance.contract import Stage, models, stage_named, stages
 from conformance.declaration import load_module
 from conformance.errors import UsageError
 from conformance.executors.base import Outcome
@@ -57,13 +57,12 @@ from conformance.rules import RULES, Compared
 OURS = "conformance"
 #: A result of ordinary torch code in the low precision: every intermediate in bf16.
 ROUGH = Arithmetic(torch.bfloat16, rounds=False)
-#: Subjects that one task judges: their cases and oracles are made once.
-SUBJECTS_PER_TASK = 128
 #: How many rejected legal runs are kept with their cases.
 MOST_REJECTIONS = 5
 #: Seconds between two times that an exam so far is kept.
 KEPT_EVERY = 60.0
-#: How many interpreted kernels there are to each one of a sample: every one needs a process of its own, which takes seconds.
+#: How many interpreted kernels, or compiled ones, there are to each one of a sample: every one needs a process of its own, which
+#: takes seconds.
 INTERPRETED_SAMPLE = 16
 #: Detectors that need more than the outputs of one run: no rule that compares outputs could stand in for them.
 BEYOND_OUTPUTS = frozenset(
@@ -95,7 +94,9 @@ class Effort:
     ``measures`` is set, a faulty torch kernel is judged until it has had as many cases as its power so far asks for
     (``trials_for``): the one whose power is poor is measured longest.
     The catalogue has a fault or a variant in every stage to which it means something; a ``sample`` has it once among the single
-    stages and once among the composite ones, and of the interpreted kernels one in ``INTERPRETED_SAMPLE``.
+    stages and once among the composite ones, and one in ``INTERPRETED_SAMPLE`` of the others, faulty and legal ones of each lane.
+    Up to ``together`` torch kernels are judged by one task, which makes their cases and oracles once; what a task has judged is
+    kept when it ends.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Effort:
     interpreted: Cases
     random_single: int
     random_composite: int
+    together: int = 32
 
     def cases(self, subject: Subject) -> Cases:
         """The numbers that hold for one subject."""
@@ -119,8 +121,8 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    # A few cases each: the legal kernels see every regime between them. A fault of a single stage that is not found has as many
-    # as `conformance check` has by default.
+    # A few cases each: the random combinations of a single stage see all its regimes, the legal kernels of all layers and chains
+    # between them. What is faulty and not found has up to 50, as many as a check has by default; of a layer 18, which are dear.
     "quick": Effort(
         "quick",
         sample=True,
@@ -130,6 +132,7 @@ EFFORTS: dict[str, Effort] = {
         interpreted=Cases(1, 1, 12),
         random_single=20,
         random_composite=2,
+        together=128,
     ),
     # Of each single stage 10,000 random combinations; of all layers and chains as many legal runs, named variants included, which
     # have as many cases as a check, because that judges all of them together as well.
@@ -301,7 +304,7 @@ class Exam:
 
         From the measured power in each regime, since stratified examples go round the regimes. Faults that were never caught
         say nothing about a number and are left out: they are listed as missed. So are those that have no power (``has_power``).
-        Empty if the exam measures no power: the few cases of a sample say next to nothing about it.
+        Empty if the exam measures no power: a few cases say next to nothing about it.
         """
         needed: dict[str, tuple[int, str]] = {}
         for one in self.faults if self.effort.measures else ():
@@ -331,11 +334,9 @@ class Exam:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Exam:
         """The inverse of ``to_json``."""
-        effort: dict[str, Any] = {
-            name: Cases(**value) if isinstance(value, dict) else value for name, value in data["effort"].items()
-        }
+        cases = {name: Cases(**data["effort"][name]) for name in ("single", "composite", "interpreted")}
         return cls(
-            Effort(**effort),
+            Effort(**{**data["effort"], **cases}),
             data["seed"],
             [Standing(**one) for one in data["standings"]],
             {name: Cost(**cost) for name, cost in data["costs"].items()},
@@ -393,11 +394,17 @@ def chosen_subjects(effort: Effort, stage: str | None = None, lane: str | None =
         raise UsageError(f"the exam has no kernel of stage {stage or 'any'} in lane {lane or 'any'}")
     if not effort.sample or stage is not None:
         return found
-    alike: dict[tuple[str, str, bool], list[Subject]] = collections.defaultdict(list)
+    alike: dict[tuple[str, bool], list[Subject]] = collections.defaultdict(list)
+    others: dict[tuple[str, bool], list[Subject]] = collections.defaultdict(list)
     for one in found:
-        if one.lane == "eager" or _number(one.id) % INTERPRETED_SAMPLE == 0:
-            alike[one.lane, one.name, stage_named(one.stage).composite].append(one)
-    return [group[_number(name) % len(group)] for (_, name, _), group in alike.items()]
+        if one.lane == "eager":
+            alike[one.name, stage_named(one.stage).composite].append(one)
+        else:
+            others[one.lane, one.legal].append(one)
+    sample = [group[_number(name) % len(group)] for (name, _), group in alike.items()]
+    for group in others.values():
+        sample += sorted(group, key=lambda one: _number(one.id))[: math.ceil(len(group) / INTERPRETED_SAMPLE)]
+    return sample
 
 
 def _number(name: str) -> int:
@@ -493,7 +500,7 @@ def _tasks(chosen: Sequence[Subject], effort: Effort, seed: int) -> Iterator[_Ta
         return one.lane == "eager", one.stage, one.lane, str(sorted(one.dims.items()))
 
     for (is_eager, stage, _, _), group in itertools.groupby(sorted(chosen, key=alike), key=alike):
-        size = SUBJECTS_PER_TASK if is_eager else 1
+        size = effort.together if is_eager else 1
         ids = [one.id for one in group]
         for start in range(0, len(ids), size):
             yield _Task(stage, effort, seed, tuple(ids[start : start + size]))
@@ -563,20 +570,22 @@ def _perform(task: _Task) -> _Result:
     costs: dict[str, Cost] = collections.defaultdict(Cost)
     standings = []
     for one in group:
-        least, trials = (cases.legal, _in_turn(shelf, one)) if one.legal else (cases.faulty, shelf)
+        least, trials = (cases.legal, _in_turn(shelf, one, cases.legal, task.seed)) if one.legal else (cases.faulty, shelf)
         standings.append(_stand(one, trials, least, space, costs, measures=task.effort.measures))
     return _Result(standings, costs)
 
 
-def _in_turn(shelf: Sequence[Trial], subject: Subject) -> Sequence[Trial]:
-    """The same cases, begun at another kind of data: a few each are all kinds between them.
+def _in_turn(shelf: Sequence[Trial], subject: Subject, least: int, seed: int) -> list[Trial]:
+    """The same cases, after the first gone on with another kind of data: ``least`` each are all kinds between them.
 
-    A case of a layer or chain is dear, so all kernels of such a stage begin with the same.
+    A case of a layer or chain is dear, so all kernels of such a stage have the same: a stage goes on where the one before ended.
+    The first case has rows to rearrange.
     """
     stage = stage_named(subject.stage)
-    kinds = len(stage.regimes)
-    start = _number(stage.name if stage.composite else subject.id) % kinds
-    return [*shelf[start:kinds], *shelf[:start], *shelf[kinds:]]
+    first, others, more = shelf[:1], shelf[1 : len(stage.regimes)], shelf[len(stage.regimes) :]
+    place = list(stages()).index(stage.name) if stage.composite else _number(subject.id)
+    start = (place * (least - 1) + seed) % max(1, len(others))
+    return [*first, *others[start:], *others[:start], *more]
 
 
 def _random_combinations(task: _Task) -> _Result:
@@ -584,13 +593,15 @@ def _random_combinations(task: _Task) -> _Result:
     costs: dict[str, Cost] = collections.defaultdict(Cost)
     whole: Standing | None = None
     keys: dict[Space, Iterator[tuple[int, CaseKey]]] = {}
+    # So that a few of each stage do not all have the first kinds of data.
+    skipped = _number(f"random/{task.stage}/{task.seed}") % len(stage_named(task.stage).regimes)
     for index in range(task.first, task.last):
         variant = random_variant(task.stage, index, task.seed)
         space = Space.of(stage_named(task.stage), dict(variant.dims))
         if space not in keys:
             # Another sequence of cases than that of the named variants, and one for each geometry.
             keys[space] = enumerate(stratified_keys(space, task.seed + 1))
-        key = next(key for number, key in keys[space] if number == index)
+        key = next(key for number, key in keys[space] if number == index + skipped)
         one = _stand(variant, [Trial(key)], 1, space, costs, first=index)
         one.rejections = [f"{text} (combination {index} of seed {task.seed})" for text in one.rejections]
         if whole is None:
@@ -695,7 +706,7 @@ def _stand(
 ) -> Standing:
     """Judge one subject on ``least`` trials, and on more until it is found, or its power measured, if it is faulty.
 
-    ``first`` is the number of the first trial, by which its extra runs are chosen. Whatever goes wrong is this subject's error.
+    ``first`` is the number of the first trial, by which its row checks are chosen. Whatever goes wrong is this subject's error.
     """
     standing = Standing.of(subject)
     try:
@@ -721,10 +732,10 @@ def _judge_trials(
     kernel = subject.make()
     # A torch kernel runs here: none of the catalogue takes its process down, and a process each would take an hour.
     runner = eager_runner(kernel) if subject.lane == "eager" else worker_runner(kernel, subject.lane)
-    lost, composite = 0, kernel.stage.composite
+    lost, with_rows = 0, first
     judged: list[Judged] = []
     with runner as run:
-        for index, trial in enumerate(trials, first):
+        for trial in trials:
             if standing.trials >= least:
                 settled = _is_settled(standing, measures) if standing.first else _show_together(standing, judged)
                 if subject.legal or settled:
@@ -732,7 +743,8 @@ def _judge_trials(
             if kernel.refusal(trial.case.dims) is not None:
                 continue
             watched = _Watched(run)
-            plan = plan_for(index, subject.lane, kernel.stage) if subject.lane == "eager" else _INTERPRETED[composite]
+            plan = _eager_plan(with_rows) if subject.lane == "eager" else _INTERPRETED[kernel.stage.composite]
+            with_rows += trial.case.dims.B > 1
             runs: list[Judged] = []
             for one in judged_runs(kernel, trial.key, watched, plan, oracle=trial.oracle):
                 runs.append(one)
@@ -754,6 +766,15 @@ def _judge_trials(
                 standing.rejected[OURS] = 1
                 standing.detectors = ["capability"]
                 standing.rejections = [refuted[0].message]
+
+
+def _eager_plan(with_rows: int) -> RunPlan:
+    """Of a torch kernel that has had so many cases with several rows.
+
+    As in a check, one in ``ROW_CHECK_PERIOD`` is run with its rows rearranged and one with a row alone; but with a few cases in
+    all it is the first ones that can be.
+    """
+    return RunPlan(True, with_rows % ROW_CHECK_PERIOD == 0, with_rows % ROW_CHECK_PERIOD == 1)
 
 
 def _show_together(standing: Standing, judged: Sequence[Judged]) -> bool:

@@ -219,7 +219,7 @@ def _examples(exam: Exam) -> str:
     return (
         f"Examples of a faulty kernel: {faulty}{growing}. Of a legal one: {legal}. Legal choices combined at random: "
         f"{effort.random_single:,} a single stage, {effort.random_composite:,} a layer or chain."
-        + (" Shares of single trials lean to the faults that show seldom, which have more of them." if effort.measures else "")
+        + (" Shares of single trials lean to the faults that show seldom, which have more of them." if growing else "")
     )
 
 
@@ -413,7 +413,7 @@ def _detectors(faults: Iterable[Standing]) -> list[tuple[str, str, int, int]]:
 
 
 def _regimes(faults: Iterable[Standing]) -> list[tuple[str, int, int, int]]:
-    """Each data regime, its trials of faults, those caught, and the faults of several regimes that only this one showed."""
+    """Each data regime, its trials of faults, those caught, and the faults tried in every regime that only this one showed."""
     rows: dict[str, list[int]] = {}
     for one in faults:
         showing = [name for name, (_, caught) in one.regimes.items() if caught]
@@ -421,7 +421,7 @@ def _regimes(faults: Iterable[Standing]) -> list[tuple[str, int, int, int]]:
             row = rows.setdefault(name, [0, 0, 0])
             row[0] += trials
             row[1] += caught
-            row[2] += showing == [name] and len(one.regimes) > 1
+            row[2] += showing == [name] and len(one.regimes) == len(stage_named(one.stage).regimes) > 1
     return sorted(((name, *row) for name, row in rows.items()), key=lambda row: -row[2] / row[1])  # type: ignore[misc]
 
 

@@ -25,7 +25,8 @@ from click.testing import CliRunner
 
 import conformance
 from conformance import cli, exam
-from conformance.cases import Space, stratified_keys
+from conformance.cases import CaseKey, Space, stratified_keys
+from conformance.checking import Judged, judged_runs
 from conformance.cli import main
 from conformance.contract import stage_named, stages
 from conformance.errors import UsageError
@@ -246,6 +247,82 @@ def test_a_sample_has_every_fault() -> None:
     }
 
 
+def test_a_sample_has_faulty_and_legal_kernels_of_every_lane() -> None:
+    whole, sample = (chosen_subjects(EFFORTS[name]) for name in ("full", "quick"))
+    assert {(one.lane, one.legal) for one in sample} == {(one.lane, one.legal) for one in whole}
+    assert len([one for one in sample if one.lane != "eager"]) < 16
+    for lane in {one.lane for one in whole}:
+        assert chosen_subjects(EFFORTS["quick"], lane=lane)
+
+
+def _legal_by_stage(effort: Effort) -> dict[str, list[Subject]]:
+    found: dict[str, list[Subject]] = {}
+    for one in chosen_subjects(effort, lane="eager"):
+        if one.legal:
+            found.setdefault(one.stage, []).append(one)
+    return found
+
+
+def _first_cases(one: Subject, effort: Effort, seed: int = 0) -> list[CaseKey]:
+    keys = itertools.islice(stratified_keys(Space.of(stage_named(one.stage), dict(one.dims)), seed), effort.cases(one).most)
+    return [trial.key for trial in exam._in_turn(list(map(Trial, keys)), one, effort.cases(one).legal, seed)][
+        : effort.cases(one).legal
+    ]
+
+
+def test_the_legal_kernels_of_a_sample_see_every_kind_of_data_between_them() -> None:
+    effort, of_layers = EFFORTS["quick"], set()
+    for stage, group in _legal_by_stage(effort).items():
+        seen = {key.regime for one in group for key in _first_cases(one, effort)}
+        if stage_named(stage).composite:
+            of_layers |= seen
+        else:
+            assert len(seen) >= min(4, len(stage_named(stage).regimes)), stage
+            assert effort.random_single >= len(stage_named(stage).regimes)  # random combinations go round them
+    assert of_layers == {regime for one in stages().values() if one.composite for regime in one.regimes}
+    decode_layers = _legal_by_stage(effort)["decode_layer"]
+    others = [[key.regime for key in _first_cases(decode_layers[0], effort, seed)] for seed in range(9)]
+    assert {name for some in others for name in some} == set(stage_named("decode_layer").regimes)
+
+
+def test_every_legal_kernel_of_a_sample_is_run_with_its_rows_rearranged_and_with_a_row_alone() -> None:
+    effort = EFFORTS["quick"]
+    checked = 0
+    for stage, group in _legal_by_stage(effort).items():
+        for one in group if "B" in stage_named(stage).drawn else ():
+            assert sum(key.dims.B > 1 for key in _first_cases(one, effort)) >= 2, one.id
+            checked += 1
+    assert checked > 90
+    plans = [exam._eager_plan(count) for count in range(7)]
+    assert [plan.permuted for plan in plans] == [True, False, False, False, False, True, False]
+    assert [plan.lone for plan in plans] == [False, True, False, False, False, False, True]
+    assert all(plan.repeat for plan in plans)
+
+
+def test_an_order_of_cases_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = chosen_subjects(EFFORTS["quick"], stage="rope")[0]
+    keys = list(itertools.islice(stratified_keys(Space.of(stage_named("rope"), {}), 0), 30))
+    for count in (1, 2, 5, 9, 10, 30):
+        shelf = list(map(Trial, keys[:count]))
+        orders = [exam._in_turn(shelf, one, 6, seed) for seed in range(20)]
+        assert all(sorted(order, key=shelf.index) == shelf and order[0] is shelf[0] for order in orders)
+        assert len({tuple(map(shelf.index, order)) for order in orders}) == max(1, min(count, 9) - 1)
+
+
+def test_row_checks_come_with_the_first_cases_that_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks: list[str] = []
+
+    def recorded(*arguments: Any, **options: Any) -> Iterator[Judged]:
+        for run in judged_runs(*arguments, **options):
+            checks.append(run.check)
+            yield run
+
+    monkeypatch.setattr(exam, "judged_runs", recorded)
+    of(monkeypatch, RIGHT, effort=dataclasses.replace(SHORT, single=Cases(5, 5, 5), random_single=0))
+    assert checks.count("example") == checks.count("repeat") == 5
+    assert (checks.count("permuted_rows"), checks.count("lone_row")) == (1, 1)
+
+
 def test_parallel_processes_give_the_same_standings() -> None:
     def plain(found: Exam) -> list[dict[str, Any]]:
         return sorted((dataclasses.asdict(one) for one in found.standings), key=lambda one: str(one["id"]))
@@ -259,8 +336,10 @@ def test_a_kept_exam_is_read_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     exam.write_json(found, tmp_path / "exam.json")
     again = exam.read_json(tmp_path / "exam.json")
     assert again.standings == found.standings
+    assert again.effort == found.effort
     assert again.score(OURS) == found.score(OURS)
-    for broken in ("no json", "{}", json.dumps({**found.to_json(), "standings": [{"id": 1}]})):
+    with_pairs = {**found.to_json(), "effort": {**found.to_json()["effort"], "single": [12, 50]}}  # as exams were kept before
+    for broken in ("no json", "{}", json.dumps({**found.to_json(), "standings": [{"id": 1}]}), json.dumps(with_pairs)):
         (tmp_path / "exam.json").write_text(broken)
         with pytest.raises(UsageError, match=r"expected an exam that `conformance exam --out` wrote"):
             exam.read_json(tmp_path / "exam.json")
@@ -380,7 +459,8 @@ def test_an_exam_cut_short_has_what_it_judged_and_is_no_pass(
         return perform(task)
 
     monkeypatch.setattr(exam, "_COMBINATIONS_PER_TASK", 5)
-    effort = dataclasses.replace(SHORT, single=Cases(2, 2, 50), random_single=12)  # combinations in three parts
+    # Combinations in three parts, the others in six or seven.
+    effort = dataclasses.replace(SHORT, single=Cases(2, 2, 50), random_single=12, together=8)
     whole = take(effort, stage="greedy_sample", lane="eager", processes=1)
     monkeypatch.setattr(exam, "_perform", once)
     found = take(effort, stage="greedy_sample", lane="eager", processes=1)
@@ -423,7 +503,7 @@ def test_an_interrupt_while_the_exam_is_kept_loses_nothing(
         os.kill(os.getpid(), number)
         write(found, path)
 
-    monkeypatch.setattr(exam, "SUBJECTS_PER_TASK", 8)
+    monkeypatch.setitem(EFFORTS, "quick", dataclasses.replace(EFFORTS["quick"], together=8))
     monkeypatch.setattr(exam, "_perform", perform_some)
     monkeypatch.setattr(exam, "write_json", interrupted_write)
     before = signal.getsignal(number)
@@ -584,7 +664,8 @@ def test_a_share_of_all_faults_of_layers_may_be_missed_however_few_were_judged_y
 
 def test_an_exam_is_kept_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exam, "_COMBINATIONS_PER_TASK", 5)
-    effort = dataclasses.replace(SHORT, single=Cases(2, 2, 50), random_single=12)  # combinations in three parts
+    # Combinations in three parts, the others in six or seven.
+    effort = dataclasses.replace(SHORT, single=Cases(2, 2, 50), random_single=12, together=8)
     whole = take(effort, stage="greedy_sample", lane="eager", processes=1)
     monkeypatch.setattr(exam, "KEPT_EVERY", -1.0)
     kept: list[Exam] = []
@@ -609,7 +690,12 @@ def test_a_rejection_counts_though_the_rest_was_not_judged() -> None:
 
 
 def test_a_full_exam_judges_a_legal_layer_on_as_many_cases_as_a_check_puts_together() -> None:
-    assert EFFORTS["full"].composite.legal >= max(one.examples for one in stages().values() if one.composite)
+    effort, known = EFFORTS["full"], {one.id: one for one in exam.catalogue()}
+    assert effort.cases(known["decode_layer/hugging_face_half_away"]).legal >= stage_named("decode_layer").examples
+    assert effort.cases(known["decode_layer/queries_truncated"]) is effort.composite
+    assert effort.cases(known["rms_norm/half_away"]) is effort.single
+    interpreted = next(one for one in known.values() if one.lane == "interpret")
+    assert effort.cases(interpreted) is effort.interpreted
 
 
 def test_a_legal_kernel_and_a_faulty_one_have_their_own_numbers_of_cases(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def large_exam(faults: int = 600, variants: int = 300) -> Exam:
         rejected = {rule.name: draw.choice((0, 0, 7)) for rule in RULES}
         standings.append(legal(f"freedom_{number}", stages[number % len(stages)], trials=22, rejected=rejected))
     costs = {rule.name: Cost(0.1 * draw.random(), 100) for rule in RULES} | {OURS: Cost(0.4, 100)}
-    return Exam(EFFORTS["quick"], 0, standings, costs, 1000.0)
+    return Exam(EFFORTS["full"], 0, standings, costs, 1000.0)
 
 
 MISSED = fault("unseen", "rope", rejected={CLOSE: 2})
@@ -183,7 +183,7 @@ def test_page_tells_each_rule_by_its_numbers() -> None:
     assert page.row("variants", "rounded_early")[2:] == ["10", "43%", "✓ passed", f"1 of 2: {CLOSE}"]
     assert "None of the 2 rules in use elsewhere did as well on both counts." in page.text
     assert "conformance exam --lane eager --seed 7 --out exam" in page.text
-    assert "A sample judges a fault on too few cases to tell" in page.text
+    assert "Each fault was judged on too few cases to tell" in page.text
 
 
 def test_an_exam_that_measures_power_states_how_many_examples_show_every_fault() -> None:
@@ -191,7 +191,19 @@ def test_an_exam_that_measures_power_states_how_many_examples_show_every_fault()
     page = Page(report.page(measured))
     needed = measured.examples_needed()
     for stage in ("rms_norm", "rope", "decode_layer"):
-        assert page.row("examples", stage) == [stage, str(needed[stage][0]), str(stage_named(stage).examples), needed[stage][1]]
+        expected = [str(needed[stage][0]), str(stage_named(stage).examples), needed[stage][1]]
+        assert page.row("examples", stage) == [stage, *expected]
+        assert [stage, *expected] in [line.split() for line in report.table(measured).splitlines()]
+    assert "At most so many examples" in report.table(measured)
+    assert "At most so many examples" not in report.table(small_exam())
+
+
+def test_a_fault_is_seen_only_in_one_kind_of_data_if_it_was_tried_in_all() -> None:
+    all_kinds = {name: [1, int(name == "small")] for name in stage_named("rms_norm").regimes}
+    some_kinds = dict(list(all_kinds.items())[:2])
+    exam = small_exam(fault("eps_twice", regimes=all_kinds), fault("eps_missing", regimes=some_kinds))
+    assert some_kinds["small"] == [1, 1]
+    assert Page(report.page(exam)).row("regimes", "small")[-1] == "1"
 
 
 def test_rule_that_does_as_well_as_ours_is_named() -> None:
@@ -353,7 +365,7 @@ def hostile_exam() -> Exam:
         dataclasses.replace(fault(HOSTILE), rejected={OURS: 2}, regimes=regimes),
     ]
     exam = small_exam(*bad)
-    return dataclasses.replace(exam, effort=dataclasses.replace(exam.effort, name=HOSTILE))
+    return dataclasses.replace(exam, effort=dataclasses.replace(exam.effort, name=HOSTILE, measures=True))
 
 
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\ud800-\udfff\ufffe\uffff]")
