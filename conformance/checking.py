@@ -153,9 +153,9 @@ def chosen_keys(kernel: Kernel, space: Space, lane: str, examples: int | None, s
 
 def case_runs(kernel: Kernel, keys: Iterable[CaseKey], run: Runner, lane: str, plan: RunPlan | None = None) -> Iterator[Judged]:
     """Judge case by case, with the lane's own plan unless one is given, then all together; end early if too many are lost."""
-    lost, runs = 0, list[Judged]()
-    for index, key in enumerate(keys):
-        for judged in judged_runs(kernel, key, run, plan or plan_for(index, lane, kernel.stage)):
+    lost, runs, plans = 0, list[Judged](), Plans(lane, kernel.stage)
+    for key in keys:
+        for judged in judged_runs(kernel, key, run, plan or plans.following(key)):
             lost += is_lost(judged)
             runs.append(judged)
             yield judged
@@ -247,13 +247,26 @@ class RunPlan:
     passes: Passes = "last"
 
 
-def plan_for(index: int, lane: str, stage: Stage) -> RunPlan:
-    """Eager runs are cheap: repeat each, rearrange the rows of every fifth. Elsewhere once per kernel and dimensions."""
-    if lane == "eager":
-        return RunPlan(True, index % ROW_CHECK_PERIOD == 0, index % ROW_CHECK_PERIOD == 2)
-    if index == 0:
-        return RunPlan(True, True, True, all_passes=True)
-    return RunPlan(passes="none" if stage.composite and index % PASS_PERIOD else "last")
+class Plans:
+    """Which extra runs the cases of one kernel get, case after case, of which there were ``first`` before.
+
+    Eager runs are cheap: each is repeated, and of those that have several rows every fifth is run with its rows in another order,
+    the one after it with a row alone: a few cases have both. Elsewhere all extra runs come once per kernel and dimensions.
+    """
+
+    def __init__(self, lane: str, stage: Stage, first: int = 0) -> None:
+        self._is_eager, self._composite, self._count = lane == "eager", stage.composite, first
+
+    def following(self, key: CaseKey) -> RunPlan:
+        """The plan of the next case."""
+        count = self._count
+        if self._is_eager:
+            self._count += key.dims.B > 1
+            return RunPlan(True, count % ROW_CHECK_PERIOD == 0, count % ROW_CHECK_PERIOD == 1)
+        self._count += 1
+        if count == 0:
+            return RunPlan(True, True, True, all_passes=True)
+        return RunPlan(passes="none" if self._composite and count % PASS_PERIOD else "last")
 
 
 def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan, *, oracle: Oracle | None = None) -> Iterator[Judged]:

@@ -32,8 +32,8 @@ from conformance.buffers import bits
 from conformance.cases import Case, CaseKey, Space, make_case, stratified_keys
 from conformance.checking import (
     MOST_LOST,
-    ROW_CHECK_PERIOD,
     Judged,
+    Plans,
     Runner,
     RunPlan,
     capability_runs,
@@ -107,7 +107,7 @@ class Effort:
     interpreted: Cases
     random_single: int
     random_composite: int
-    together: int = 32
+    together: int
 
     def cases(self, subject: Subject) -> Cases:
         """The numbers that hold for one subject."""
@@ -146,6 +146,7 @@ EFFORTS: dict[str, Effort] = {
         interpreted=Cases(4, 4, 36),
         random_single=10_000,
         random_composite=100,
+        together=32,
     ),
 }
 
@@ -732,7 +733,7 @@ def _judge_trials(
     kernel = subject.make()
     # A torch kernel runs here: none of the catalogue takes its process down, and a process each would take an hour.
     runner = eager_runner(kernel) if subject.lane == "eager" else worker_runner(kernel, subject.lane)
-    lost, with_rows = 0, first
+    lost, plans = 0, Plans(subject.lane, kernel.stage, first)
     judged: list[Judged] = []
     with runner as run:
         for trial in trials:
@@ -743,8 +744,7 @@ def _judge_trials(
             if kernel.refusal(trial.case.dims) is not None:
                 continue
             watched = _Watched(run)
-            plan = _eager_plan(with_rows) if subject.lane == "eager" else _INTERPRETED[kernel.stage.composite]
-            with_rows += trial.case.dims.B > 1
+            plan = plans.following(trial.key) if subject.lane == "eager" else _INTERPRETED[kernel.stage.composite]
             runs: list[Judged] = []
             for one in judged_runs(kernel, trial.key, watched, plan, oracle=trial.oracle):
                 runs.append(one)
@@ -766,15 +766,6 @@ def _judge_trials(
                 standing.rejected[OURS] = 1
                 standing.detectors = ["capability"]
                 standing.rejections = [refuted[0].message]
-
-
-def _eager_plan(with_rows: int) -> RunPlan:
-    """Of a torch kernel that has had so many cases with several rows.
-
-    As in a check, one in ``ROW_CHECK_PERIOD`` is run with its rows rearranged and one with a row alone; but with a few cases in
-    all it is the first ones that can be.
-    """
-    return RunPlan(True, with_rows % ROW_CHECK_PERIOD == 0, with_rows % ROW_CHECK_PERIOD == 1)
 
 
 def _show_together(standing: Standing, judged: Sequence[Judged]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from conformance.capabilities import prove
 from conformance.cases import CaseKey, Space, keys, stratified_keys
-from conformance.checking import MOST_LOST, Judged, Report, RunPlan, is_lost, judged_runs, plan_for, pooled_run
+from conformance.checking import MOST_LOST, Judged, Plans, Report, RunPlan, is_lost, judged_runs, pooled_run
 from conformance.errors import UsageError
 from conformance.executors.base import Outcome
 from conformance.executors.process import KernelProcess, Limits
@@ -77,15 +77,14 @@ class SubjectJudging:
         space = self._space(None)
         explicit = list(itertools.islice(stratified_keys(space, SEED), self.profile.stratified(space.stage)))
         self._require_accepted(explicit)
-        judged_cases = itertools.count()
+        plans = Plans(self.subject.lane, space.stage)
         with self._usage_errors(), self._process(Limits()) as process:
 
             def one(key: CaseKey) -> None:
                 if self._refused(key) or sum(map(is_lost, self.runs)) >= MOST_LOST:
                     return
-                plan = plan_for(next(judged_cases), self.subject.lane, self.subject.kernel.stage)
                 before = len(self.runs)
-                for run in judged_runs(self.subject.kernel, key, process.run, plan):
+                for run in judged_runs(self.subject.kernel, key, process.run, plans.following(key)):
                     self._keep(run)
                 if not all(run.verdict.ok for run in self.runs[before:]):
                     raise ConformanceError(str(key))

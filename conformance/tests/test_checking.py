@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import conformance
-from conformance.cases import Space, stratified_keys
-from conformance.checking import ROW_CHECK_PERIOD
+from conformance.cases import CaseKey, Space, stratified_keys
+from conformance.checking import ROW_CHECK_PERIOD, Plans
+from conformance.contract import stage_named
 from conformance.faults.kernels import Choices, torch_kernel
 
 Tensor = torch.Tensor
@@ -86,6 +87,18 @@ def test_every_case_is_repeated_and_rows_are_moved_now_and_then() -> None:
     assert checks.count("example") == checks.count("repeat") == 5 * ROW_CHECK_PERIOD
     assert "permuted_rows" in checks
     assert any(run.check.startswith("lone_row") and len(run.case.rows) == 1 for run in report.runs)
+
+
+def test_the_first_cases_with_several_rows_have_the_row_checks() -> None:
+    one, several = (CaseKey.parse(f"rms_norm:tiny:B={rows}:normal:1") for rows in (1, 3))
+    plans = Plans("eager", stage_named("rms_norm"))
+    keys = [one, several, one, one, several, *[several] * 4]
+    taken = [plans.following(key) for key in keys]
+    assert all(plan.repeat for plan in taken)
+    with_rows = [plan for plan, key in zip(taken, keys, strict=True) if key is several]
+    assert [plan.permuted for plan in with_rows] == [True, False, False, False, False, True]
+    assert [plan.lone for plan in with_rows] == [False, True, False, False, False, False]
+    assert not any(plan.all_passes for plan in taken)
 
 
 def test_dims_reach_a_kernel_that_asks_for_them() -> None:
