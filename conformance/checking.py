@@ -20,8 +20,8 @@ from conformance.executors.messages import Passes
 from conformance.judge import Oracle, judge, judge_together
 from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
 
-#: Every so many examples one is judged again with its sequences in another order, and one with a sequence alone; prime to the
-#: number of regimes of every stage, so that all of them come up.
+#: Of so many examples with several sequences one is judged again with these in another order, and one with a sequence alone;
+#: prime to the number of regimes of every stage, so that all of them come up.
 ROW_CHECK_PERIOD = 5
 #: Of a layer or a chain the last compiler pass is compared once in so many cases: that takes ten times as long as the run itself.
 PASS_PERIOD = 4
