@@ -71,10 +71,14 @@ class Dims:
     BS: int
     NB: int
     T: int = 1
+    #: Hidden size. ``NH * D`` unless given, and then it follows the heads when they are replaced.
+    H: int = 0
     eps: float = 1e-6
     theta: float = 1e6
 
     def __post_init__(self) -> None:
+        if self.H == 0 and all(isinstance(value, int) for value in (self.NH, self.D)):
+            object.__setattr__(self, "H", self.NH * self.D)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in ("eps", "theta"):
@@ -88,12 +92,7 @@ class Dims:
             raise UsageError(f"D must be even (RoPE rotates two halves), found D={self.D}")
 
     @property
-    def H(self) -> int:  # noqa: N802  the contract's symbol
-        """Hidden size, ``NH * D``."""
-        return self.NH * self.D
-
-    @property
-    def G(self) -> int:  # noqa: N802
+    def G(self) -> int:  # noqa: N802  the contract's symbol
         """Query heads that share one KV head."""
         return self.NH // self.NKV
 
@@ -113,6 +112,8 @@ class Dims:
         for name in changes:
             if name not in known:
                 raise UsageError(f"unknown dimension {name!r}; known are {', '.join(sorted(known))}")
+        if self.H == self.NH * self.D and {"NH", "D"} & changes.keys():
+            changes = {"H": 0, **changes}
         return dataclasses.replace(self, **changes)
 
 
