@@ -2,8 +2,8 @@
 
 The same runs, of random legal combinations and of kernels that round, accumulate or truncate where they must not, are judged
 again and again, each time with one constant tighter or looser than it is. A constant is right where a tighter one rejects correct
-kernels and a looser one lets faults pass; the reason for each stands beside it in ``judge.py`` and ``bounds.py``. About half an
-hour on one core; ``--stages rms_norm,mlp`` looks at some only.
+kernels and a looser one lets faults pass; the reason for each stands beside it in ``judge/limits.py`` and ``bounds.py``. About
+half an hour on one core; ``--stages rms_norm,mlp`` looks at some only.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from types import ModuleType
 
 import torch
 
-from conformance import bounds, judge
-from conformance.cases import Case, Space, make_case, stratified_keys
-from conformance.contract import stage_named, stages
-from conformance.executors.base import Outcome
-from conformance.executors.eager import run_eager
+from conformance.cases.case import Case, make_case
+from conformance.cases.space import Space, stratified_keys
+from conformance.contract.registry import stage_named, stages
 from conformance.faults.catalogue import random_variant, subjects
+from conformance.judge import limits
+from conformance.judge.judgement import judge
+from conformance.judge.oracle import Oracle
+from conformance.lanes.base import Outcome
+from conformance.lanes.eager import run_eager
+from conformance.numerics import bounds
 
 #: Integers and copies are right or wrong: no constant decides.
 STAGES = [name for name, stage in stages().items() if not stage.composite and name not in ("kv_write", "greedy_sample")]
@@ -50,18 +54,18 @@ class Setting:
 
 #: Tighter, then looser.
 SETTINGS = [
-    Setting(judge, "FALSE_ALARM", 1e-2),
-    Setting(judge, "FALSE_ALARM", 1e-12),
-    Setting(judge, "HALF_ULP_SLACK", 1.0),
-    Setting(judge, "HALF_ULP_SLACK", 1.25),
-    Setting(judge, "SPREAD_SIGMAS", 3.5),
-    Setting(judge, "SPREAD_SIGMAS", 11.0),
-    Setting(judge, "SPREAD_SLACK", 0.9),
-    Setting(judge, "SPREAD_SLACK", 1.5),
-    Setting(judge, "BIAS_SIGMAS", 4.0),
-    Setting(judge, "BIAS_SIGMAS", 12.0),
-    Setting(judge, "BIAS_SLACK", 0.0),
-    Setting(judge, "BIAS_SLACK", 0.2),
+    Setting(limits, "FALSE_ALARM", 1e-2),
+    Setting(limits, "FALSE_ALARM", 1e-12),
+    Setting(limits, "HALF_ULP_SLACK", 1.0),
+    Setting(limits, "HALF_ULP_SLACK", 1.25),
+    Setting(limits, "SPREAD_SIGMAS", 3.5),
+    Setting(limits, "SPREAD_SIGMAS", 11.0),
+    Setting(limits, "SPREAD_SLACK", 0.9),
+    Setting(limits, "SPREAD_SLACK", 1.5),
+    Setting(limits, "BIAS_SIGMAS", 4.0),
+    Setting(limits, "BIAS_SIGMAS", 12.0),
+    Setting(limits, "BIAS_SLACK", 0.0),
+    Setting(limits, "BIAS_SLACK", 0.2),
     Setting(bounds, "NORM_ROUNDINGS", 2),
     Setting(bounds, "NORM_ROUNDINGS", 24),
     Setting(bounds, "SUM_OF_MAGNITUDES", 0.1),
@@ -74,7 +78,7 @@ SETTINGS = [
     Setting(bounds, "SUM_ONTO", 3.0),
     Setting(bounds, "PROBABILITY_VARIANCE", 2.0**-16 / 20),
     Setting(bounds, "PROBABILITY_VARIANCE", 2.0**-16),
-    Setting(judge, "STATISTICAL", FP32),
+    Setting(limits, "STATISTICAL", FP32),
 ]
 
 
@@ -118,10 +122,10 @@ def faulty_runs(chosen_stages: Sequence[str], rounds: int) -> list[Run]:
 def accepted(runs: Sequence[Run]) -> list[bool]:
     """The verdicts under the constants as they are now; what a case's runs are held against is made once."""
     found: list[bool] = []
-    oracles: dict[int, judge.Oracle] = {}
+    oracles: dict[int, Oracle] = {}
     for run in runs:
-        oracle = oracles.setdefault(id(run.case), judge.Oracle(run.case))
-        found.append(judge.judge(run.case, run.outcome, oracle=oracle).ok)
+        oracle = oracles.setdefault(id(run.case), Oracle(run.case))
+        found.append(judge(run.case, run.outcome, oracle=oracle).ok)
     return found
 
 

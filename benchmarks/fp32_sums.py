@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from conformance import bounds
+from conformance.numerics import bounds
 
 Floats = npt.NDArray[np.float32]
 

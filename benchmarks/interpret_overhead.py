@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 
-from conformance.cases import Case, CaseKey, make_case
-from conformance.declaration import Kernel, kernels_in, load_module
-from conformance.executors.process import KernelProcess
+from conformance.cases.case import Case, make_case
+from conformance.cases.key import CaseKey
+from conformance.contract.kernel import Kernel
+from conformance.contract.loading import kernels_in, load_module
+from conformance.lanes.process import KernelProcess
 
 STAGES = ("rms_norm", "qkv_proj", "qk_norm", "rope", "kv_write", "attention", "o_proj", "mlp")
 BATCH = 4
@@ -70,7 +72,7 @@ class Bare:
 
 def serve_bare(stage: str, folder: Path) -> None:
     """The bare side: call, say how long it took, delete the output, wait."""
-    from conformance.executors.pypto_runtime import Runtime
+    from conformance.lanes.pypto.runtime import Runtime
     from conformance.toolchains import calculator
 
     torch.set_num_threads(1)

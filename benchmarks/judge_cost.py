@@ -25,11 +25,13 @@ from pathlib import Path
 
 import torch
 
-from conformance.arithmetic import SINGLE
-from conformance.cases import Case, CaseKey, make_case
-from conformance.executors.base import Outcome
-from conformance.judge import Oracle, judge
-from conformance.verdict import Verdict
+from conformance.cases.case import Case, make_case
+from conformance.cases.key import CaseKey
+from conformance.judge.judgement import judge
+from conformance.judge.oracle import Oracle
+from conformance.judge.verdict import Verdict
+from conformance.lanes.base import Outcome
+from conformance.numerics.arithmetic import SINGLE
 
 PARTS = ("logits", "layer")
 ROUNDS = 15
@@ -187,8 +189,8 @@ def layer(interpreting: float | None) -> None:
 
 def interpreted(case: Case) -> float:
     """Seconds that compiling and interpreting the stage's PyPTO kernel take."""
-    from conformance.declaration import kernels_in, load_module
-    from conformance.executors.process import KernelProcess
+    from conformance.contract.loading import kernels_in, load_module
+    from conformance.lanes.process import KernelProcess
 
     module = load_module(f"kernels.qwen3.{case.stage.name}")
     kernel = next(kernel for kernel in kernels_in(module) if kernel.toolchain == "pypto")

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from conformance.arithmetic import SINGLE
-from conformance.cases import CaseKey, make_case
-from conformance.executors.base import Outcome
-from conformance.judge import judge
+from conformance.cases.case import make_case
+from conformance.cases.key import CaseKey
+from conformance.judge.judgement import judge
+from conformance.lanes.base import Outcome
+from conformance.numerics.arithmetic import SINGLE
 
 KEY = CaseKey("decode_layer", "qwen3_14b", "normal", 1, (("B", 16), ("S", 256)), tuple(range(16, 257, 16)))
 

@@ -36,7 +36,21 @@ from _pytest.runner import runtestprotocol
 ROOT = Path(__file__).parents[1]
 COPY = ROOT / "build" / "mutation"
 COPIED = ("conformance", "kernels", "fixtures", "reports", "benchmarks", "conftest.py", "pyproject.toml")
-MODULES = ("conformance.ulp", "conformance.bounds", "conformance.judge", "conformance.signatures", "conformance.sensitivity")
+MODULES = (
+    "conformance.numerics.ulp",
+    "conformance.numerics.bounds",
+    "conformance.judge.elements",
+    "conformance.judge.judgement",
+    "conformance.judge.limits",
+    "conformance.judge.oracle",
+    "conformance.judge.outputs",
+    "conformance.judge.signatures",
+    "conformance.judge.statistics",
+    "conformance.judge.structure",
+    "conformance.judge.wording",
+    "conformance.judge.matched_filters",
+    "conformance.judge.sensitivity",
+)
 #: What mutmut writes for a change that no test reaches, that no test notices, that one does, and that never ends.
 NO_TESTS, SURVIVED, KILLED, TIMEOUT = 33, 0, 1, 36
 #: What a change has that is to be tried.
@@ -86,12 +100,12 @@ def changed_constants() -> Iterator[tuple[str, str, object]]:
             if constant.strip("_").isupper() and isinstance(value, int | float):
                 for factor in (2, 0.5):
                     yield name, constant, type(value)(value * factor)
-    formats = importlib.import_module("conformance.ulp").FORMATS
+    formats = importlib.import_module("conformance.numerics.ulp").FORMATS
     for dtype, kind in formats.items():
         for field in dataclasses.fields(kind):
             number = getattr(kind, field.name)
             for other in (number / 2, number * 2) if field.name == "largest" else (number - 1, number + 1):
-                yield "conformance.ulp", "FORMATS", {**formats, dtype: dataclasses.replace(kind, **{field.name: other})}
+                yield "conformance.numerics.ulp", "FORMATS", {**formats, dtype: dataclasses.replace(kind, **{field.name: other})}
 
 
 class Runner:

@@ -1,7 +1,7 @@
 """How far known mistakes inside a layer stand out of rounding noise, in standard deviations: ``python -m benchmarks.signatures``.
 
 Three ways to weigh the errors of all outputs, side by side on one case: by the shift that a mistake makes over each element's
-variance, as if errors were independent; as ``conformance.signatures`` does; and the best there is, with the covariance of all
+variance, as if errors were independent; as ``matched_filters.py`` does; and the best there is, with the covariance of all
 elements of a sequence.
 """
 
@@ -12,10 +12,12 @@ import time
 
 import torch
 
-from conformance.cases import CaseKey, make_case
-from conformance.judge import SIGNATURE_SIGMAS, Oracle
-from conformance.sensitivity import Sensitivity
-from conformance.signatures import RIDGE, filters, signatures
+from conformance.cases.case import make_case
+from conformance.cases.key import CaseKey
+from conformance.judge.limits import SIGNATURE_SIGMAS
+from conformance.judge.matched_filters import RIDGE, filters, signatures
+from conformance.judge.oracle import Oracle
+from conformance.judge.sensitivity import Sensitivity
 
 CASE = "decode_layer:tiny:B=6,seq_lens=17+80+16+71+1+128:normal:7"
 

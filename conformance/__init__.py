@@ -13,22 +13,23 @@ __version__ = "0.1.0"
 __all__ = ["Dims", "Finding", "Kernel", "Report", "UsageError", "check", "kernel", "stages"]
 
 _HOMES = {
-    "Dims": "conformance.contract",
-    "Finding": "conformance.verdict",
-    "Kernel": "conformance.declaration",
-    "Report": "conformance.checking",
+    "Dims": "conformance.contract.dims",
+    "Finding": "conformance.judge.verdict",
+    "Kernel": "conformance.contract.kernel",
+    "Report": "conformance.running.check",
     "UsageError": "conformance.errors",
-    "check": "conformance.checking",
-    "kernel": "conformance.declaration",
-    "stages": "conformance.contract",
+    "check": "conformance.running.check",
+    "kernel": "conformance.contract.kernel",
+    "stages": "conformance.contract.registry",
 }
 
 if TYPE_CHECKING:
-    from conformance.checking import Report, check
-    from conformance.contract import Dims, stages
-    from conformance.declaration import Kernel, kernel
+    from conformance.contract.dims import Dims
+    from conformance.contract.kernel import Kernel, kernel
+    from conformance.contract.registry import stages
     from conformance.errors import UsageError
-    from conformance.verdict import Finding
+    from conformance.judge.verdict import Finding
+    from conformance.running.check import Report, check
 
 
 def __getattr__(name: str) -> Any:

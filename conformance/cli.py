@@ -22,11 +22,13 @@ import click
 from conformance.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
-    from conformance.cases import CaseKey, Space
-    from conformance.checking import Judged, Report, RunPlan
-    from conformance.comparison import Standing
-    from conformance.declaration import Kernel
-    from conformance.session import RunLog, Subject
+    from conformance.cases.key import CaseKey
+    from conformance.cases.space import Space
+    from conformance.contract.kernel import Kernel
+    from conformance.exam.results import Exam
+    from conformance.running.check import Judged, Report, RunPlan
+    from conformance.running.diff import Standing
+    from conformance.running.session import RunLog, Subject
 
 PASSED, FINDINGS, USAGE, COULD_NOT_RUN = 0, 1, 2, 3
 
@@ -79,9 +81,9 @@ def doctor() -> None:
 @click.option("--kernels", "locations", multiple=True, metavar="FILE.py", help="also list the kernels of this file")
 def list_command(locations: tuple[str, ...]) -> None:
     """List stages with their arguments, and kernels with their lanes and capabilities."""
-    from conformance.contract import stages
-    from conformance.declaration import bundled_kernels, kernels_in, load_module
-    from conformance.executors.base import LANES_OF
+    from conformance.contract.loading import bundled_kernels, kernels_in, load_module
+    from conformance.contract.registry import stages
+    from conformance.lanes.base import LANES_OF
 
     kernels = bundled_kernels()
     for location in locations:
@@ -130,9 +132,9 @@ def check(
 ) -> None:
     """Judge one kernel: FUNC of FILE.py, or the bundled one of STAGE. It runs in a process of its own."""
     import reports
-    from conformance.cases import Space
-    from conformance.checking import RunPlan, chosen_keys, resolve_lane
-    from conformance.session import ExpectedFailures, RunLog, Subject, new_run_folder, require_new_folder
+    from conformance.cases.space import Space
+    from conformance.running.check import RunPlan, chosen_keys, resolve_lane
+    from conformance.running.session import ExpectedFailures, RunLog, Subject, new_run_folder, require_new_folder
 
     if all_passes and not case_key:
         raise UsageError("--all-passes goes with --case KEY: without it all passes are compared once anyway, on a small case")
@@ -172,8 +174,8 @@ def _judge(
     options: dict[str, Any],
 ) -> int:
     """Judge the cases as they are recorded, print the report, and return the exit code."""
-    from conformance.checking import Report, capability_runs, case_runs, worker_runner
-    from conformance.session import is_interactive
+    from conformance.running.check import Report, capability_runs, case_runs, worker_runner
+    from conformance.running.session import is_interactive
 
     runs: list[Judged] = []
     with worker_runner(subject.kernel, subject.lane, timeout) as run:
@@ -210,7 +212,7 @@ def _say_how_to_replay(report: Report, subject: Subject, options: dict[str, Any]
 
     if not report.findings:
         return
-    from conformance.session import relative_source
+    from conformance.running.session import relative_source
 
     worst = report.findings[0]
     source, detector = relative_source(subject.kernel), worst.finding.detector
@@ -228,8 +230,9 @@ def _short(folder: Path) -> str:
 
 def _kernel(stage: str, target: str | None) -> Kernel:
     """The kernel that ``FILE.py:FUNC`` names, or the bundled one of a stage."""
-    from conformance.contract import stage_named
-    from conformance.declaration import as_kernel, bundled_kernels, find_kernel
+    from conformance.contract.kernel import as_kernel
+    from conformance.contract.loading import bundled_kernels, find_kernel
+    from conformance.contract.registry import stage_named
 
     stage_named(stage)
     if target is None:
@@ -239,7 +242,7 @@ def _kernel(stage: str, target: str | None) -> Kernel:
 
 def _named(target: str) -> Any:
     """The kernel or function that ``FILE.py:FUNC`` names."""
-    from conformance.declaration import kernels_in, load_module
+    from conformance.contract.loading import kernels_in, load_module
 
     location, separator, name = target.rpartition(":")
     if not separator:
@@ -280,9 +283,9 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
 
     Each is a bundled kernel's name, FILE.py:FUNC, or the folder of a kept run. Exit code 4: a capability is lost.
     """
-    from conformance import comparison
-    from conformance.cases import Space
-    from conformance.checking import chosen_keys, resolve_lane
+    from conformance.cases.space import Space
+    from conformance.running import diff as comparison
+    from conformance.running.check import chosen_keys, resolve_lane
 
     if lane == "compile_only":
         raise UsageError("diff compares what kernels compute: compile_only executes nothing")
@@ -319,8 +322,9 @@ def _capabilities(count: int) -> str:
 
 def _subject_of_diff(text: str) -> dict[str, Standing] | Kernel:
     """What is known of the kernels of a kept run, or a kernel that is to be judged: of a file or a bundled one."""
-    from conformance import comparison
-    from conformance.declaration import Kernel, bundled_kernels, find_kernel
+    from conformance.contract.kernel import Kernel
+    from conformance.contract.loading import bundled_kernels, find_kernel
+    from conformance.running import diff as comparison
 
     folder = Path(text)
     if folder.is_dir():
@@ -337,8 +341,8 @@ def _standings(
     subject: dict[str, Standing] | Kernel, dims: str, examples: int, seed: int, lane: str, timeout: float | None
 ) -> dict[str, Standing]:
     """What is known of the kernels of a run, or of one that is judged now."""
-    from conformance import comparison
-    from conformance.checking import check as judge_kernel
+    from conformance.running import diff as comparison
+    from conformance.running.check import check as judge_kernel
 
     if isinstance(subject, dict):
         return subject
@@ -390,10 +394,12 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
     Exit code 1 if our rule rejected a legal kernel, missed a fault of a single stage, or more than 3% of those of layers; with
     --full also if a single stage's own number of examples shows a fault with less than 99%.
     """
-    import conformance.exam as examination
     import reports.exam
-    from conformance.checking import require_count
-    from conformance.session import is_interactive
+    from conformance.exam.efforts import EFFORTS
+    from conformance.exam.pool import take
+    from conformance.exam.results import write_json, write_whole
+    from conformance.running.check import require_count
+    from conformance.running.session import is_interactive
 
     require_count(1, seed)
     if processes is not None and processes < 1:
@@ -418,12 +424,12 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
             told = time.monotonic()
             click.echo(f"{done} of {total} parts judged", err=True)
 
-    def keep(result: examination.Exam) -> None:
+    def keep(result: Exam) -> None:
         if out is not None:
-            examination.write_json(result, out / "exam.json")
-            examination.write_whole(out / "exam.html", reports.exam.page(result))
+            write_json(result, out / "exam.json")
+            write_whole(out / "exam.html", reports.exam.page(result))
 
-    def keep_meanwhile(result: examination.Exam) -> None:
+    def keep_meanwhile(result: Exam) -> None:
         try:
             keep(result)
         except OSError as error:  # there may be room by the end
@@ -432,8 +438,8 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
     lost: OSError | None = None
     with _interrupted_once() as ignore_interrupts:
         try:
-            result = examination.take(
-                examination.EFFORTS["full" if full else "quick"],
+            result = take(
+                EFFORTS["full" if full else "quick"],
                 seed=seed,
                 stage=stage,
                 lane=lane,

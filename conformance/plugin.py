@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from conformance.declaration import Kernel
-    from conformance.profiles import SuiteProfile
-    from conformance.session import ExpectedFailures, RunLog, Subject
+    from conformance.cases.profiles import SuiteProfile
+    from conformance.contract.kernel import Kernel
+    from conformance.running.session import ExpectedFailures, RunLog, Subject
 
 MARKERS = {
     "compile_only": "compiles kernels with PyPTO's own compiler; nothing is executed, no NPU needed",
@@ -160,7 +160,7 @@ class PluginState:
             if chosen:
                 self._folder = Path(chosen).resolve()
             else:
-                from conformance.session import new_run_folder
+                from conformance.running.session import new_run_folder
 
                 self._folder = new_run_folder(self.config.invocation_params.dir / "runs")
         return self._folder
@@ -168,7 +168,7 @@ class PluginState:
     def require_new_folder(self) -> None:
         """Raise ``pytest.UsageError`` if the folder that the user named already holds a run."""
         from conformance.errors import UsageError
-        from conformance.session import require_new_folder
+        from conformance.running.session import require_new_folder
 
         try:
             require_new_folder(self.folder)
@@ -182,14 +182,14 @@ class PluginState:
     @property
     def profile(self) -> SuiteProfile:
         """How many cases."""
-        from conformance.profiles import profile_named
+        from conformance.cases.profiles import profile_named
 
         return profile_named(self.config.option.conformance_profile)
 
     def kernels(self) -> list[Kernel]:
         """Bundled kernels and the user's; raises ``pytest.UsageError`` for a file that cannot be used."""
         if self._kernels is None:
-            from conformance.declaration import bundled_kernels, kernels_in, load_module
+            from conformance.contract.loading import bundled_kernels, kernels_in, load_module
             from conformance.errors import UsageError
 
             options = self.config.option
@@ -232,7 +232,7 @@ class PluginState:
         """The user's list of expected failures."""
         if self._expected is None:
             from conformance.errors import UsageError
-            from conformance.session import ExpectedFailures
+            from conformance.running.session import ExpectedFailures
 
             path = self.config.option.expected_failures
             try:
@@ -244,7 +244,7 @@ class PluginState:
 
     def presets(self) -> list[str]:
         """The presets that the user chose, if any; raises ``pytest.UsageError`` for one that does not exist."""
-        from conformance.contract import preset_named
+        from conformance.contract.registry import preset_named
         from conformance.errors import UsageError
 
         chosen = [name for name in self.config.option.presets.split(",") if name]
@@ -257,8 +257,8 @@ class PluginState:
 
     def subjects(self, lane: str) -> list[Subject]:
         """Every kernel that the lane takes, at every preset of the lane."""
-        from conformance.contract import models
-        from conformance.session import Subject
+        from conformance.contract.registry import models
+        from conformance.running.session import Subject
 
         # Compiling is about the text more than the sizes: one preset keeps the lane that every commit runs under a minute.
         most = 1 if lane == "compile_only" else None
@@ -280,8 +280,8 @@ class PluginState:
 
     def full_size_subjects(self, lane: str) -> list[Subject]:
         """Every PyPTO kernel at the model's real size: the fused loops only compile there, all others execute."""
-        from conformance.contract import models
-        from conformance.session import Subject
+        from conformance.contract.registry import models
+        from conformance.running.session import Subject
 
         return [
             Subject(kernel, model.full_size_preset, lane)
@@ -293,7 +293,7 @@ class PluginState:
 
     def open_log(self, planned: list[Subject]) -> None:
         """Begin this process's records."""
-        from conformance.session import RunLog
+        from conformance.running.session import RunLog
 
         options = self.config.option
         process = getattr(self.config, "workerinput", {}).get("workerid", "main")

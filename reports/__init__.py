@@ -28,7 +28,7 @@ def build(folder: Path, formats: Sequence[str] = ("terminal", "markdown", "junit
     Building again replaces them; the records are only read. Raises ``UsageError`` for an unknown format and for a folder
     without records.
     """
-    from conformance.records import read_run
+    from conformance.running.records import read_run
     from reports import junit, markdown, page, terminal
     from reports.summary import summarise
 

@@ -1,7 +1,7 @@
 """What came of the harness's exam, for a terminal and as one HTML page: each rule's catches, misses, false alarms and cost.
 
-Both are built from a ``conformance.exam.Exam`` alone. Whatever they say in words about the rules is computed from its numbers,
-so a rule from elsewhere that does as well as ours is named as such.
+Both are built from an ``Exam`` (``conformance.exam.results``) alone. Whatever they say in words about the rules is computed from
+its numbers, so a rule from elsewhere that does as well as ours is named as such.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from markupsafe import Markup
 
 import conformance
-from conformance.contract import stage_named
-from conformance.exam import COMPOSITE_TARGET, CONFIDENCE, OURS, Exam, Score, Standing
+from conformance.contract.registry import stage_named
+from conformance.exam.results import COMPOSITE_TARGET, CONFIDENCE, OURS, Exam, Score, Standing
+from conformance.exam.rules import RULES
 from conformance.faults.subject import KINDS
-from conformance.rules import RULES
-from conformance.verdict import DETECTORS
+from conformance.judge.verdict import DETECTORS
 from reports import text
 from reports.page import environment, part, policy_hash
 from reports.terminal import Page

@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from conformance.records import Log, Record
-from conformance.verdict import DETECTORS, Finding, worst_first
+from conformance.judge.verdict import DETECTORS, Finding, worst_first
+from conformance.running.records import Log, Record
 from reports import text
 
 Status = Literal["failed", "could not run", "cut short", "nothing ran", "failed as expected", "passed", "skipped"]

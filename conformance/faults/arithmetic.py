@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from conformance.contract import Dims
+from conformance.contract.dims import Dims
 from conformance.faults.registry import at
 
 Tensor = torch.Tensor

@@ -11,7 +11,7 @@ import functools
 import types
 from collections.abc import Mapping
 
-from conformance.contract import stage_named
+from conformance.contract.registry import stage_named
 from conformance.faults.arithmetic import HUGGING_FACE_LIKE
 from conformance.faults.kernels import FAULTS, RELEVANT, Choices, random_choices, torch_kernel
 from conformance.faults.registry import REGISTERED

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from conformance.contract import Dims, Stage
-from conformance.declaration import Kernel, kernel
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import Kernel, kernel
+from conformance.contract.stage import Stage
 from conformance.faults import layers as torch_layers
 from conformance.faults import of_places, of_values  # noqa: F401  they register their faults
 from conformance.faults.arithmetic import (

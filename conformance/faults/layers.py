@@ -11,7 +11,7 @@ import random
 
 import torch
 
-from conformance.contract import Dims
+from conformance.contract.dims import Dims
 from conformance.faults.arithmetic import BF16, Maker
 
 Tensor = torch.Tensor

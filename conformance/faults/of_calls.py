@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from conformance.buffers import bits
-from conformance.contract import Dims, Stage
+from conformance.contract.dims import Dims
+from conformance.contract.stage import Stage
 from conformance.faults.registry import ATTENTIONS, ROWS, fault
+from conformance.lanes.buffers import bits
 
 Tensor = torch.Tensor
 

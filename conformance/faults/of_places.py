@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from conformance.contract import Dims
+from conformance.contract.dims import Dims
 from conformance.faults.arithmetic import Maker
 from conformance.faults.layers import Arguments, Step, Token, prepared
 from conformance.faults.registry import ATTENTIONS, CHAINS, DECODE_LAYERS, PREFILLS, fault

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from conformance.contract import Dims
-from conformance.data import rotation_table
+from conformance.cases.source import rotation_table
+from conformance.contract.dims import Dims
 from conformance.faults.arithmetic import BF16, Part, raised, truncated
 from conformance.faults.registry import ALL_LAYERS, ATTENTIONS, CHAINS, LAYERS_OF_EACH_KIND, NORMS, PRODUCTS, fault
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from conformance.declaration import Kernel
+from conformance.contract.kernel import Kernel
 
 #: The classes of faults.
 Kind = Literal["value", "indexing", "unwritten", "memory", "precision", "dependency", "nondeterminism", "robustness"]

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-from conformance.capabilities import prove
-from conformance.cases import CaseKey, Space, keys, stratified_keys
-from conformance.checking import MOST_LOST, Judged, Plans, Report, RunPlan, is_lost, judged_runs, pooled_run
+from conformance.cases.key import CaseKey
+from conformance.cases.profiles import SuiteProfile
+from conformance.cases.space import Space, stratified_keys
+from conformance.cases.strategies import keys
 from conformance.errors import UsageError
-from conformance.executors.base import Outcome
-from conformance.executors.process import KernelProcess, Limits
-from conformance.judge import judge_without_outputs
-from conformance.profiles import SuiteProfile
-from conformance.session import RunLog, Subject
+from conformance.judge.judgement import judge_without_outputs
+from conformance.lanes.base import Outcome
+from conformance.lanes.process import KernelProcess, Limits
+from conformance.running.capabilities import prove
+from conformance.running.check import MOST_LOST, Judged, Plans, Report, RunPlan, is_lost, judged_runs, pooled_run
+from conformance.running.session import RunLog, Subject
 
 #: The dearest real-size kernel runs in about a minute and 11.5 GB; a slow machine gets ten times that.
 FULL_SIZE_LIMITS = Limits(seconds=900, memory_bytes=14 << 30)

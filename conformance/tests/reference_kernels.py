@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from conformance.arithmetic import SINGLE, Arithmetic
-from conformance.contract import Dims, stage_named
-from conformance.declaration import Kernel, kernel
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import Kernel, kernel
+from conformance.contract.registry import stage_named
+from conformance.numerics.arithmetic import SINGLE, Arithmetic
 
 Tensor = torch.Tensor
 #: Changes the tensors of a call by name, before or after the result is computed.

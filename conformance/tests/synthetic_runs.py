@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from conformance.records import Record, RecordWriter
-from conformance.verdict import Finding
+from conformance.judge.verdict import Finding
+from conformance.running.records import Record, RecordWriter
 
 START = 1_760_000_000.0
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from conformance import bounds
-from conformance.bounds import BF16, Bounds, NewRows, Profile
-from conformance.ulp import Mode, rounded, spacing
+from conformance.numerics import bounds
+from conformance.numerics.bounds import BF16, Bounds, NewRows, Profile
+from conformance.numerics.ulp import Mode, rounded, spacing
 
 Tensor = torch.Tensor
 

@@ -13,19 +13,23 @@ import torch
 from click.testing import CliRunner
 
 import conformance
-from conformance import capabilities
-from conformance.arithmetic import SINGLE, Arithmetic
-from conformance.capabilities import BATCHES, CHECK_PREFIX, LAYERS, prove, proven
-from conformance.cases import Case, CaseKey, Space, make_case
-from conformance.checking import MOST_LOST, Judged
+from conformance.cases.case import Case, make_case
+from conformance.cases.key import CaseKey
+from conformance.cases.space import Space
 from conformance.cli import main
-from conformance.contract import Dims, stage_named
-from conformance.declaration import CAPABILITIES, Kernel, bundled_kernels, load_module
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import CAPABILITIES, Kernel
+from conformance.contract.loading import bundled_kernels, load_module
+from conformance.contract.registry import stage_named
 from conformance.errors import UsageError
-from conformance.executors.base import Outcome
-from conformance.executors.eager import run_eager
-from conformance.executors.messages import Passes
-from conformance.records import read_run
+from conformance.lanes.base import Outcome
+from conformance.lanes.eager import run_eager
+from conformance.lanes.messages import Passes
+from conformance.numerics.arithmetic import SINGLE, Arithmetic
+from conformance.running import capabilities
+from conformance.running.capabilities import BATCHES, CHECK_PREFIX, LAYERS, prove, proven
+from conformance.running.check import MOST_LOST, Judged
+from conformance.running.records import read_run
 from conformance.tests.reference_kernels import SMALL, Spoil, reference_kernel
 from conformance.toolchains import detect
 

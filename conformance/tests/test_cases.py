@@ -12,11 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import conformance
-from conformance.buffers import same_bits
-from conformance.cases import Case, CaseKey, Space, keys, make_case, stratified_keys, take_rows
-from conformance.contract import FACTOR_LABELS, models, preset_named, stage_named
+from conformance.cases.case import Case, make_case
+from conformance.cases.key import CaseKey, take_rows
+from conformance.cases.space import Space, stratified_keys
+from conformance.cases.strategies import keys
+from conformance.contract.arguments import FACTOR_LABELS
+from conformance.contract.registry import models, preset_named, stage_named
+from conformance.contract.stage import layer_of
 from conformance.errors import UsageError
-from kernels.qwen3.layout import Layout, contiguous, layer_of
+from conformance.lanes.buffers import same_bits
+from kernels.qwen3.layout import Layout, contiguous
 
 STAGES = list(conformance.stages())
 WITH_LENGTHS = [name for name, stage in conformance.stages().items() if stage.has_lengths]
@@ -443,7 +448,7 @@ def test_sequences_share_pages_in_some_cases(stage: str) -> None:
 @pytest.mark.parametrize("stage", ["paged_attention", "paged_decode_fwd"])
 def test_a_paged_history_is_the_contiguous_one_cut_into_pages(stage: str) -> None:
     """Drawn from the same source; a page that sequences share holds the rows of the first of them."""
-    from conformance.data import Source
+    from conformance.cases.source import Source
     from kernels.qwen3 import inputs
 
     whole = {"paged_attention": inputs.attention, "paged_decode_fwd": inputs.decode_fwd}[stage]
@@ -602,7 +607,7 @@ def test_rows_of_rows_are_rows_of_the_first_case() -> None:
 
 @pytest.mark.parametrize("text", ROW_KEYS.values(), ids=ROW_KEYS)
 def test_results_of_rows_are_rows_of_results(text: str) -> None:
-    from conformance.arithmetic import EXACT
+    from conformance.numerics.arithmetic import EXACT
 
     whole = make_case(CaseKey.parse(text))
     part = make_case(take_rows(whole.key, ORDER))
@@ -643,7 +648,7 @@ def of_sequence(case: Case, tensors: dict[str, torch.Tensor], sequence: int) -> 
 @pytest.mark.parametrize("stage", PAGED)
 def test_rows_of_a_paged_case_are_the_same_sequences(stage: str, rows: tuple[int, ...]) -> None:
     """Their histories bit for bit, their tokens, and what the reference makes of them."""
-    from conformance.arithmetic import EXACT
+    from conformance.numerics.arithmetic import EXACT
 
     for seed, shares in zip(SEEDS[stage], (False, True), strict=True):
         whole = make_case(CaseKey.parse(f"{PAGED_ROW_KEYS[stage]}:{seed}"))

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 import conformance
-from conformance.cases import CaseKey, make_case
-from conformance.contract import stage_named
-from conformance.executors.eager import run_eager
+from conformance.cases.case import make_case
+from conformance.cases.key import CaseKey
+from conformance.contract.registry import stage_named
 from conformance.faults import arithmetic, kernels, layers
 from conformance.faults.catalogue import DESCRIBED, VARIANTS, dims_of, random_variant, torch_subjects, variants_of
 from conformance.faults.kernels import FAULTS, RELEVANT, Choices
 from conformance.faults.registry import REGISTERED, fault
 from conformance.faults.subject import KINDS
+from conformance.lanes.eager import run_eager
 
 SUBJECTS = torch_subjects()
 NAMES = {name for faults in FAULTS.values() for name in faults}

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import conformance
-from conformance.cases import CaseKey, Space, stratified_keys
-from conformance.checking import ROW_CHECK_PERIOD, Plans
-from conformance.contract import stage_named
+from conformance.cases.key import CaseKey
+from conformance.cases.space import Space, stratified_keys
+from conformance.contract.registry import stage_named
 from conformance.faults.kernels import Choices, torch_kernel
+from conformance.running.check import ROW_CHECK_PERIOD, Plans
 
 Tensor = torch.Tensor
 

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conformance import UsageError
-from conformance.contract import Dims, stages
+from conformance.contract.dims import Dims
+from conformance.contract.registry import stages
+from conformance.numerics.ulp import rounded
 from conformance.tests.transformers_models import qwen3_model
-from conformance.ulp import rounded
 from kernels.qwen3.checkpoint import CONFIG, INDEX, SINGLE_FILE, Checkpoint, checkpoint_tensors, random_checkpoint
 from kernels.qwen3.config import QWEN3_14B
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from conformance.cli import main
-from conformance.records import read_run
+from conformance.running.records import read_run
 
 TORCH_KERNELS = """
 import ctypes, time
@@ -167,8 +167,8 @@ def test_doctor_names_what_the_lanes_need(folder: Path) -> None:
 def test_list_shows_every_stage_with_its_arguments_and_its_kernels(folder: Path) -> None:
     done = run_command(folder, "list", "--kernels", "mine.py")
     assert done.returncode == 0
-    from conformance.contract import stages
-    from conformance.declaration import bundled_kernels
+    from conformance.contract.loading import bundled_kernels
+    from conformance.contract.registry import stages
 
     sections: dict[str, list[str]] = {}
     for line in done.stdout.splitlines():

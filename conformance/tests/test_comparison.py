@@ -11,18 +11,18 @@ import pytest
 from click.testing import CliRunner, Result
 
 import conformance
-from conformance.capabilities import CHECK_PREFIX
-from conformance.cases import CaseKey
-from conformance.checking import Judged
+from conformance.cases.key import CaseKey
 from conformance.cli import main
-from conformance.comparison import SERVES_LESS, Comparison, Standing, Status, compare_runs, exit_code, of_report, of_run
-from conformance.declaration import CAPABILITIES, Kernel
+from conformance.contract.kernel import CAPABILITIES, Kernel
 from conformance.errors import UsageError
-from conformance.executors.base import Outcome
-from conformance.records import Record, RecordWriter
-from conformance.session import RunLog, Subject
+from conformance.judge.verdict import Finding, Verdict
+from conformance.lanes.base import Outcome
+from conformance.running.capabilities import CHECK_PREFIX
+from conformance.running.check import Judged
+from conformance.running.diff import SERVES_LESS, Comparison, Standing, Status, compare_runs, exit_code, of_report, of_run
+from conformance.running.records import Record, RecordWriter
+from conformance.running.session import RunLog, Subject
 from conformance.tests.reference_kernels import SMALL, reference_kernel
-from conformance.verdict import Finding, Verdict
 
 KEY = CaseKey.parse("paged_decode_layer:tiny:B=1,NB=9,seq_lens=3:normal:1")
 REASON = "paged_kv does not hold on a pool of pages in random order (element): out[0, 0] is 1, expected 2"
@@ -456,7 +456,7 @@ def test_a_claim_that_cannot_be_shown_is_no_gain(folder: Path) -> None:
 
 
 def test_two_kept_runs_are_compared_without_running_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conformance.checking.check", None)
+    monkeypatch.setattr("conformance.running.check.check", None)
     kernels = [reference_kernel("paged_decode_layer", ["paged_kv"], name=name) for name in ("a", "b")]
     good = [run(), shown("paged_kv")]
     before = keep(tmp_path / "before", dict.fromkeys(kernels, good))
@@ -521,7 +521,7 @@ def test_what_no_run_put_to_the_test_is_left_open(tmp_path: Path) -> None:
 def test_bad_input_is_one_line_and_exit_code_2_before_anything_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("conformance.checking.worker_runner", None)
+    monkeypatch.setattr("conformance.running.check.worker_runner", None)
     (folder / "empty").mkdir()
     done = diff(*arguments)
     assert done.exit_code == 2, done.output

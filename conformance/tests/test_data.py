@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from conformance.data import GRID_STD, Source, rotation_table
+from conformance.cases.source import GRID_STD, Source, rotation_table
 
 
 def test_a_tensor_does_not_depend_on_what_was_drawn_before() -> None:
@@ -48,7 +48,7 @@ def test_sums_of_products_of_grid_values_are_exact_in_any_order() -> None:
 
 def test_a_grid_made_in_chunks_is_one_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Source("key").grid("x", (1000,), 1.0)
-    monkeypatch.setattr("conformance.data._CHUNK", 96)
+    monkeypatch.setattr("conformance.cases.source._CHUNK", 96)
     assert torch.equal(Source("key").grid("x", (1000,), 1.0), whole)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import conformance
-from conformance.contract import preset_named
-from conformance.declaration import Kernel, as_kernel, find_kernel, kernels_in, load_module, takes_dims
+from conformance.contract.kernel import Kernel, as_kernel, takes_dims
+from conformance.contract.loading import find_kernel, kernels_in, load_module
+from conformance.contract.registry import preset_named
 
 Tensor = torch.Tensor
 TINY = preset_named("tiny")

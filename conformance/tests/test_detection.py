@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 
 import conformance
-from conformance.cases import Case, Space, stratified_keys
-from conformance.checking import Runner, case_runs
-from conformance.contract import stage_named
-from conformance.declaration import Kernel
-from conformance.executors.base import Outcome
-from conformance.executors.eager import run_eager
-from conformance.executors.messages import Passes
+from conformance.cases.case import Case
+from conformance.cases.space import Space, stratified_keys
+from conformance.contract.kernel import Kernel
+from conformance.contract.registry import stage_named
 from conformance.faults.catalogue import dims_of
 from conformance.faults.kernels import FAULTS, torch_kernel
 from conformance.faults.layers import LAYER_WEIGHTS
 from conformance.faults.registry import REGISTERED
+from conformance.lanes.base import Outcome
+from conformance.lanes.eager import run_eager
+from conformance.lanes.messages import Passes
+from conformance.running.check import Runner, case_runs
 
 #: The detector that tells a fault first. Those that are not listed compute a wrong value: ``element``.
 FIRST_DETECTOR: dict[str, str] = {

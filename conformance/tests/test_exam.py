@@ -24,28 +24,21 @@ import torch
 from click.testing import CliRunner
 
 import conformance
-from conformance import cli, exam
-from conformance.cases import CaseKey, Space, stratified_keys
+from conformance import cli
+from conformance.cases.key import CaseKey
+from conformance.cases.space import Space, stratified_keys
 from conformance.cli import main
-from conformance.contract import stage_named, stages
+from conformance.contract.registry import stage_named, stages
 from conformance.errors import UsageError
-from conformance.exam import (
-    EFFORTS,
-    LEAST_CONFIDENCE,
-    OURS,
-    Cases,
-    Effort,
-    Exam,
-    Standing,
-    Trial,
-    chosen_subjects,
-    take,
-    trials_for,
-)
-from conformance.executors.base import Outcome
+from conformance.exam import efforts, pool, results
+from conformance.exam.efforts import EFFORTS, Cases, Effort, chosen_subjects
+from conformance.exam.pool import take
+from conformance.exam.results import LEAST_CONFIDENCE, OURS, Exam, Standing, trials_for
+from conformance.exam.rules import RULES
+from conformance.exam.trials import Trial
 from conformance.faults.kernels import torch_kernel
 from conformance.faults.subject import Subject
-from conformance.rules import RULES
+from conformance.lanes.base import Outcome
 from reports import exam as exam_report
 
 #: A few cases of each kind.
@@ -60,7 +53,7 @@ def subject(name: str, kind: Any, make: Any, stage: str = "rms_norm") -> Subject
 
 def of(monkeypatch: pytest.MonkeyPatch, *chosen: Subject, effort: Effort = SHORT) -> Exam:
     """An exam of these kernels alone, in this process."""
-    monkeypatch.setattr(exam, "catalogue", lambda: list(chosen))
+    monkeypatch.setattr(efforts, "catalogue", lambda: list(chosen))
     return take(effort, processes=1)
 
 
@@ -215,7 +208,7 @@ def test_what_others_compare_with_is_finite_and_of_the_outputs_dtype(stage: str)
     dims = {"S": 48, **({"L": 2} if "L" in contract.drawn else {}), **({"T": 24} if contract.has_chunks else {})}
     trial = Trial(next(iter(stratified_keys(Space.of(contract, dims), 0))))
     kernel = torch_kernel(stage)
-    from conformance.executors.eager import run_eager
+    from conformance.lanes.eager import run_eager
 
     for one in trial.compared(run_eager(kernel, trial.case)):
         assert one.found.dtype == one.golden.dtype == one.rough.dtype == contract.argument(one.name).dtype
@@ -266,7 +259,7 @@ def _legal_by_stage(effort: Effort) -> dict[str, list[Subject]]:
 
 def _first_cases(one: Subject, effort: Effort, seed: int = 0) -> list[CaseKey]:
     keys = itertools.islice(stratified_keys(Space.of(stage_named(one.stage), dict(one.dims)), seed), effort.cases(one).most)
-    return [trial.key for trial in exam._in_turn(list(map(Trial, keys)), one, effort.cases(one).legal, seed)][
+    return [trial.key for trial in pool._in_turn(list(map(Trial, keys)), one, effort.cases(one).legal, seed)][
         : effort.cases(one).legal
     ]
 
@@ -301,7 +294,7 @@ def test_an_order_of_cases_loses_none() -> None:
     keys = list(itertools.islice(stratified_keys(Space.of(stage_named("rope"), {}), 0), 30))
     for count in (1, 2, 5, 9, 10, 30):
         shelf = list(map(Trial, keys[:count]))
-        orders = [exam._in_turn(shelf, one, 6, seed) for seed in range(20)]
+        orders = [pool._in_turn(shelf, one, 6, seed) for seed in range(20)]
         assert all(sorted(order, key=shelf.index) == shelf and order[0] is shelf[0] for order in orders)
         assert len({tuple(map(shelf.index, order)) for order in orders}) == max(1, min(count, 9) - 1)
 
@@ -316,8 +309,8 @@ def test_parallel_processes_give_the_same_standings() -> None:
 
 def test_a_kept_exam_is_read_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = of(monkeypatch, RIGHT, GAIN)
-    exam.write_json(found, tmp_path / "exam.json")
-    again = exam.read_json(tmp_path / "exam.json")
+    results.write_json(found, tmp_path / "exam.json")
+    again = results.read_json(tmp_path / "exam.json")
     assert again.standings == found.standings
     assert again.effort == found.effort
     assert again.score(OURS) == found.score(OURS)
@@ -325,7 +318,7 @@ def test_a_kept_exam_is_read_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for broken in ("no json", "{}", json.dumps({**found.to_json(), "standings": [{"id": 1}]}), json.dumps(with_pairs)):
         (tmp_path / "exam.json").write_text(broken)
         with pytest.raises(UsageError, match=r"expected an exam that `conformance exam --out` wrote"):
-            exam.read_json(tmp_path / "exam.json")
+            results.read_json(tmp_path / "exam.json")
 
 
 def test_the_number_of_examples_follows_from_the_power_in_each_regime() -> None:
@@ -377,7 +370,7 @@ def test_the_command_prints_the_table_and_keeps_a_page(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "assert_close" in done.output
     assert "PASSED" in done.output
-    assert exam.read_json(out / "exam.json").passed
+    assert results.read_json(out / "exam.json").passed
     assert "<html" in (out / "exam.html").read_text()
     again = CliRunner().invoke(main, ["exam", "--stage", "greedy_sample", "--out", str(out)])
     assert again.exit_code == 2
@@ -432,7 +425,7 @@ def test_what_goes_wrong_with_one_kernel_is_its_own_error_and_loses_no_other(mon
 def test_an_exam_cut_short_has_what_it_judged_and_is_no_pass(
     monkeypatch: pytest.MonkeyPatch, stop: BaseException, why: str
 ) -> None:
-    perform = exam._perform
+    perform = pool._perform
     performed: list[Any] = []
 
     def once(task: Any) -> Any:
@@ -441,11 +434,11 @@ def test_an_exam_cut_short_has_what_it_judged_and_is_no_pass(
         performed.append(task)
         return perform(task)
 
-    monkeypatch.setattr(exam, "_COMBINATIONS_PER_TASK", 5)
+    monkeypatch.setattr(pool, "_COMBINATIONS_PER_TASK", 5)
     # Combinations in three parts, the others in six or seven.
     effort = dataclasses.replace(SHORT, single=Cases(2, 2, 50), random_single=12, together=8)
     whole = take(effort, stage="greedy_sample", lane="eager", processes=1)
-    monkeypatch.setattr(exam, "_perform", once)
+    monkeypatch.setattr(pool, "_perform", once)
     found = take(effort, stage="greedy_sample", lane="eager", processes=1)
     assert [one.id for one in found.standings] == [one.id for one in whole.standings]
     judged = {name for task in performed for name in task.ids}
@@ -475,7 +468,7 @@ def test_an_interrupt_while_the_exam_is_kept_loses_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, interrupted: bool
 ) -> None:
     """The second one of an exam that was interrupted, or the first one at its end."""
-    perform, performed, write = exam._perform, itertools.count(), exam.write_json
+    perform, performed, write = pool._perform, itertools.count(), results.write_json
 
     def perform_some(task: Any) -> Any:
         if interrupted and next(performed) == 3:
@@ -487,14 +480,14 @@ def test_an_interrupt_while_the_exam_is_kept_loses_nothing(
         write(found, path)
 
     monkeypatch.setitem(EFFORTS, "quick", dataclasses.replace(EFFORTS["quick"], together=8))
-    monkeypatch.setattr(exam, "_perform", perform_some)
-    monkeypatch.setattr(exam, "write_json", interrupted_write)
+    monkeypatch.setattr(pool, "_perform", perform_some)
+    monkeypatch.setattr(results, "write_json", interrupted_write)
     before = signal.getsignal(number)
     words = ["exam", "--stage", "greedy_sample", "--lane", "eager", "--processes", "1", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == (3 if interrupted else 0), done.output
     assert ("could not be judged" in done.output) == interrupted
-    found = exam.read_json(tmp_path / "out" / "exam.json")
+    found = results.read_json(tmp_path / "out" / "exam.json")
     assert {one.error for one in found.errors} == ({"the exam was interrupted"} if interrupted else set())
     assert len(found.faults) == (24 if interrupted else 48)  # three parts of eight
     assert (tmp_path / "out" / "exam.html").exists()
@@ -520,13 +513,13 @@ def _die(task: Any) -> Any:
 
 
 def test_an_exam_that_loses_a_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exam, "_perform", _die)
+    monkeypatch.setattr(pool, "_perform", _die)
     found = take(SHORT, stage="greedy_sample", lane="eager", processes=2)
     assert {one.error for one in found.standings} == {"the exam lost a process, which was killed or ran out of memory"}
 
 
 def test_what_was_kept_stays_whole_if_it_cannot_be_kept_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    exam.write_json(Exam(SHORT, 7, [], {}), tmp_path / "exam.json")
+    results.write_json(Exam(SHORT, 7, [], {}), tmp_path / "exam.json")
 
     def full(self: Path, data: str, **options: Any) -> int:
         self.write_bytes(data[:10].encode())
@@ -534,8 +527,8 @@ def test_what_was_kept_stays_whole_if_it_cannot_be_kept_again(monkeypatch: pytes
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="no space left"):
-        exam.write_json(Exam(SHORT, 8, [], {}), tmp_path / "exam.json")
-    assert exam.read_json(tmp_path / "exam.json").seed == 7
+        results.write_json(Exam(SHORT, 8, [], {}), tmp_path / "exam.json")
+    assert results.read_json(tmp_path / "exam.json").seed == 7
 
 
 def test_an_exam_that_cannot_be_kept_at_all_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -561,7 +554,7 @@ def test_an_interrupt_while_the_results_are_put_together_loses_nothing(monkeypat
         return deepcopy(one)
 
     whole = take(SHORT, stage="greedy_sample", lane="eager", processes=1)
-    monkeypatch.setattr(exam, "copy", SimpleNamespace(deepcopy=interrupted_once))
+    monkeypatch.setattr(pool, "copy", SimpleNamespace(deepcopy=interrupted_once))
     found = take(SHORT, stage="greedy_sample", lane="eager", processes=1)
     assert next(interrupts, None) is None
     assert found.standings == whole.standings
@@ -574,21 +567,21 @@ def test_an_exam_that_is_interrupted_before_it_begins_could_not_run(monkeypatch:
         os.kill(os.getpid(), signal.SIGINT)
         return []
 
-    monkeypatch.setattr(exam, "catalogue", interrupted)
+    monkeypatch.setattr(efforts, "catalogue", interrupted)
     done = CliRunner().invoke(main, ["exam", "--stage", "greedy_sample"])
     assert (done.exit_code, done.output) == (3, "interrupted before anything was judged\n")
 
 
 KILLED = """
 import multiprocessing, os, signal, sys
-from conformance import exam
+from conformance.exam import efforts, pool
 
 def told(done, total):
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    exam.take(exam.EFFORTS["quick"], stage="greedy_sample", lane="eager", processes=2, progress=told)
+    pool.take(efforts.EFFORTS["quick"], stage="greedy_sample", lane="eager", processes=2, progress=told)
 """
 
 
@@ -615,20 +608,20 @@ def _is_running(number: int) -> bool:
 
 
 def test_an_exam_that_cannot_be_kept_meanwhile_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write, written = exam.write_json, itertools.count()
+    write, written = results.write_json, itertools.count()
 
     def seldom(found: Exam, path: Path) -> None:
         if next(written) == 0:
             raise OSError(28, "No space left on device")
         write(found, path)
 
-    monkeypatch.setattr(exam, "KEPT_EVERY", -1.0)
-    monkeypatch.setattr(exam, "write_json", seldom)
+    monkeypatch.setattr(pool, "KEPT_EVERY", -1.0)
+    monkeypatch.setattr(results, "write_json", seldom)
     words = ["exam", "--stage", "greedy_sample", "--lane", "eager", "--processes", "1", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     assert "so far: No space left on device" in done.output
-    assert exam.read_json(tmp_path / "out" / "exam.json").passed
+    assert results.read_json(tmp_path / "out" / "exam.json").passed
 
 
 def test_a_share_of_all_faults_of_layers_may_be_missed_however_few_were_judged_yet() -> None:
@@ -646,11 +639,11 @@ def test_a_share_of_all_faults_of_layers_may_be_missed_however_few_were_judged_y
 
 
 def test_an_exam_is_kept_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exam, "_COMBINATIONS_PER_TASK", 5)
+    monkeypatch.setattr(pool, "_COMBINATIONS_PER_TASK", 5)
     # Combinations in three parts, the others in six or seven.
     effort = dataclasses.replace(SHORT, single=Cases(2, 2, 50), random_single=12, together=8)
     whole = take(effort, stage="greedy_sample", lane="eager", processes=1)
-    monkeypatch.setattr(exam, "KEPT_EVERY", -1.0)
+    monkeypatch.setattr(pool, "KEPT_EVERY", -1.0)
     kept: list[Exam] = []
     found = take(effort, stage="greedy_sample", lane="eager", processes=1, keep=kept.append)
     assert len(kept) > 3
@@ -673,7 +666,7 @@ def test_a_rejection_counts_though_the_rest_was_not_judged() -> None:
 
 
 def test_a_full_exam_judges_a_legal_layer_on_as_many_cases_as_a_check_puts_together() -> None:
-    effort, known = EFFORTS["full"], {one.id: one for one in exam.catalogue()}
+    effort, known = EFFORTS["full"], {one.id: one for one in efforts.catalogue()}
     assert effort.cases(known["decode_layer/hugging_face_half_away"]).legal >= stage_named("decode_layer").examples
     assert effort.cases(known["decode_layer/queries_truncated"]) is effort.composite
     assert effort.cases(known["rms_norm/half_away"]) is effort.single

@@ -11,11 +11,11 @@ import sys
 
 import pytest
 
-from conformance.cases import CaseKey
-from conformance.checking import RunPlan, case_runs, worker_runner
-from conformance.executors.process import address_of
+from conformance.cases.key import CaseKey
 from conformance.faults.subject import KINDS, Subject
-from conformance.verdict import Verdict
+from conformance.judge.verdict import Verdict
+from conformance.lanes.process import address_of
+from conformance.running.check import RunPlan, case_runs, worker_runner
 from kernels.qwen3.exam import SUBJECTS
 
 BY_NAME = {f"{subject.stage}/{subject.name}": subject for subject in SUBJECTS if not subject.hidden}

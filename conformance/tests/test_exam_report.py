@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 import conformance
-from conformance.contract import stage_named
-from conformance.exam import COMPOSITE_TARGET, EFFORTS, OURS, Cost, Exam, Standing
+from conformance.contract.registry import stage_named
+from conformance.exam.efforts import EFFORTS
+from conformance.exam.results import COMPOSITE_TARGET, OURS, Cost, Exam, Standing
+from conformance.exam.rules import RULES
 from conformance.faults.subject import KINDS
-from conformance.rules import RULES
 from conformance.tests.synthetic_runs import HOSTILE
 from reports import exam as report
 

@@ -18,16 +18,18 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.buffers import Guarded, bits, poisoned, same_bits
-from conformance.cases import Case, CaseKey, make_case
-from conformance.contract import stage_named
-from conformance.declaration import Kernel, as_kernel, kernel, load_module
+from conformance.cases.case import Case, make_case
+from conformance.cases.key import CaseKey
+from conformance.contract.kernel import Kernel, as_kernel, kernel
+from conformance.contract.loading import load_module
+from conformance.contract.registry import stage_named
 from conformance.errors import UsageError
-from conformance.executors.arena import Arena, Slot
-from conformance.executors.device import run_on_card
-from conformance.executors.passes import compare_passes
-from conformance.executors.process import KernelProcess, Limits
-from conformance.executors.scratch import ScratchFolder
+from conformance.lanes.arena import Arena, Slot
+from conformance.lanes.buffers import Guarded, bits, poisoned, same_bits
+from conformance.lanes.device import run_on_card
+from conformance.lanes.process import KernelProcess, Limits
+from conformance.lanes.pypto.passes import compare_passes
+from conformance.lanes.scratch import ScratchFolder
 from conformance.toolchains import detect, find_npu
 
 KERNELS = Path(__file__).parent / "kernels_under_test"
@@ -311,9 +313,10 @@ def test_closing_ends_the_process_and_removes_its_folder_and_a_later_run_starts_
 
 OWNER = """
 import sys, threading, time
-from conformance.cases import CaseKey, make_case
-from conformance.declaration import load_module
-from conformance.executors.process import KernelProcess
+from conformance.cases.key import CaseKey
+from conformance.cases.case import make_case
+from conformance.contract.loading import load_module
+from conformance.lanes.process import KernelProcess
 
 process = KernelProcess(load_module(sys.argv[1]).sleeps, "eager")
 threading.Thread(target=process.run, args=(make_case(CaseKey("rms_norm", "tiny", "normal", 1, (("B", 1),), ())),)).start()
@@ -345,7 +348,7 @@ def test_a_process_does_not_outlive_an_owner_that_is_killed(seconds: float) -> N
 ABANDON = """
 import os, sys
 from pathlib import Path
-from conformance.executors.scratch import ScratchFolder
+from conformance.lanes.scratch import ScratchFolder
 
 print(ScratchFolder(Path(sys.argv[1])).path, flush=True)
 os.kill(os.getpid(), 9)
@@ -466,10 +469,12 @@ COMPILE = """
 import shutil, sys
 from pathlib import Path
 import torch
-from conformance.cases import CaseKey, make_case
-from conformance.declaration import load_module
-from conformance.executors import interpret
-from conformance.executors.pypto_runtime import Builds, Runtime
+from conformance.cases.key import CaseKey
+from conformance.cases.case import make_case
+from conformance.contract.loading import load_module
+from conformance.lanes import interpret
+from conformance.lanes.pypto.runtime import Builds
+from conformance.lanes.pypto.runtime import Runtime
 from conformance.toolchains import calculator
 
 folder = Path(sys.argv[2])

@@ -22,13 +22,14 @@ import torch
 
 import conformance
 import fixtures
-from conformance.arithmetic import CONTRACT, Arithmetic
-from conformance.cases import make_case
-from conformance.data import Source
+from conformance.cases.case import make_case
+from conformance.cases.source import Source
+from conformance.contract.stage import layer_of
 from conformance.errors import UsageError
-from conformance.executors.base import Outcome
-from conformance.judge import judge
-from conformance.verdict import Verdict
+from conformance.judge.judgement import judge
+from conformance.judge.verdict import Verdict
+from conformance.lanes.base import Outcome
+from conformance.numerics.arithmetic import CONTRACT, Arithmetic
 from fixtures import Fixture, compare, load
 from fixtures import build as builder
 from kernels.qwen3 import config, layout, reference
@@ -414,7 +415,7 @@ ATTENTION = {"attention", "paged_attention", *LAYERS}
             id="residual rounded",
         ),
         pytest.param(
-            layout.layer_of,
+            layer_of,
             "stacked[layer * rows : (layer + count) * rows]",
             "stacked[:rows]",
             CHAINS,

@@ -12,11 +12,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from conformance.cases import Case, CaseKey
-from conformance.contract import Dims, Tensors, stage_named
-from conformance.declaration import Kernel
-from conformance.executors.eager import run_eager
+from conformance.cases.case import Case
+from conformance.cases.key import CaseKey
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import Kernel
+from conformance.contract.registry import stage_named
+from conformance.contract.stage import Tensors
 from conformance.faults.kernels import HUGGING_FACE_LIKE, Choices, random_choices, torch_kernel
+from conformance.lanes.eager import run_eager
 from conformance.tests.transformers_models import qwen3_model
 from kernels.qwen3.agreement import Oracle
 from kernels.qwen3.checkpoint import Checkpoint, random_checkpoint

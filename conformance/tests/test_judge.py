@@ -11,20 +11,25 @@ import pytest
 import torch
 
 import conformance
-from conformance import sensitivity
-from conformance.arithmetic import CONTRACT, Arithmetic
-from conformance.bounds import Bounds, Correlation, Profile
-from conformance.buffers import GUARD_ALIGNMENT, GUARD_BYTES, Guarded, bits, poison, poisoned, same_bits
-from conformance.cases import Case, CaseKey, make_case
-from conformance.contract import Dims, Stage, Tensors, read, write
+from conformance.cases.case import Case, make_case
+from conformance.cases.key import CaseKey
+from conformance.contract.arguments import read, write
+from conformance.contract.dims import Dims
+from conformance.contract.stage import Stage, Tensors
 from conformance.errors import UnavailableError, UsageError
-from conformance.executors.base import Outcome, PassDifference, UnwrittenRead
-from conformance.executors.eager import run_eager
 from conformance.faults.kernels import Choices, torch_kernel
-from conformance.judge import Oracle, judge, kappa, spread_limit
-from conformance.signatures import Filter
-from conformance.ulp import rounded, spacing
-from conformance.verdict import DETECTORS, Finding, Verdict, worst_first
+from conformance.judge import sensitivity
+from conformance.judge.judgement import judge
+from conformance.judge.limits import kappa, spread_limit
+from conformance.judge.matched_filters import Filter
+from conformance.judge.oracle import Oracle
+from conformance.judge.verdict import DETECTORS, Finding, Verdict, worst_first
+from conformance.lanes.base import Outcome, PassDifference, UnwrittenRead
+from conformance.lanes.buffers import GUARD_ALIGNMENT, GUARD_BYTES, Guarded, bits, poison, poisoned, same_bits
+from conformance.lanes.eager import run_eager
+from conformance.numerics.arithmetic import CONTRACT, Arithmetic
+from conformance.numerics.bounds import Bounds, Correlation, Profile
+from conformance.numerics.ulp import rounded, spacing
 
 BF16 = torch.bfloat16
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int32]
@@ -840,7 +845,7 @@ def test_how_far_a_correct_element_may_be_off_follows_the_document(count: int) -
 @pytest.mark.parametrize("block", [1 << 15, 10])
 def test_of_elements_that_allow_no_error_the_largest_is_told(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Whatever its value, and wherever it stands."""
-    monkeypatch.setattr("conformance.judge.BLOCK", block)
+    monkeypatch.setattr("conformance.judge.limits.BLOCK", block)
     value = torch.ones(ROWS, COLUMNS, dtype=torch.float64)
     value[1, 2], value[2, 30], value[4, 5] = 100.0, -8.0, 2.0
     case = made_up(value, torch.zeros_like(value), worst=torch.zeros_like(value))

@@ -19,15 +19,19 @@ from typing import Any
 import pytest
 import torch
 
-from conformance import judge as judging
-from conformance.arithmetic import SINGLE
-from conformance.bounds import Bounds
-from conformance.buffers import poison
-from conformance.cases import Case, CaseKey, make_case
-from conformance.executors.base import Outcome
-from conformance.judge import Oracle, judge, kappa
-from conformance.ulp import spacing
-from conformance.verdict import Verdict
+from conformance.cases.case import Case, make_case
+from conformance.cases.key import CaseKey
+from conformance.judge import elements, limits
+from conformance.judge.judgement import judge
+from conformance.judge.limits import kappa
+from conformance.judge.oracle import Oracle
+from conformance.judge.outputs import blocks_of
+from conformance.judge.verdict import Verdict
+from conformance.lanes.base import Outcome
+from conformance.lanes.buffers import poison
+from conformance.numerics.arithmetic import SINGLE
+from conformance.numerics.bounds import Bounds
+from conformance.numerics.ulp import spacing
 
 ROOT = Path(__file__).parents[2]
 WHOLE = 1 << 60
@@ -51,9 +55,9 @@ def judged(case: Case, outputs: Outputs, oracle: Oracle) -> Verdict:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 100), (7, 13), (100, 1), (16, 64), (0, 5), (5, 0)])
 @pytest.mark.parametrize("size", [1, 5, 13, 64, 10**9])
 def test_blocks_cover_every_element_once(shape: tuple[int, int], size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "BLOCK", size)
+    monkeypatch.setattr(limits, "BLOCK", size)
     seen = torch.zeros(shape)
-    for rows, columns in judging._blocks(seen):
+    for rows, columns in blocks_of(seen):
         assert 0 < seen[rows, columns].numel() <= size
         assert (rows.stop, columns.stop) <= shape  # where an element stands is told from where its block does
         seen[rows, columns] += 1
@@ -116,7 +120,7 @@ def test_the_verdict_does_not_depend_on_the_blocks(key: str, monkeypatch: pytest
         outputs = damaged(right, random.Random(f"{key}/{seed}"))
         verdicts = []
         for size in (WHOLE, 37, 1000):
-            monkeypatch.setattr(judging, "BLOCK", size)
+            monkeypatch.setattr(limits, "BLOCK", size)
             verdicts.append(judged(case, outputs, oracle))
         # A share may be NaN, which equals nothing.
         assert len({repr(verdict) for verdict in verdicts}) == 1
@@ -147,7 +151,7 @@ def by_the_rule(found: Tensor, estimate: Bounds) -> tuple[set[Place], dict[Place
 
 @pytest.mark.parametrize("size", [WHOLE, 64, 11])
 def test_every_element_is_judged_by_the_rule(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judging, "BLOCK", size)
+    monkeypatch.setattr(limits, "BLOCK", size)
     case = make_case(CaseKey.parse("lm_head:tiny:B=5,V=130,NH=1,NKV=1,D=64:normal:1"))
     right, oracle = honest(case)["logits"], Oracle(case)
     profile = case.stage.profiles[0]
@@ -178,7 +182,7 @@ def test_every_element_is_judged_by_the_rule(size: int, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("column", [0, 63, 64, 127, 129])
 def test_an_element_just_past_its_allowance_is_found_after_one_just_within(column: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The share of 0.99 comes first, so that all other blocks are passed over that use less than that."""
-    monkeypatch.setattr(judging, "BLOCK", 16)
+    monkeypatch.setattr(limits, "BLOCK", 16)
     case = make_case(CaseKey.parse("lm_head:tiny:B=2,V=130,NH=1,NKV=1,D=64:normal:1"))
     outputs, oracle = honest(case), Oracle(case)
     profile = case.stage.profiles[0]
@@ -205,7 +209,7 @@ def test_an_element_just_past_its_allowance_is_found_after_one_just_within(colum
 
 def test_what_is_not_finite_is_found_after_an_infinite_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copied key with a wrong bit has no allowance at all: its share is infinite, and no later one is larger."""
-    monkeypatch.setattr(judging, "BLOCK", 16)
+    monkeypatch.setattr(limits, "BLOCK", 16)
     case = make_case(CaseKey.parse("kv_write:tiny:B=3,NB=8,seq_lens=5+16+33:normal:1"))
     outputs, oracle = honest(case), Oracle(case)
     rows = oracle.bounds(case.stage.profiles[0])["k_cache"].rows
@@ -233,7 +237,7 @@ class Altered(Oracle):
 @pytest.mark.parametrize("place", [(0, 0), (2, 100), (4, 499)])
 def test_bounds_that_are_no_numbers(place: Place, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A variance that is none allows nothing to be said for the element; a worst case that is none limits nothing."""
-    monkeypatch.setattr(judging, "BLOCK", size)
+    monkeypatch.setattr(limits, "BLOCK", size)
     case = make_case(CaseKey.parse(KEYS[0]))
     outputs = honest(case)
     outputs["logits"][place] *= 1 + 2.0**-22  # more than the last rounding is forgiven
@@ -300,13 +304,13 @@ def test_of_right_logits_few_blocks_are_looked_at_closely(monkeypatch: pytest.Mo
     case = make_case(CaseKey.parse(LOGITS_KEY))
     outputs, oracle = honest(case), Oracle(case)
     seen: list[int] = []
-    shares = judging._shares
+    shares = elements._shares
 
     def counted(out: Tensor, *others: Any) -> Tensor:
         seen.append(out.numel())
         return shares(out, *others)
 
-    monkeypatch.setattr(judging, "_shares", counted)
+    monkeypatch.setattr(elements, "_shares", counted)
     assert judged(case, outputs, oracle).ok
     assert 1 <= len(seen) <= 20
     assert sum(seen) < outputs["logits"].numel() / 4
@@ -320,8 +324,9 @@ MEASURE = """
 import json, math, sys
 import torch
 from benchmarks.judge_cost import damaged, extra_memory, honest, memory_ratio
-from conformance.cases import CaseKey, make_case
-from conformance.judge import Oracle
+from conformance.cases.key import CaseKey
+from conformance.cases.case import make_case
+from conformance.judge.oracle import Oracle
 
 torch.set_num_threads(1)
 found = {"of a known size": extra_memory(lambda: torch.ones(4_000_000).add_(1)) / 16e6}

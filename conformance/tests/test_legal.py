@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import conformance
-from conformance.cases import CaseKey, Space, make_case, stratified_keys
-from conformance.contract import stage_named
-from conformance.executors.eager import run_eager
+from conformance.cases.case import make_case
+from conformance.cases.key import CaseKey
+from conformance.cases.space import Space, stratified_keys
+from conformance.contract.registry import stage_named
 from conformance.faults.kernels import (
     HUGGING_FACE_LIKE,
     RELEVANT,
@@ -21,8 +22,11 @@ from conformance.faults.kernels import (
     single_choices,
     torch_kernel,
 )
-from conformance.judge import Oracle, judge, kappa
-from conformance.verdict import Verdict
+from conformance.judge.judgement import judge
+from conformance.judge.limits import kappa
+from conformance.judge.oracle import Oracle
+from conformance.judge.verdict import Verdict
+from conformance.lanes.eager import run_eager
 
 SINGLE_STAGES = [name for name, stage in conformance.stages().items() if not stage.composite]
 COMPOSITE_STAGES = [name for name, stage in conformance.stages().items() if stage.composite]

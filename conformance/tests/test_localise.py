@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conformance.arithmetic import CONTRACT
-from conformance.cases import Case, CaseKey, make_case
+from conformance.cases.case import Case, make_case
+from conformance.cases.key import CaseKey
+from conformance.contract.stage import layer_of
+from conformance.numerics.arithmetic import CONTRACT
 from kernels.qwen3 import localise, reference
-from kernels.qwen3.layout import Layout, layer_of
+from kernels.qwen3.layout import Layout
 
 Tensor = torch.Tensor
 

@@ -25,16 +25,19 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from conformance.buffers import same_bits
-from conformance.cases import Case, CaseKey
-from conformance.contract import Dims, preset_named, stage_named
-from conformance.data import Source
-from conformance.declaration import Kernel, kernel
+from conformance.cases.case import Case
+from conformance.cases.key import CaseKey
+from conformance.cases.source import Source
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import Kernel, kernel
+from conformance.contract.registry import preset_named, stage_named
 from conformance.errors import UsageError
-from conformance.executors.base import Outcome
-from conformance.executors.eager import run_eager
-from conformance.executors.process import KernelProcess
-from conformance.judge import Oracle, judge
+from conformance.judge.judgement import judge
+from conformance.judge.oracle import Oracle
+from conformance.lanes.base import Outcome
+from conformance.lanes.buffers import same_bits
+from conformance.lanes.eager import run_eager
+from conformance.lanes.process import KernelProcess
 from kernels.qwen3.inputs import GARBAGE_KEY, GARBAGE_VALUE
 from kernels.qwen3.layout import Layout, contiguous, paged_rows
 from kernels.qwen3.paged_attention import paged_attention

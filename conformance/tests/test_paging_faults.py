@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conformance.checking import Report, check
+from conformance.running.check import Report, check
 from kernels.qwen3.exam import SUBJECTS
 from kernels.qwen3.paged_attention import paged_attention
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from conformance.contract import models
-from conformance.declaration import bundled_kernels
-from conformance.records import read_run
+from conformance.contract.loading import bundled_kernels
+from conformance.contract.registry import models
+from conformance.running.records import read_run
 
 HERE = Path(__file__).parent
 TORCH_KERNELS = """

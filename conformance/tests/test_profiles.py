@@ -6,12 +6,13 @@ import itertools
 
 import pytest
 
-from conformance.cases import Space, stratified_keys
-from conformance.checking import chosen_keys
-from conformance.contract import Stage, stage_named, stages
-from conformance.declaration import as_kernel
+from conformance.cases.profiles import PROFILES, profile_named
+from conformance.cases.space import Space, stratified_keys
+from conformance.contract.kernel import as_kernel
+from conformance.contract.registry import stage_named, stages
+from conformance.contract.stage import Stage
 from conformance.faults.kernels import torch_kernel
-from conformance.profiles import PROFILES, profile_named
+from conformance.running.check import chosen_keys
 
 STAGES = list(stages().values())
 

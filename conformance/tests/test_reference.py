@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name torch's documentation uses
 
 import conformance
-from conformance.arithmetic import CONTRACT, EXACT, SINGLE, RoundingSites
-from conformance.cases import Case, CaseKey, make_case
+from conformance.cases.case import Case, make_case
+from conformance.cases.key import CaseKey
 from conformance.faults.kernels import LAYER_WEIGHTS
-from conformance.ulp import distance
+from conformance.numerics.arithmetic import CONTRACT, EXACT, SINGLE, RoundingSites
+from conformance.numerics.ulp import distance
 
 Tensor = torch.Tensor
 
@@ -321,7 +322,7 @@ def test_a_prefill_in_two_chunks_is_one_prefill() -> None:
 
 @pytest.mark.parametrize("stage", list(conformance.stages()))
 def test_fp32_and_float64_agree_up_to_rounding(stage: str) -> None:
-    from conformance.cases import Space, stratified_keys
+    from conformance.cases.space import Space, stratified_keys
 
     case = make_case(next(stratified_keys(Space.of(conformance.stages()[stage], "awkward"), 1)))
     single, double = (case.stage.reference(case.inputs, case.dims, arithmetic) for arithmetic in (SINGLE, CONTRACT))

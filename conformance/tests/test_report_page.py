@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conformance.records import read_run
+from conformance.running.records import read_run
 from conformance.tests import synthetic_runs as runs
 from reports import page
 from reports.summary import RunSummary, summarise

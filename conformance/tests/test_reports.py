@@ -17,10 +17,10 @@ import pytest
 
 import reports
 from conformance.errors import UsageError
-from conformance.records import Record, read_run
+from conformance.judge.verdict import Finding
+from conformance.running.records import Record, read_run
 from conformance.tests import synthetic_runs as runs
 from conformance.tests.synthetic_runs import case, element, end, planned, start, write
-from conformance.verdict import Finding
 from reports import junit, markdown, page, terminal, text
 from reports.summary import Cell, RunSummary, summarise
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conformance.errors import UsageError
-from conformance.rules import RULES, Compared, rule_named
+from conformance.exam.rules import RULES, Compared, rule_named
 
 BF16 = torch.bfloat16
 F32 = torch.float32

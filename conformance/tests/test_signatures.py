@@ -9,17 +9,22 @@ import pytest
 import torch
 
 import conformance
-from conformance.arithmetic import CONTRACT, EXACT, Arithmetic, RoundingSites, Sites
-from conformance.cases import Case, CaseKey, Space, make_case, stratified_keys, take_rows
-from conformance.checking import Judged, pooled_run
-from conformance.executors.base import Outcome
-from conformance.executors.eager import run_eager
+from conformance.cases.case import Case, make_case
+from conformance.cases.key import CaseKey, take_rows
+from conformance.cases.space import Space, stratified_keys
 from conformance.faults.kernels import HUGGING_FACE_LIKE, Choices, random_choices, torch_kernel
-from conformance.judge import SIGNATURE_SIGMAS, Oracle, judge, judge_together
-from conformance.sensitivity import TOGETHER, Sensitivity
-from conformance.signatures import Filter, _sequence_of_judged_rows, filters, signatures
-from conformance.ulp import rounded, spacing
-from conformance.verdict import Along, Finding, Verdict
+from conformance.judge.judgement import judge
+from conformance.judge.limits import SIGNATURE_SIGMAS
+from conformance.judge.matched_filters import Filter, _sequence_of_judged_rows, filters, signatures
+from conformance.judge.oracle import Oracle
+from conformance.judge.sensitivity import TOGETHER, Sensitivity
+from conformance.judge.signatures import judge_together
+from conformance.judge.verdict import Along, Finding, Verdict
+from conformance.lanes.base import Outcome
+from conformance.lanes.eager import run_eager
+from conformance.numerics.arithmetic import CONTRACT, EXACT, Arithmetic, RoundingSites, Sites
+from conformance.numerics.ulp import rounded, spacing
+from conformance.running.check import Judged, pooled_run
 
 BF16 = torch.bfloat16
 LAYER = "decode_layer:tiny:B=16,seq_lens=1+80+16+71+1+66+122+15+102+2+119+4+94+3+83+58:normal:821304491"
@@ -329,7 +334,7 @@ def test_where_signatures_are_not_looked_for(limit: str, monkeypatch: pytest.Mon
     if limit == "rows":
         key = take_rows(key, tuple(range(16)))
     else:
-        monkeypatch.setattr("conformance.judge.MOST_INPUTS", 1000)
+        monkeypatch.setattr("conformance.judge.limits.MOST_INPUTS", 1000)
     assert verdict_on(make_case(key), Truncating("rotated k")).ok
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.arithmetic import CONTRACT, EXACT
-from conformance.contract import Dims, stages
-from conformance.data import Source, rotation_table
+from conformance.cases.source import Source, rotation_table
+from conformance.contract.dims import Dims
+from conformance.contract.registry import stages
+from conformance.numerics.arithmetic import CONTRACT, EXACT
 from conformance.tests.transformers_models import qwen3_model, wide_steps
 from kernels.qwen3 import reference
 from kernels.qwen3.checkpoint import Checkpoint

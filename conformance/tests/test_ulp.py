@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conformance.errors import UsageError
-from conformance.ulp import FORMATS, distance, rounded, spacing
+from conformance.numerics.ulp import FORMATS, distance, rounded, spacing
 
 BF16 = torch.bfloat16
 F16 = torch.float16

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from conformance.cases import CaseKey, make_case
-from conformance.checking import Judged, check
-from conformance.contract import stage_named
+from conformance.cases.case import make_case
+from conformance.cases.key import CaseKey
+from conformance.contract.registry import stage_named
 from conformance.errors import UnavailableError
-from conformance.executors.base import Outcome, UnwrittenRead
-from conformance.executors.process import KernelProcess
-from conformance.executors.unwritten import look_at_graph
-from conformance.judge import judge_without_outputs
-from conformance.records import read_run
-from conformance.session import RunLog, Subject
+from conformance.judge.judgement import judge_without_outputs
+from conformance.lanes.base import Outcome, UnwrittenRead
+from conformance.lanes.process import KernelProcess
+from conformance.lanes.pypto.unwritten import look_at_graph
+from conformance.running.check import Judged, check
+from conformance.running.records import read_run
+from conformance.running.session import RunLog, Subject
 from conformance.tests.kernels_under_test import pypto_assembling
 from conformance.tests.kernels_under_test.pypto_assembling import FAULTS, LEGAL
 from conformance.toolchains import detect
@@ -34,10 +35,11 @@ KEY = CaseKey.parse("rms_norm:tiny:B=3:normal:1")
 COMPILE = """
 import dataclasses, json, sys
 from pathlib import Path
-from conformance.cases import CaseKey
-from conformance.executors.pypto_runtime import Builds, Runtime
-from conformance.executors.base import Outcome
-from conformance.executors.unwritten import look_at_graph
+from conformance.cases.key import CaseKey
+from conformance.lanes.pypto.runtime import Builds
+from conformance.lanes.pypto.runtime import Runtime
+from conformance.lanes.base import Outcome
+from conformance.lanes.pypto.unwritten import look_at_graph
 from conformance.tests.kernels_under_test.pypto_assembling import FAULTS, LEGAL
 
 folder = Path(sys.argv[1])

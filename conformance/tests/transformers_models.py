@@ -11,8 +11,8 @@ from unittest import mock
 
 import torch
 
-from conformance.contract import Dims
-from conformance.data import Source
+from conformance.cases.source import Source
+from conformance.contract.dims import Dims
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 

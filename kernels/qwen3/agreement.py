@@ -16,11 +16,13 @@ from typing import Literal
 
 import torch
 
-from conformance import bounds
-from conformance.arithmetic import EXACT
-from conformance.contract import Dims, Tensors, stage_named
-from conformance.judge import FLUSHED, HALF_ULP_SLACK, kappa
-from conformance.ulp import spacing
+from conformance.contract.dims import Dims
+from conformance.contract.registry import stage_named
+from conformance.contract.stage import Tensors
+from conformance.judge.limits import FLUSHED, HALF_ULP_SLACK, kappa
+from conformance.numerics import bounds
+from conformance.numerics.arithmetic import EXACT
+from conformance.numerics.ulp import spacing
 from kernels.qwen3 import error_model, reference
 from kernels.qwen3.drivers import Model, Request
 

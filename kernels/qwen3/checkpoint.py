@@ -20,10 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from conformance.contract import Dims
-from conformance.data import Source, rotation_table
+from conformance.cases.source import Source, rotation_table
+from conformance.contract.dims import Dims
 from conformance.errors import UsageError
-from conformance.ulp import rounded
+from conformance.numerics.ulp import rounded
 
 Tensor = torch.Tensor
 

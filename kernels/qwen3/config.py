@@ -8,7 +8,7 @@ and a vocabulary that no tile divides. Its ``G`` is not its ``NKV``: in ``tiny``
 
 from __future__ import annotations
 
-from conformance.contract import Dims
+from conformance.contract.dims import Dims
 
 TINY = Dims(B=16, NH=4, NKV=2, D=64, I=512, V=512, L=8, S=128, BS=16, NB=136, T=64)
 AWKWARD = Dims(B=16, NH=15, NKV=3, D=16, I=360, V=500, L=3, S=76, BS=8, NB=168, T=40)

@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from conformance.arithmetic import Arithmetic
-from conformance.bounds import Profile
-from conformance.contract import Argument, Dims, Model, Stage, Tensors, read, update, write
-from conformance.ulp import Mode
+from conformance.contract.arguments import Argument, read, update, write
+from conformance.contract.dims import Dims
+from conformance.contract.registry import Model
+from conformance.contract.stage import Stage, Tensors
+from conformance.numerics.arithmetic import Arithmetic
+from conformance.numerics.bounds import Profile
+from conformance.numerics.ulp import Mode
 from kernels.qwen3 import error_model, inputs, localise, reference
 from kernels.qwen3.config import PRESETS
 from kernels.qwen3.layout import Layout

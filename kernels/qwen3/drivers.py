@@ -14,12 +14,16 @@ from typing import Protocol
 
 import torch
 
-from conformance.arithmetic import CONTRACT, EXACT
-from conformance.cases import Case, CaseKey
-from conformance.contract import Dims, Tensors, layer_of, stage_named
-from conformance.declaration import Kernel, bundled_kernels, find_kernel, kernels_in, load_module
+from conformance.cases.case import Case
+from conformance.cases.key import CaseKey
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import Kernel
+from conformance.contract.loading import bundled_kernels, find_kernel, kernels_in, load_module
+from conformance.contract.registry import stage_named
+from conformance.contract.stage import Tensors, layer_of
 from conformance.errors import UnavailableError, UsageError
-from conformance.executors.process import KernelProcess, Limits
+from conformance.lanes.process import KernelProcess, Limits
+from conformance.numerics.arithmetic import CONTRACT, EXACT
 from kernels.qwen3 import reference
 from kernels.qwen3.checkpoint import Checkpoint
 from kernels.qwen3.inputs import GARBAGE_KEY, GARBAGE_VALUE

@@ -1,4 +1,4 @@
-"""How far a correct kernel of each Qwen3 stage may stray: the reference again, in the algebra of ``conformance.bounds``.
+"""How far a correct kernel of each Qwen3 stage may stray: the reference again, in the algebra of ``conformance.numerics.bounds``.
 
 Each function takes the contract's inputs, the dimensions and a profile of roundings, and returns the bounds of every output
 before its last cast. The composition is that of ``reference.py``, step by step.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from conformance import bounds
-from conformance.arithmetic import EXACT
-from conformance.bounds import Bounds, NewRows, Profile
-from conformance.contract import Dims, Tensors
+from conformance.contract.dims import Dims
+from conformance.contract.stage import Tensors, layer_of
+from conformance.numerics import bounds
+from conformance.numerics.arithmetic import EXACT
+from conformance.numerics.bounds import Bounds, NewRows, Profile
 from kernels.qwen3 import reference
-from kernels.qwen3.layout import Layout, layer_of, paged_rows
+from kernels.qwen3.layout import Layout, paged_rows
 from kernels.qwen3.reference import weights_of
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pypto
 
-from conformance.contract import Dims
+from conformance.contract.dims import Dims
 
 Tensor = Any  # pypto.Tensor, which is untyped
 Scalar = Any  # int, or pypto.SymbolicScalar, known only when the program runs

@@ -19,11 +19,12 @@ from pathlib import Path
 import click
 
 from conformance.cli import FINDINGS, PASSED, Command, read_dims
-from conformance.contract import Dims, preset_named
-from conformance.declaration import LARGEST_BATCH
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import LARGEST_BATCH
+from conformance.contract.registry import preset_named
 from conformance.errors import UsageError
-from conformance.executors.process import Limits
-from conformance.session import is_interactive
+from conformance.lanes.process import Limits
+from conformance.running.session import is_interactive
 from kernels.qwen3.agreement import Agreement, Oracle
 from kernels.qwen3.checkpoint import Checkpoint, random_checkpoint
 from kernels.qwen3.drivers import (

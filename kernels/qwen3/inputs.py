@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from conformance.arithmetic import EXACT
-from conformance.contract import Dims
-from conformance.data import Source, rotation_table
+from conformance.cases.source import Source, rotation_table
+from conformance.contract.dims import Dims
+from conformance.numerics.arithmetic import EXACT
 from kernels.qwen3 import reference
 from kernels.qwen3.layout import Layout, contiguous
 

@@ -11,8 +11,10 @@ import dataclasses
 
 import torch
 
-from conformance.contract import Dims, Tensors
-from conformance.contract import layer_of as layer_of  # for all who import the rest of the layout from here
+from conformance.contract.dims import Dims
+from conformance.contract.stage import (
+    Tensors,  # for all who import the rest of the layout from here
+)
 
 Tensor = torch.Tensor
 

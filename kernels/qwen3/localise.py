@@ -11,10 +11,11 @@ from collections.abc import Iterator
 
 import torch
 
-from conformance.arithmetic import CONTRACT
-from conformance.contract import Dims, Tensors
+from conformance.contract.dims import Dims
+from conformance.contract.stage import Tensors, layer_of
+from conformance.numerics.arithmetic import CONTRACT
 from kernels.qwen3 import reference
-from kernels.qwen3.layout import Layout, layer_of
+from kernels.qwen3.layout import Layout
 from kernels.qwen3.reference import weights_of
 
 #: Rows this close, relative to their size, came from the state in question: honest rounding is ten times closer.

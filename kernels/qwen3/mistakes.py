@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from conformance.contract import Dims, Tensors
+from conformance.contract.dims import Dims
+from conformance.contract.stage import Tensors
 
 
 def _in_bf16(inputs: Tensors, *names: str) -> Tensors:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from conformance.contract import Dims
+from conformance.contract.dims import Dims
 from conformance.errors import UsageError
 
 

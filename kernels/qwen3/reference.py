@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from conformance.arithmetic import Arithmetic
-from conformance.contract import Dims, Tensors
-from kernels.qwen3.layout import Layout, layer_of, paged_rows
+from conformance.contract.dims import Dims
+from conformance.contract.stage import Tensors, layer_of
+from conformance.numerics.arithmetic import Arithmetic
+from kernels.qwen3.layout import Layout, paged_rows
 
 Tensor = torch.Tensor
 

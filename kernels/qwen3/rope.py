@@ -5,8 +5,8 @@
 
 from typing import Any
 
-from conformance.contract import Dims
-from conformance.declaration import kernel
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import kernel
 
 
 @kernel("rope", name="rope", toolchain="pypto")

@@ -6,8 +6,8 @@ They have the arguments of ``rms_norm`` and compute something else: only what th
 from collections.abc import Callable
 from typing import Any
 
-from conformance.contract import Dims
-from conformance.declaration import Kernel, kernel
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import Kernel, kernel
 
 Body = Callable[[Any, Any, Any, Any, Dims], None]
 

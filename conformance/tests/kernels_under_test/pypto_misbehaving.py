@@ -4,8 +4,8 @@ import ctypes
 import os
 from typing import Any
 
-from conformance.contract import Dims
-from conformance.declaration import kernel
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import kernel
 
 
 def _normalised(pypto: Any, x: Any, weight: Any, dims: Dims) -> Any:

@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from conformance.declaration import kernel
+from conformance.contract.kernel import kernel
 
 
 def plain(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, dims: object = None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from conformance.contract import Dims
+from conformance.contract.dims import Dims
 from kernels.qwen3.exam.replaced import Exam
 from kernels.qwen3.exam.softmax import block_step, read_whole_blocks
 

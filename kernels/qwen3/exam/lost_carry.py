@@ -10,8 +10,8 @@ since what is wrong with most of them is how PyPTO's parser reads the body of a 
 
 from typing import Any
 
-from conformance.contract import Dims
-from conformance.declaration import kernel
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import kernel
 from kernels.qwen3.exam.replaced import Exam
 
 CAPABILITIES = ("stacked_weights", "fused_layers")

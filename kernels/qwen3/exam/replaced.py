@@ -21,8 +21,8 @@ from types import ModuleType
 from typing import Any
 
 import kernels.qwen3
-from conformance.contract import Dims
-from conformance.declaration import Kernel
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import Kernel
 from conformance.faults.subject import Kind, Subject
 from kernels.qwen3.contract import MODEL
 

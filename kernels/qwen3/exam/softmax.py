@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from conformance.contract import Dims
+from conformance.contract.dims import Dims
 
 Tensor = Any
 

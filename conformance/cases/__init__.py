@@ -1,0 +1,1 @@
+"""Concrete inputs that follow from short keys alone."""

@@ -1,0 +1,231 @@
+"""A kernel: one system under test.
+
+A torch kernel is a function with the contract's argument names that writes its outputs in place. A PyPTO kernel is a *builder*:
+a function of ``dims`` that returns the compiled-on-call object, so that one text serves every shape. Neither is registered
+anywhere: a module's kernels are its attributes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from conformance.contract.dims import Dims
+from conformance.contract.registry import stage_named
+from conformance.contract.stage import Stage
+from conformance.errors import UsageError
+
+TOOLCHAINS = ("torch", "pypto")
+
+
+#: What a kernel may declare that it serves; the meanings are the contract's. ``running/capabilities.py`` puts them to the test.
+CAPABILITIES: dict[str, str] = {
+    "paged_kv": "reads and writes the cache through block_table and slot_mapping",
+    "variable_batch": "one compiled program serves every user batch from 1 to its capacity, with mixed lengths",
+    "stacked_weights": "takes the weights of L layers as one tensor and slices by layer on the device",
+    "fused_layers": "loops over the layers inside one program",
+    "fused_lm_head": "ends in final norm and vocabulary projection on the device",
+    "chunked_layers": "runs a contiguous chunk of the layers per dispatch",
+    "host_loop": "can be driven layer by layer from the host",
+}
+
+
+#: The largest user batch of the contract.
+LARGEST_BATCH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One implementation of one stage, made by ``conformance.kernel``.
+
+    ``profile`` names the one error-model profile that the kernel declares; ``None`` lets any legal one pass. ``accepts(dims)``
+    returns ``True``, or a sentence that says which dimensions the kernel takes. ``capacity`` is the largest user batch that one
+    build serves, for a kernel that declares ``variable_batch``.
+    """
+
+    function: Callable[..., Any]
+    stage_name: str
+    name: str
+    toolchain: str = "torch"
+    capabilities: tuple[str, ...] = ()
+    profile: str | None = None
+    accepts: Callable[[Dims], bool | str] | None = None
+    capacity: int = LARGEST_BATCH
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.function(*arguments, **keywords)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that the kernel claims to implement."""
+        return stage_named(self.stage_name)
+
+    @property
+    def source(self) -> Path:
+        """The file that defines the kernel."""
+        # A callable object has no source of its own; its class has.
+        subject = self.function if hasattr(self.function, "__code__") else type(self.function)
+        try:
+            return Path(inspect.getsourcefile(inspect.unwrap(subject)) or "<unknown>")
+        except TypeError:
+            return Path("<unknown>")
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring, or an empty string."""
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    def refusal(self, dims: Dims) -> str | None:
+        """Why the kernel does not take these dimensions, or ``None`` if it does."""
+        if "variable_batch" in self.capabilities and self.capacity < dims.B:
+            return f"kernel {self.name} serves batches of 1 to {self.capacity}, not {dims.B}"
+        if self.accepts is None:
+            return None
+        try:
+            answer = self.accepts(dims)
+        except Exception as error:
+            raise UsageError(f"accepts of kernel {self.name} raised {type(error).__name__}: {error}") from error
+        if answer is True:
+            return None
+        return answer if isinstance(answer, str) else f"kernel {self.name} does not take {dims}"
+
+    def built_for(self, dims: Dims) -> Dims:
+        """The dimensions that a build is made for: with ``variable_batch`` one build serves every batch up to the capacity.
+
+        The builder is then given the capacity as ``B``; and 1 as ``T``, since the tokens of a prefill vary likewise.
+        """
+        return dims.replace(B=self.capacity, T=1) if "variable_batch" in self.capabilities else dims
+
+    def build(self, dims: Dims) -> Any:
+        """The object that a toolchain compiles, for these dimensions; raises ``UsageError`` if they are refused."""
+        refusal = self.refusal(dims)
+        if refusal is not None:
+            raise UsageError(refusal)
+        return self.function(self.built_for(dims))
+
+
+def kernel(
+    stage: str,
+    *,
+    name: str | None = None,
+    toolchain: str = "torch",
+    capabilities: Sequence[str] = (),
+    profile: str | None = None,
+    accepts: Callable[[Dims], bool | str] | None = None,
+    capacity: int = LARGEST_BATCH,
+) -> Callable[[Callable[..., Any]], Kernel]:
+    """Declare that a function implements ``stage``.
+
+    For ``toolchain="torch"`` the function takes the contract's arguments by name, and ``dims`` if it has such a keyword-only
+    parameter. For ``toolchain="pypto"`` it is a builder: it takes ``dims`` alone and returns a ``pypto.frontend.jit`` object.
+    A builder that declares ``variable_batch`` is called once, with ``dims.B`` the ``capacity`` (2 to 16), and what it returns
+    must take every batch from 1 to that. ``name`` defaults to the function's own name. Raises ``UsageError`` for an unknown
+    stage, toolchain or capability, for a capacity that means nothing, and for a signature that does not match.
+    """
+    if not isinstance(stage, str):
+        raise UsageError('conformance.kernel takes the stage\'s name, as in @conformance.kernel("rms_norm")')
+    contract = stage_named(stage)
+    if toolchain not in TOOLCHAINS:
+        raise UsageError(f"unknown toolchain {toolchain!r}; known are {', '.join(TOOLCHAINS)}")
+    if isinstance(capabilities, str) or not isinstance(capabilities, Sequence):
+        raise UsageError(f"capabilities is a list of names, found {capabilities!r}")
+    if accepts is not None and not callable(accepts):
+        raise UsageError(f"accepts is a function of dims, found {accepts!r}")
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+        raise UsageError(f"capacity is the largest batch that one build serves, a positive whole number, found {capacity!r}")
+    if capacity > LARGEST_BATCH:
+        raise UsageError(f"capacity is at most {LARGEST_BATCH}, the largest batch of the contract, found {capacity}")
+    if "variable_batch" in capabilities and capacity == 1:
+        raise UsageError("a kernel of capacity 1 serves one batch only: it has no variable_batch to declare")
+    if "variable_batch" not in capabilities and capacity != LARGEST_BATCH:
+        raise UsageError(f"capacity goes with variable_batch, which is not declared, found capacity {capacity}")
+    for capability in capabilities:
+        if capability not in CAPABILITIES:
+            raise UsageError(f"unknown capability {capability!r}; known are {', '.join(CAPABILITIES)}")
+    if profile is not None and profile not in {known.name for known in contract.profiles}:
+        names = ", ".join(known.name for known in contract.profiles)
+        raise UsageError(f"stage {stage} has no profile {profile!r}; it has {names}")
+
+    def decorate(function: Callable[..., Any]) -> Kernel:
+        if toolchain == "torch":
+            require_signature(function, contract)
+        else:
+            require_builder(function)
+        return Kernel(
+            function=function,
+            stage_name=stage,
+            name=name or _name_of(function),
+            toolchain=toolchain,
+            capabilities=tuple(capabilities),
+            profile=profile,
+            accepts=accepts,
+            capacity=capacity,
+        )
+
+    return decorate
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def takes_dims(function: Callable[..., Any]) -> bool:
+    """Whether a torch kernel asks for the dimensions by a keyword-only parameter ``dims``."""
+    parameter = _parameters(function).get("dims")
+    return parameter is not None and parameter.kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def require_signature(function: Callable[..., Any], stage: Stage) -> None:
+    """Raise ``UsageError`` unless the function's positional parameters are the stage's arguments, by name and order."""
+    expected = [argument.name for argument in stage.arguments]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = _parameters(function)
+    found = [name for name, parameter in parameters.items() if parameter.kind in positional]
+    for name, parameter in parameters.items():
+        required = parameter.default is inspect.Parameter.empty
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and required and name != "dims":
+            raise UsageError(
+                f"{_name_of(function)} has a required keyword-only parameter {name!r}: only dims is passed by keyword"
+            )
+    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters.values()) and not found:
+        return
+    if found == expected:
+        return
+    label = _name_of(function)
+    raise UsageError(
+        f"{label} must take the arguments of {stage.name} by name and order: expected ({', '.join(expected)}), "
+        f"found ({', '.join(found)})"
+    )
+
+
+def require_builder(function: Callable[..., Any]) -> None:
+    """Raise ``UsageError`` unless the function can be called with ``dims`` alone."""
+    required = [name for name, parameter in _parameters(function).items() if parameter.default is inspect.Parameter.empty]
+    if len(required) != 1:
+        raise UsageError(
+            f"a PyPTO kernel is a builder that takes dims and returns the jit object; "
+            f"{getattr(function, '__name__', 'the builder')} takes ({', '.join(required)})"
+        )
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    if not callable(function):
+        raise UsageError(f"a kernel must be callable, found {type(function).__name__}")
+    try:
+        return dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the signature of {function!r} cannot be read: {error}") from error
+
+
+def as_kernel(stage: str, function: Callable[..., Any] | Kernel) -> Kernel:
+    """A ``Kernel`` for any callable; raises ``UsageError`` if it claims another stage or has another signature."""
+    if isinstance(function, Kernel):
+        if function.stage_name != stage:
+            raise UsageError(f"kernel {function.name} implements {function.stage_name}, not {stage}")
+        return function
+    contract = stage_named(stage)
+    require_signature(function, contract)
+    return Kernel(function=function, stage_name=stage, name=_name_of(function))

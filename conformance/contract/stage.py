@@ -1,0 +1,90 @@
+"""What one stage computes: its arguments, its torch reference, its error model and the data it is judged on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from conformance.contract.arguments import Argument
+from conformance.contract.dims import Dims
+
+if TYPE_CHECKING:
+    from conformance.cases.source import Source
+    from conformance.numerics.bounds import Bounds, Profile
+
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+Mistake = Callable[[Tensors, "Dims"], tuple[Tensors, "Dims"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """The contract of one stage.
+
+    ``reference(inputs, dims, arithmetic)`` returns every output by name, computed as the formulas say with the roundings that
+    ``arithmetic`` applies. ``error_model(inputs, dims, profile)`` returns for every output the value, variance and worst case of
+    a correct kernel's error. ``make_inputs(dims, seq_lens, regime, source)`` returns the inputs of a case.
+    """
+
+    name: str
+    summary: str
+    arguments: tuple[Argument, ...]
+    reference: Callable[..., dict[str, torch.Tensor]]
+    error_model: Callable[[Tensors, Dims, Profile], dict[str, Bounds]]
+    make_inputs: Callable[[Dims, tuple[int, ...], str, Source], dict[str, torch.Tensor]]
+    regimes: tuple[str, ...]
+    profiles: tuple[Profile, ...]
+    #: Dimensions that a case draws, besides what the preset fixes.
+    drawn: tuple[str, ...] = ("B",)
+    #: Whether a case draws one sequence length per row.
+    has_lengths: bool = False
+    #: Whether a sequence brings several tokens, ``chunk_lens[b]`` of its ``seq_lens[b]``: a prefill.
+    has_chunks: bool = False
+    #: ``rearrange(inputs, dims, rows)`` gives what follows the chosen sequences and is not simply by ``B``.
+    rearrange: Callable[[Tensors, Dims, tuple[int, ...]], dict[str, torch.Tensor]] | None = None
+    #: ``sequences(inputs, dims)`` says which sequence each row of a composite stage's outputs belongs to, if not row by row.
+    sequences: Callable[[Tensors, Dims], torch.Tensor] | None = None
+    #: What a kernel of this stage can show that it serves: of the capabilities in ``conformance.running.capabilities``.
+    capabilities: tuple[str, ...] = ()
+    #: The input and the output by which one call's result is the next one's start, if layers can be run one after another.
+    chain: tuple[str, str] | None = None
+    #: A layer or a chain of layers: judged with every optional rounding modelled, and localised.
+    composite: bool = False
+    #: So many stratified cases show every fault of the exam's catalogue with 99.9%: the default number of examples, which the
+    #: profiles of the suites follow. Measured by ``conformance exam --full``, which fails where it is less than 99%; at least 50.
+    examples: int = 50
+    #: Mistakes that a composite stage's outputs are searched for, besides truncations, by what they are, as a clause:
+    #: ``mistake(inputs, dims)`` returns the inputs and dimensions with which a correct kernel would compute the same.
+    mistakes: Mapping[str, Mistake] = dataclasses.field(default_factory=dict, hash=False)
+    #: Names of the reference's roundings, in a composite stage, that often fall on a tie: of sums of two bf16 values.
+    tie_prone: tuple[str, ...] = ()
+    #: ``localise(inputs, outputs, dims) -> list of sentences`` says which part of a composite stage went wrong first.
+    localise: Callable[[Tensors, Tensors, Dims], list[str]] | None = None
+
+    def argument(self, name: str) -> Argument:
+        """The argument of that name; raises ``KeyError``."""
+        for argument in self.arguments:
+            if argument.name == name:
+                return argument
+        raise KeyError(name)
+
+    @property
+    def inputs(self) -> tuple[Argument, ...]:
+        """Arguments whose contents a case supplies: the inputs and the updated ones."""
+        return tuple(argument for argument in self.arguments if argument.access != "out")
+
+    @property
+    def outputs(self) -> tuple[Argument, ...]:
+        """Arguments that a kernel writes, wholly or in part."""
+        return tuple(argument for argument in self.arguments if argument.access != "in")
+
+
+def layer_of(stacked: torch.Tensor, layer: int, layers: int, count: int = 1) -> torch.Tensor:
+    """The rows of ``count`` layers from ``layer`` on, of a tensor whose first axis stacks ``layers`` of them."""
+    rows = stacked.shape[0] // layers
+    return stacked[layer * rows : (layer + count) * rows]

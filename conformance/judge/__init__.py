@@ -1,0 +1,1 @@
+"""Verdicts: what is wrong with a run, where, and by how much."""

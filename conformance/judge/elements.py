@@ -1,0 +1,192 @@
+"""Elements that are not finite, or further from the oracle than any correct kernel's can be."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from conformance.cases.case import Case
+from conformance.judge import limits
+from conformance.judge.limits import kappa
+from conformance.judge.oracle import Oracle
+from conformance.judge.outputs import NumericFindings, OutputPart, blocks_of, count_true
+from conformance.judge.verdict import Finding
+from conformance.judge.wording import element_in_words, extent_finding, pattern_in_words
+from conformance.numerics.bounds import Bounds, Profile
+from conformance.numerics.ulp import distance, rounded, spacing
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class _Worst:
+    """The element that is told of: the one of the largest share; of those that allow nothing, the largest error; the first."""
+
+    rank: float
+    error: float
+    minus_flat: int
+    share: float
+
+
+def judge_elements(
+    case: Case,
+    oracle: Oracle,
+    profile: Profile,
+    part: OutputPart,
+    estimate: Bounds,
+    skip: torch.Tensor | None,
+    result: NumericFindings,
+) -> float:
+    """The worst share of its allowance that an element uses."""
+    scan = _scan(part, estimate, skip)
+    if case.stage.composite and scan.highest <= limits.MOST_ELEMENT_SHARE and 0 < count_true(scan.beyond) <= limits.MOST_ELEMENTS:
+        # The error model takes the errors that a sum has for terms as independent. Where a few roundings steer a row (those of a
+        # query that reads two keys), they are not: some columns vary four times as much as it says, and others less.
+        variance = estimate.variance.clone()
+        for row, column in torch.nonzero(scan.beyond).tolist():
+            exact = oracle.element_variance(part.argument.name, profile, row, column)
+            if exact <= float(variance[row, column]):
+                break  # this one is wrong, and so is the run
+            variance[row, column] = exact
+        estimate = Bounds(estimate.value, variance, estimate.worst)
+        scan = _scan(part, estimate, skip)
+    if bool(scan.broken.any()):
+        result.wrong += count_true(scan.broken)
+        result.findings.append(extent_finding(case, part, scan.broken, "not_finite", "is not finite"))
+    if scan.worst is not None:
+        result.wrong += count_true(scan.beyond)
+        result.findings.append(_element_finding(case, part, estimate, scan.worst, scan.beyond))
+    return scan.highest
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scan:
+    """Which elements of an output are not finite or beyond their allowance, the worst of these, and the highest share."""
+
+    broken: torch.Tensor
+    beyond: torch.Tensor
+    worst: _Worst | None
+    highest: float
+
+
+def _scan(part: OutputPart, estimate: Bounds, skip: torch.Tensor | None) -> _Scan:
+    """Look at every element, block by block, most of them in passing."""
+    found, dtype = part.found, part.argument.dtype
+    deviations = kappa(found.numel())
+    broken, beyond = (torch.zeros(found.shape, dtype=torch.bool) for _ in range(2))
+    highest = 0.0
+    worst: _Worst | None = None
+    for block in blocks_of(found):
+        out, near = found[block], estimate[block]
+        # Forgiving the half ULP of the last rounding only makes a share smaller. Where even without it no element uses more of
+        # its allowance than one did before, the block has nothing to tell. What is not a number is never that little.
+        error = (out - near.value).abs_()
+        unforgiven = error.div_(torch.minimum(near.variance.sqrt().mul_(deviations), near.worst))
+        if float(unforgiven.max()) <= min(highest, 1.0):
+            continue
+        out = out.to(torch.float64)
+        wanted = None if skip is None else ~skip[block]
+        strange = _not_finite(out, near.value, dtype, wanted)
+        if strange is not None:
+            broken[block] = strange
+        share = _shares(out, near, dtype, deviations, wanted)
+        most = float(share.max())
+        if math.isnan(most) or most > highest:
+            highest = most
+        over = ~(share <= 1)
+        if bool(over.any()):
+            beyond[block] = over
+            here = _worst_of(out - near.value, share, over, block, found.shape[1])
+            worst = here if worst is None else max(worst, here)
+    return _Scan(broken, beyond, worst, highest)
+
+
+def _not_finite(out: torch.Tensor, value: torch.Tensor, dtype: torch.dtype, wanted: torch.Tensor | None) -> torch.Tensor | None:
+    """Which elements are NaN or infinite where the oracle is not the same; ``None`` if all are finite."""
+    strange = ~torch.isfinite(out)
+    if not bool(strange.any()):
+        return None
+    oracle = rounded(value, dtype)
+    # Bit-equal infinities and NaNs of both are agreement; one-sided ones are not.
+    strange &= ~((out == oracle) | (out.isnan() & oracle.isnan()))
+    return strange if wanted is None else strange & wanted
+
+
+def _shares(
+    out: torch.Tensor, estimate: Bounds, dtype: torch.dtype, deviations: float, wanted: torch.Tensor | None
+) -> torch.Tensor:
+    """What part of its allowance the error of each element uses; 0 for one that is not finite, or not wanted."""
+    value = estimate.value
+    half = spacing(torch.maximum(out.abs(), value.abs()), dtype).mul_(0.5 * limits.HALF_ULP_SLACK).add_(limits.FLUSHED)
+    certain = estimate.worst == 0
+    if bool(certain.any()):
+        # A copy of an exact value (a cache row, a bf16 key) is bit-exact: there is no last rounding to forgive.
+        half.masked_fill_(certain & (rounded(value, dtype) == value), 0.0)
+    excess = (out - value).abs_().sub_(half)
+    worst = torch.nan_to_num(estimate.worst, nan=math.inf, posinf=math.inf)
+    allowance = torch.minimum(estimate.variance.sqrt().mul_(deviations), worst)
+    usable = torch.isfinite(out) & torch.isfinite(value) & (excess > 0)
+    if wanted is not None:
+        usable &= wanted
+    return torch.where(usable, excess / allowance, 0.0)
+
+
+def _worst_of(error: torch.Tensor, share: torch.Tensor, over: torch.Tensor, block: tuple[slice, slice], columns: int) -> _Worst:
+    """The worst of a block's elements that are ``over``, and where it stands among all rows of that many ``columns``."""
+    rank = torch.where(over, torch.nan_to_num(share, nan=math.inf), -1.0)
+    highest = rank.max()
+    size = torch.where(rank == highest, error.abs(), -1.0)
+    place = int(size.argmax())
+    row, column = divmod(place, error.shape[1])
+    flat = (block[0].start + row) * columns + block[1].start + column
+    return _Worst(float(highest), float(size.flatten()[place]), -flat, float(share.flatten()[place]))
+
+
+def judge_integers(case: Case, part: OutputPart, estimate: Bounds, skip: torch.Tensor | None, result: NumericFindings) -> float:
+    """Integers are right or wrong; returns the share of the allowance, of which there is none."""
+    wrong = part.value != estimate.value
+    if skip is not None:
+        wrong &= ~skip
+    if not bool(wrong.any()):
+        return 0.0
+    flat = int(torch.nonzero(wrong.flatten())[0])
+    index = part.index(flat)[-len(part.argument.size(case.dims)) :]
+    found, expected = int(part.value.flatten()[flat]), int(estimate.value.flatten()[flat])
+    result.wrong += count_true(wrong)
+    result.findings.append(
+        Finding(
+            "element",
+            f"{element_in_words(part.argument, index)} is {found}, expected {expected}; {pattern_in_words(part, wrong)}",
+            part.argument.name,
+            index,
+            part.argument.where(index, case.dims),
+            share=math.inf,
+            count=count_true(wrong),
+            total=wrong.numel(),
+        )
+    )
+    return math.inf
+
+
+def _element_finding(case: Case, part: OutputPart, estimate: Bounds, worst: _Worst, beyond: torch.Tensor) -> Finding:
+    argument = part.argument
+    flat = -worst.minus_flat
+    index = part.index(flat)
+    where = argument.where(index[-len(argument.size(case.dims)) :], case.dims)
+    row, column = divmod(flat, part.found.shape[1])
+    at_worst, value = part.found[row, column].to(torch.float64), estimate.value[row, column]
+    found, expected, ulps = float(at_worst), float(value), float(distance(at_worst, value, argument.dtype))
+    amount = worst.share
+    used = "where no error is allowed" if math.isinf(amount) else f"{amount:.3g} times its allowance"
+    return Finding(
+        "element",
+        f"{element_in_words(argument, index)} is {found:.6g}, expected {expected:.6g}: {ulps:.3g} ulp off, {used}; "
+        f"{pattern_in_words(part, beyond)}",
+        argument.name,
+        index,
+        where,
+        share=amount,
+        ulps=ulps,
+        count=count_true(beyond),
+        total=beyond.numel(),
+    )

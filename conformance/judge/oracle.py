@@ -1,0 +1,66 @@
+"""What a correct kernel may return for one case: bounds, sensitivities and matched filters, computed once and kept."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from conformance.cases.case import Case
+from conformance.judge import limits
+from conformance.judge.matched_filters import Filter, filters
+from conformance.judge.sensitivity import Sensitivity
+from conformance.numerics.bounds import Bounds, Profile
+
+
+class Oracle:
+    """What a correct kernel may return for one case, by profile; computed when first asked for and kept."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._bounds: dict[str, dict[str, Bounds]] = {}
+        self._sensitivity: Sensitivity | None = None
+        self._filters: list[Filter] | None = None
+
+    def bounds(self, profile: Profile) -> dict[str, Bounds]:
+        """Bounds of every output under a profile."""
+        if profile.name not in self._bounds:
+            self._bounds[profile.name] = self.case.stage.error_model(self.case.inputs, self.case.dims, profile)
+        return self._bounds[profile.name]
+
+    def independent_errors(self, argument: str, profile: Profile) -> torch.Tensor:
+        """Per row of a composite stage's output, how many independent errors its scaled errors amount to."""
+        return self._sensitive(profile).of_rows(argument)
+
+    def independent_in_row(self, argument: str, profile: Profile, row: int) -> float:
+        """The same of one judged row, counted more exactly."""
+        return self._sensitive(profile).of_one(argument, row, slice(None), limits.SPREAD_SIGMAS)
+
+    def independent_in_all_rows(self, argument: str, profile: Profile, columns: slice) -> float:
+        """The same of some columns of all judged rows: those of one token share errors from layer to layer."""
+        return self._sensitive(profile).of_one(argument, None, columns, limits.SPREAD_SIGMAS)
+
+    def independent_in_tile(self, argument: str, profile: Profile, row: int, columns: slice) -> float:
+        """The same of some columns of one judged row: a few roundings may steer a tile that do little to the rest of its row."""
+        return self._sensitive(profile).of_one(argument, row, columns, limits.SPREAD_SIGMAS)
+
+    def element_variance(self, argument: str, profile: Profile, row: int, column: int) -> float:
+        """The variance of one judged element's error, from each rounding's own effect on it."""
+        return self._sensitive(profile).of_element(argument, row, column)
+
+    def filters(self, profile: Profile) -> list[Filter]:
+        """What shows known mistakes in a composite stage's outputs; one set for all profiles, as the sensitivities are."""
+        if self._filters is None:
+            self._filters = filters(self.case, self.bounds(profile), self._sensitive(profile))
+        return self._filters
+
+    def deviation_along(self, weights: dict[str, torch.Tensor], profile: Profile) -> float:
+        """The deviation of a weighted sum of the errors of all judged rows."""
+        (variance,) = self._sensitive(profile).along({name: weight.unsqueeze(0) for name, weight in weights.items()})
+        return math.sqrt(variance)
+
+    def _sensitive(self, profile: Profile) -> Sensitivity:
+        # One for all profiles of a composite stage: they differ in where a norm's division stands, not in what is rounded.
+        if self._sensitivity is None:
+            self._sensitivity = Sensitivity(self.case, self.bounds(profile), profile)
+        return self._sensitivity

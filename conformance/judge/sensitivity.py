@@ -1,0 +1,294 @@
+"""What each rounding inside a composite stage does to its outputs, to first order."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from conformance.numerics.arithmetic import RoundingSites
+from conformance.numerics.bounds import Bounds, Profile, rounding_variance
+from conformance.numerics.ulp import spacing
+
+if TYPE_CHECKING:
+    from conformance.cases.case import Case
+
+BF16 = torch.bfloat16
+#: Random directions from which the correlation of a row's errors is estimated: 28 pairs, so to about a quarter.
+PROBES = 8
+#: The same for an area that is looked at by itself: 496 pairs, so to about a sixteenth. One of no more elements than
+#: ``TOGETHER``, as a tile is, has the gradient of each of them instead.
+PROBES_OF_ONE = 32
+#: Weighted sums whose gradients are taken at a time.
+TOGETHER = 16
+
+Count = TypeVar("Count", float, torch.Tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Effects:
+    """What one deviation away from zero at every rounding adds to K weighted sums of errors, ``values [K, roundings]``.
+
+    Those of each sequence stand together, the first at ``starts``; what one sequence rounds alike is one rounding.
+    ``alike [roundings]`` numbers those that are rounded alike in all sequences.
+    """
+
+    values: torch.Tensor
+    starts: list[int]
+    alike: torch.Tensor
+
+    def covariances(self) -> torch.Tensor:
+        """Of the sums, ``[B, K, K]``: each sequence by itself, as if none shared a rounding with another."""
+        parts = (self.values[:, low:high].double() for low, high in itertools.pairwise(self.starts))
+        return torch.stack([part @ part.T for part in parts])
+
+    def variances(self, combinations: torch.Tensor) -> torch.Tensor:
+        """Of F combinations of the sums, ``[F, B, K]``, others in every sequence; roundings that sequences share are one."""
+        size = combinations.abs().amax((1, 2), keepdim=True).clamp_min(1e-300)
+        found = []
+        for some in torch.split((combinations / size).float(), TOGETHER):
+            together = torch.zeros(len(some), int(self.alike.max()) + 1)
+            for weights, (low, high) in zip(some.unbind(1), itertools.pairwise(self.starts), strict=True):
+                together.index_add_(1, self.alike[low:high], weights @ self.values[:, low:high])
+            found.append(together.double().square().sum(1))
+        return torch.cat(found) * size.flatten() ** 2
+
+
+class Sensitivity:
+    """What each rounding inside a composite stage does to its outputs; how many independent errors a part of them amounts to.
+
+    One rounding inside a layer moves many outputs at once, and many roundings may move them the same way (all those of a query
+    change one score). With C the covariance of the scaled errors, their mean square scatters as that of
+    ``trace(C)**2 / trace(C**2)`` independent ones. For vectors a, b of random signs the mean of ``(a C b)**2`` is
+    ``trace(C**2)``, and ``a C b`` is the product of two gradients by the roundings.
+    """
+
+    def __init__(self, case: Case, bounds: dict[str, Bounds], profile: Profile) -> None:
+        self._case, self._bounds = case, bounds
+        arithmetic = RoundingSites(profile.roundings)
+        self._results = case.stage.reference(case.inputs, case.dims, arithmetic)
+        self._zeros = [zero for zero, _, _ in arithmetic.sites]
+        self._values = [site for _, site, _ in arithmetic.sites]
+        self._owners = [sequence for _, _, sequence in arithmetic.sites]
+        self._deviations = [rounding_variance(spacing(site.double(), BF16)).sqrt() for _, site, _ in arithmetic.sites]
+        self._of_rows: dict[str, torch.Tensor] = {}
+        self._of_elements: dict[tuple[str, int, int], float] = {}
+        self._of_ones: dict[tuple[str, int | None, int | None, int | None, float], float] = {}
+
+    def _judged(self, name: str) -> torch.Tensor:
+        """The judged rows of an output, differentiable by the roundings."""
+        rows = self._bounds[name].rows
+        return self._results[name] if rows is None else self._results[name][rows]
+
+    def _scale(self, name: str) -> torch.Tensor:
+        """One over the deviation of each of their elements."""
+        estimate = self._bounds[name]
+        return 1 / (estimate.variance + rounding_variance(spacing(estimate.value, BF16))).sqrt()
+
+    def _probed(self, part: torch.Tensor, signs: torch.Generator) -> list[torch.Tensor | None]:
+        """The effect of each site's roundings on a sum of a part's elements with random signs."""
+        direction = torch.randint(0, 2, part.shape, generator=signs) * 2.0 - 1.0
+        gradients = torch.autograd.grad((direction * part).sum(), self._zeros, retain_graph=True, allow_unused=True)
+        return [
+            None if gradient is None else gradient.double() * deviation
+            for gradient, deviation in zip(gradients, self._deviations, strict=True)
+        ]
+
+    def of_element(self, name: str, row: int, column: int) -> float:
+        """The variance of an element's error, to first order."""
+        place = name, row, column
+        if place not in self._of_elements:
+            gradients = torch.autograd.grad(self._judged(name)[row, column], self._zeros, retain_graph=True, allow_unused=True)
+            self._of_elements[place] = sum(
+                float((gradient.double() * deviation).square().sum())
+                for gradient, deviation in zip(gradients, self._deviations, strict=True)
+                if gradient is not None
+            )
+        return self._of_elements[place]
+
+    def _effects(self, weights: Mapping[str, torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """What one deviation away from zero at each value of each site adds to weighted sums of all outputs' judged rows.
+
+        ``weights`` has K for every element, ``[K, rows, columns]``. Yields the effects on the first ``TOGETHER`` of the K sums,
+        ``[.., values]`` of each site, then on the next.
+        """
+        judged = [self._judged(name) for name in weights]
+
+        # The graph is of many small operators: several sums at a time take little longer than one.
+        def gradients(each: list[torch.Tensor]) -> list[torch.Tensor]:
+            found = torch.autograd.grad(judged, self._zeros, each, retain_graph=True, materialize_grads=True)
+            return [(gradient * outwards).flatten() for gradient, outwards in zip(found, self._outwards, strict=True)]
+
+        several = torch.func.vmap(gradients)
+        for some in zip(*(torch.split(weight.float(), TOGETHER) for weight in weights.values()), strict=True):
+            yield several(list(some))
+
+    @functools.cached_property
+    def _outwards(self) -> list[torch.Tensor]:
+        signed = zip(self._values, self._deviations, strict=True)
+        return [(deviation * value.sign()).float() for value, deviation in signed]
+
+    @functools.cached_property
+    def _alike(self) -> list[torch.Tensor]:
+        """For each site which of its values agree in magnitude to 12 bits: those are rounded alike, and their errors add up."""
+        magnitudes = (value.abs().contiguous().view(torch.int32) >> 11 for value in self._values)
+        return [torch.unique(magnitude.flatten(), return_inverse=True)[1] for magnitude in magnitudes]
+
+    def along(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The variances of K weighted sums of the errors of all outputs' judged rows, to first order."""
+        return torch.cat([sum((part.square().sum(1) for part in parts), torch.zeros(())) for parts in self._of_alike(weights)])
+
+    def _of_alike(self, weights: Mapping[str, torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """The effects of the values of each site, float64; of those that are rounded alike as one."""
+        for effects in self._effects(weights):
+            yield [
+                torch.zeros(len(effect), int(alike.max()) + 1, dtype=torch.float64).index_add_(1, alike, effect.double())
+                for effect, alike in zip(effects, self._alike, strict=True)
+            ]
+
+    def effects(self, directions: Mapping[str, torch.Tensor]) -> Effects:
+        """On K weighted sums of errors. ``directions`` has the weights of each output's judged rows, ``[K, rows, columns]``."""
+        # Values of one sequence that are rounded alike are one column, the columns of each sequence stand together.
+        order, places, groups, width, known = [], [], [], 0, 0
+        owned = zip(self._values, self._owners, self._alike, strict=True)
+        for value, owner, alike in owned:
+            count = int(alike.max()) + 1
+            owners = self.sequence_of_rows(value) if owner is None else torch.full((len(value),), owner)
+            each = owners.repeat_interleave(value.numel() // len(value)) * count + alike
+            found, inverse = torch.unique(each, return_inverse=True)
+            order.append(found // count)
+            groups.append(found % count + known)
+            places.append(inverse + width)
+            width, known = width + len(found), known + count
+        sorted_order, columns = torch.cat(order).sort(stable=True)
+        starts = torch.searchsorted(sorted_order, torch.arange(self._case.dims.B + 1)).tolist()
+        summed = []
+        for some in self._effects(directions):
+            together = torch.zeros(len(some[0]), width)
+            for effect, place in zip(some, places, strict=True):
+                together.index_add_(1, place, effect)
+            summed.append(together[:, columns])
+        return Effects(torch.cat(summed), starts, torch.cat(groups)[columns])
+
+    def sequence_of_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which sequence each row of a tensor with one row a token, or one a sequence, belongs to.
+
+        Where every sequence brings one token, in another order, rows of the final norm are taken for those of tokens: a filter is
+        less than the best then. What it finds is held against its deviation without regard to sequences (``along``).
+        """
+        if len(rows) == len(self.sequences):
+            return self.sequences
+        return torch.arange(self._case.dims.B)
+
+    @functools.cached_property
+    def sequences(self) -> torch.Tensor:
+        """Which sequence each token of the case belongs to."""
+        case = self._case
+        return torch.arange(case.dims.B) if case.stage.sequences is None else case.stage.sequences(case.inputs, case.dims)
+
+    def of_rows(self, name: str) -> torch.Tensor:
+        """For every judged row of an output, one at least.
+
+        Sequences do not touch one another: one backward pass serves a row of each of them.
+        """
+        if name in self._of_rows:
+            return self._of_rows[name]
+        case = self._case
+        signs = torch.Generator().manual_seed(0)
+        sequences = self.sequences
+        rounds = [torch.nonzero(_place_in_sequence(sequences) == place).flatten() for place in range(len(sequences))]
+        # Rows stand by layer, token and head, as in a cache.
+        heads = 1 if self._bounds[name].rows is None else case.dims.NKV
+        scaled = self._judged(name) * self._scale(name).float()
+        scaled = scaled.reshape(-1, len(sequences), heads, scaled.shape[-1])
+        counts = torch.empty(scaled.shape[:3], dtype=torch.float64)
+        for layer, head, tokens in itertools.product(range(scaled.shape[0]), range(heads), filter(len, rounds)):
+            rows = scaled[layer, tokens, head]
+            probes = []
+            for _ in range(PROBES):
+                parts: dict[int, list[torch.Tensor]] = {b: [] for b in sequences[tokens].tolist()}
+                for effect, owner in zip(self._probed(rows, signs), self._owners, strict=True):
+                    if effect is None or (owner is not None and owner not in parts):
+                        continue
+                    if owner is not None:
+                        parts[owner].append(effect.flatten())
+                    else:
+                        for b, part in parts.items():
+                            part.append(effect.reshape(len(sequences), -1)[sequences == b].flatten())
+                probes.append({b: torch.cat(part) for b, part in parts.items()})
+            for token in tokens.tolist():
+                effects = torch.stack([probe[int(sequences[token])] for probe in probes])
+                second, _ = _estimated_moments(effects @ effects.T)
+                counts[layer, token, head] = 1 / max(second, 1e-300)
+        self._of_rows[name] = counts.flatten().clamp_min(1)
+        return self._of_rows[name]
+
+    def of_one(self, name: str, row: int | None, columns: slice, sigmas: float) -> float:
+        """How many equal independent errors some columns of one judged row, or of all, amount to.
+
+        Their mean square reaches as far at ``sigmas`` standard deviations. Where one rounding holds a good part of all variance
+        that is further than the variance tells.
+        """
+        place = name, row, columns.start, columns.stop, sigmas
+        if place not in self._of_ones:
+            scale = self._scale(name)
+            part = torch.zeros(scale.shape, dtype=torch.bool)
+            part[slice(None) if row is None else row, columns] = True
+            count = int(part.sum())
+            if exact := count <= TOGETHER:
+                directions = torch.eye(count)
+            else:
+                signs = torch.Generator().manual_seed(row or 0)
+                directions = torch.randint(0, 2, (PROBES_OF_ONE, count), generator=signs) * 2.0 - 1.0
+            weights = torch.zeros(len(directions), *scale.shape)
+            weights[:, part] = directions * scale[part].float()
+            of_sites = zip(*self._of_alike({name: weights}), strict=True)
+            products = sum((effect @ effect.T for effect in map(torch.cat, of_sites)), torch.zeros(()))
+            self._of_ones[place] = max(1.0, _as_far(*(_moments if exact else _estimated_moments)(products), sigmas))
+        return self._of_ones[place]
+
+
+def _moments(covariance: torch.Tensor) -> tuple[float, float]:
+    """Sums of the squares and of the cubes of the eigenvalues, as parts of their sum."""
+    parts = covariance / covariance.trace().clamp_min(1e-300)
+    square = parts @ parts
+    return float(square.trace()), float((square * parts).sum())
+
+
+def _estimated_moments(products: torch.Tensor) -> tuple[float, float]:
+    """The same from the products of probes' effects: pairs and triples of different ones."""
+    count, size = len(products), products.diagonal().mean().clamp_min(1e-300)
+    pairs = (products - products.diagonal().diag()) / size
+    second = float((pairs**2).sum()) / (count * (count - 1))
+    third = float((pairs @ pairs * pairs).sum()) / (count * (count - 1) * (count - 2))
+    return second, min(max(third, second**2), second**1.5)  # what a sum of positive parts can have
+
+
+def _as_far(second: float, third: float, sigmas: float) -> float:
+    """How many equal independent errors have a mean square that reaches as far, at ``sigmas`` deviations, as errors of these
+    moments: those of a shifted chi-square of the same variance and skewness (Pearson), its quantiles by Wilson and Hilferty."""
+    if second <= 0 or third <= 0:
+        return math.inf
+    count = second**3 / third**2
+    reach = 1 + math.sqrt(second * count) * (chi_square_mean(count, sigmas) - 1)
+    # Wilson and Hilferty's formula, solved for the count.
+    rise = reach ** (1 / 3) - 1
+    root = (sigmas - math.sqrt(max(sigmas**2 - 4 * rise, 0.0))) / 2
+    return 2 / (9 * root**2)
+
+
+def chi_square_mean(count: Count, sigmas: float) -> Count:
+    """How far the mean of ``count`` squares of independent errors reaches at ``sigmas`` deviations (Wilson and Hilferty)."""
+    variance = 2 / (9 * count)
+    return (1 - variance + sigmas * variance**0.5) ** 3  # type: ignore[no-any-return, return-value]
+
+
+def _place_in_sequence(sequences: torch.Tensor) -> torch.Tensor:
+    """For every row how many rows before it belong to the same sequence."""
+    same = sequences.unsqueeze(0) == sequences.unsqueeze(1)
+    return same.tril(-1).sum(1)

@@ -1,0 +1,113 @@
+"""The errors of a layer or a chain, held against the signatures of known mistakes; of one case, and of all cases together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from conformance.cases.case import Case
+from conformance.judge import limits
+from conformance.judge.matched_filters import Filter
+from conformance.judge.oracle import Oracle
+from conformance.judge.outputs import NumericFindings, as_matrix, count_true, part_of
+from conformance.judge.verdict import Along, Finding, Verdict
+from conformance.judge.wording import extent_finding
+from conformance.lanes.base import Outcome
+from conformance.lanes.buffers import bits
+from conformance.numerics.arithmetic import CONTRACT
+from conformance.numerics.bounds import Bounds, Profile
+
+
+def judge_together(runs: Sequence[Mapping[str, Along]]) -> tuple[Verdict, int]:
+    """Judge what the errors of several cases have in common, of each how far they lie along the signature of each mistake.
+
+    Each case counts by what the mistake adds to it (a matched filter over cases), and none decides by itself: the one that speaks
+    for the mistake most is left out. Returns the verdict and the number of that case.
+    """
+    verdict, telling = Verdict(), 0
+    for mistake in dict.fromkeys(mistake for run in runs for mistake in run):
+        known = {number: run[mistake] for number, run in enumerate(runs) if mistake in run}
+        most = max(known, key=lambda number: known[number].sigmas * known[number].expected)
+        others = [one for number, one in known.items() if number != most]
+        expected = sum(one.expected**2 for one in others)
+        if len(others) < 2 or not 0 < expected < math.inf:
+            continue
+        amount = sum(one.sigmas * one.expected for one in others)
+        sigmas, part = amount / math.sqrt(expected), amount / expected
+        share = min(sigmas / limits.POOLED_SIGMAS, part / limits.POOLED_PART)
+        if not share > (verdict.share or 0.0):
+            continue
+        telling = most
+        message = (
+            f"the errors of {len(known)} cases are together those of a kernel where {mistake}: {part:.2g} times what that adds, "
+            f"and {sigmas:.3g} standard deviations of what correct roundings add that way (at most {limits.POOLED_SIGMAS:g}), "
+            "without the case that shows it most; no case shows it by itself"
+        )
+        verdict = Verdict((Finding("pooled_signature", message, share=share),) if share > 1 else (), share)
+    return verdict, telling
+
+
+def judge_signatures(case: Case, outcome: Outcome, oracle: Oracle, profile: Profile, result: NumericFindings) -> None:
+    """Do the errors of all outputs together look like what a known mistake adds? The one that they look like most is told.
+
+    Inside a layer a truncated value leaves every element within its allowance, but moves all of them in a way that is known.
+    """
+    bounds = oracle.bounds(profile)
+    errors = {}
+    for name, estimate in bounds.items():
+        error = part_of(case, outcome, name, estimate).value - as_matrix(estimate.value)
+        errors[name] = torch.where(torch.isfinite(error), error, 0.0)
+    worst: tuple[float, float, Filter] | None = None
+    for one in oracle.filters(profile):
+        sigmas = sum(float((errors[name] * as_matrix(weight)).sum()) for name, weight in one.weights.items())
+        part = sigmas / one.expected
+        result.along[one.mistake] = Along(sigmas, one.expected)
+        enough = max(limits.SIGNATURE_SIGMAS, worst[0] if worst else 0.0)
+        if part <= limits.SIGNATURE_PART or sigmas <= enough:
+            continue
+        # The filter takes it for granted which rounding belongs to which sequence.
+        sigmas /= max(1.0, oracle.deviation_along(one.weights, profile))
+        if sigmas > enough:
+            worst = sigmas, part, one
+    if worst is None:
+        return
+    sigmas, part, one = worst
+    name = max(one.weights, key=lambda name: float((errors[name] * as_matrix(one.weights[name])).sum()))
+    share = min(sigmas / limits.SIGNATURE_SIGMAS, part / limits.SIGNATURE_PART)
+    result.wrong += 1
+    result.shares[name] = max(result.shares.get(name, 0.0), share)
+    result.findings.append(
+        Finding(
+            "signature",
+            f"the errors of {', '.join(bounds)} are together those of a kernel where {one.mistake}: {part:.2g} times what that "
+            f"adds, and {sigmas:.3g} standard deviations of what correct roundings add that way "
+            f"(at most {limits.SIGNATURE_SIGMAS:g})",
+            name,
+            share=share,
+        )
+    )
+
+
+def judge_low_bits(case: Case, outcome: Outcome, bounds: dict[str, Bounds], result: NumericFindings) -> None:
+    """Are most values of an fp32 output bf16 values? By chance one in 65536 is."""
+    for name, estimate in bounds.items():
+        part = part_of(case, outcome, name, estimate)
+        if part.argument.dtype != torch.float32 or 2 * count_true(_is_bf16(part.found)) <= part.found.numel():
+            continue
+        # So may those of a correct kernel be: its weights may be ones that pick a rounded value each.
+        expected = case.stage.reference(case.inputs, case.dims, CONTRACT)[name].float()
+        telling = torch.isfinite(part.found) & ~_is_bf16(
+            as_matrix(expected if estimate.rows is None else expected[estimate.rows])
+        )
+        short = telling & _is_bf16(part.found)
+        if count_true(telling) >= limits.FEWEST_DISTINCT and 2 * count_true(short) > count_true(telling):
+            result.wrong += count_true(short)
+            result.findings.append(
+                extent_finding(case, part, short, "signature", "must be fp32, and holds bf16 values: its low 16 bits are zero")
+            )
+
+
+def _is_bf16(found: torch.Tensor) -> torch.Tensor:
+    return bits(found.contiguous()) & 0xFFFF == 0

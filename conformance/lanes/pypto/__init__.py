@@ -1,0 +1,1 @@
+"""PyPTO inside a worker process: its runtime, its compiler passes, its graphs."""

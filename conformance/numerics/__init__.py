@@ -1,0 +1,1 @@
+"""ULPs, arithmetics and the running error analysis of what correct kernels may return."""

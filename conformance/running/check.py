@@ -1,0 +1,398 @@
+"""``check``: judge one kernel on a number of cases and say what is wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+from conformance.cases.case import Case, make_case
+from conformance.cases.key import CaseKey, smallest, take_rows
+from conformance.cases.source import Source
+from conformance.cases.space import Space, stratified_keys
+from conformance.contract.kernel import Kernel, as_kernel
+from conformance.contract.registry import stage_named
+from conformance.contract.stage import Stage
+from conformance.errors import UsageError
+from conformance.judge.judgement import judge
+from conformance.judge.oracle import Oracle
+from conformance.judge.signatures import judge_together
+from conformance.judge.verdict import DETECTORS, Finding, Verdict, worst_first
+from conformance.lanes.base import LANES_OF, Outcome
+from conformance.lanes.buffers import bits
+from conformance.lanes.messages import Passes
+
+#: Of so many examples with several sequences one is judged again with these in another order, and one with a sequence alone;
+#: prime to the number of regimes of every stage, so that all of them come up.
+ROW_CHECK_PERIOD = 5
+#: Of a layer or a chain the last compiler pass is compared once in so many cases: that takes ten times as long as the run itself.
+PASS_PERIOD = 4
+#: After so many runs that crashed or timed out the rest is not tried: each costs a process, or the whole time limit.
+MOST_LOST = 2
+
+
+class Runner(Protocol):
+    """Runs a kernel on a case; ``passes`` says which compiler passes are compared: the last, all or none."""
+
+    def __call__(self, case: Case, passes: Passes = "last") -> Outcome: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """One judged run: which check it was, of which case, and the verdict."""
+
+    check: str
+    case: CaseKey
+    verdict: Verdict
+    outcome: Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """A finding and the case that shows it."""
+
+    finding: Finding
+    case: CaseKey
+
+    def __getattr__(self, name: str) -> Any:
+        # A located finding reads like the finding itself: detector, argument, index, magnitude, message, ...
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.finding, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What ``check`` found. ``findings`` holds one entry per detector, argument and case, worst first."""
+
+    stage: str
+    kernel: str
+    lane: str
+    runs: tuple[Judged, ...]
+    #: How many cases were to be judged; fewer were if too many runs crashed or timed out.
+    planned: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether something was judged and nothing is wrong."""
+        return bool(self.runs) and all(run.verdict.ok for run in self.runs)
+
+    @property
+    def examples(self) -> int:
+        """How many cases were judged, repeats and row checks not counted."""
+        return sum(run.check == "example" for run in self.runs)
+
+    @property
+    def share(self) -> float | None:
+        """The worst share of the allowance that any run used."""
+        shares = [run.verdict.share for run in self.runs if run.verdict.share is not None]
+        return max(shares, default=None)
+
+    @property
+    def findings(self) -> tuple[Located, ...]:
+        """Every finding with its case: what explains most first, then the worst."""
+        located = [Located(finding, run.case) for run in self.runs for finding in run.verdict.findings]
+        order = {id(finding): rank for rank, finding in enumerate(worst_first([entry.finding for entry in located]))}
+        return tuple(sorted(located, key=lambda entry: order[id(entry.finding)]))
+
+    @property
+    def detectors(self) -> tuple[str, ...]:
+        """The ids of the detectors that fired, what explains most first."""
+        fired = {entry.finding.detector for entry in self.findings}
+        return tuple(name for name in DETECTORS if name in fired)
+
+    def __str__(self) -> str:
+        return _text(self)
+
+
+def check(
+    stage: str,
+    function: Callable[..., Any] | Kernel,
+    *,
+    dims: str | Mapping[str, int] = "tiny",
+    examples: int | None = None,
+    seed: int = 0,
+    lane: str = "auto",
+    case: str | None = None,
+    timeout: float | None = None,
+    isolated: bool = False,
+) -> Report:
+    """Judge a kernel on ``examples`` cases of a stage (``Stage.examples`` unless given), deterministic in ``seed``.
+
+    ``function`` takes the contract's arguments (and keyword-only ``dims``, if it asks), or is a ``Kernel``. ``dims`` is the name
+    of a preset or overrides of ``tiny``. A torch callable runs in this process, each case twice; a PyPTO kernel goes through the
+    interpreter in a worker process (``lane="auto"``), within ``timeout`` seconds a run. The capabilities that a kernel declares
+    are put to the test as well. ``case`` is the key of one finding to run again instead. ``isolated`` runs a torch callable in a
+    worker process too, as the command does; it must then be an attribute of a module. Raises ``UsageError`` for what cannot be
+    judged as asked, ``UnavailableError`` where the lane cannot run.
+    """
+    contract = stage_named(stage)
+    kernel = as_kernel(stage, function)
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
+        raise UsageError(f"timeout must be a positive number of seconds, found {timeout!r}")
+    chosen = resolve_lane(kernel, lane)
+    keys = chosen_keys(kernel, Space.of(contract, dims), chosen, examples, seed, case)
+    replay = RunPlan(repeat=True) if case is not None else None
+    runs: list[Judged] = []
+    in_process = chosen == "eager" and not isolated
+    with eager_runner(kernel) if in_process else worker_runner(kernel, chosen, timeout) as run:
+        runs.extend(case_runs(kernel, keys, run, chosen, replay))
+        if case is None:
+            runs.extend(capability_runs(kernel, Space.of(contract, dims), run, chosen, runs))
+    return Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys))
+
+
+def chosen_keys(kernel: Kernel, space: Space, lane: str, examples: int | None, seed: int, case: str | None) -> list[CaseKey]:
+    """The keys to judge: the one of ``case``, the largest to compile, or ``examples`` stratified ones that the kernel takes."""
+    examples = kernel.stage.examples if examples is None else examples
+    require_count(examples, seed)
+    if case is not None:
+        return [require_stage(CaseKey.parse(case), kernel.stage_name)]
+    if lane == "compile_only":
+        return acceptable(kernel, [space.largest], 1)
+    return acceptable(kernel, stratified_keys(space, seed), examples)
+
+
+def case_runs(kernel: Kernel, keys: Iterable[CaseKey], run: Runner, lane: str, plan: RunPlan | None = None) -> Iterator[Judged]:
+    """Judge case by case, with the lane's own plan unless one is given, then all together; end early if too many are lost."""
+    lost, runs, plans = 0, list[Judged](), Plans(lane, kernel.stage)
+    for key in keys:
+        for judged in judged_runs(kernel, key, run, plan or plans.following(key)):
+            lost += is_lost(judged)
+            runs.append(judged)
+            yield judged
+        if lost >= MOST_LOST:
+            return
+    yield from pooled_run(runs)
+
+
+def pooled_run(runs: Iterable[Judged]) -> Iterator[Judged]:
+    """What all cases of a layer or a chain show together, judged where nothing else is wrong; none if one case is all there is.
+
+    A case that came several times counts once.
+    """
+    runs = list(runs)
+    cases = {run.case: run.verdict.along for run in runs if run.check == "example" and run.verdict.along}
+    if len(cases) > 1 and all(run.verdict.ok for run in runs):
+        verdict, telling = judge_together(list(cases.values()))
+        yield Judged("pooled", list(cases)[telling], verdict, Outcome("ok"))
+
+
+def capability_runs(kernel: Kernel, space: Space, run: Runner, lane: str, before: Iterable[Judged]) -> Iterator[Judged]:
+    """Put the capabilities that the kernel declares to the test, unless nothing is executed or too many runs were lost before.
+
+    Also where cases fail: what a kernel does not serve may be why.
+    """
+    from conformance.running.capabilities import prove
+
+    if lane != "compile_only" and sum(map(is_lost, before)) < MOST_LOST:
+        yield from prove(kernel, space, run)
+
+
+def is_lost(run: Judged) -> bool:
+    """Whether a run took its process with it."""
+    return run.outcome.status in ("crashed", "timed_out")
+
+
+def require_count(examples: int, seed: int) -> None:
+    """Raise ``UsageError`` unless there is at least one example and the seed is a whole number from 0."""
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise UsageError(f"examples must be a positive whole number, found {examples!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UsageError(f"seed must be a whole number, not negative, found {seed!r}")
+
+
+def require_stage(key: CaseKey, stage: str) -> CaseKey:
+    """The key, if it is one of this stage; raises ``UsageError`` otherwise."""
+    if key.stage != stage:
+        raise UsageError(f"case key {key} is of stage {key.stage}, not of {stage}")
+    return key
+
+
+def acceptable(kernel: Kernel, keys: Iterable[CaseKey], count: int) -> list[CaseKey]:
+    """The first ``count`` keys whose dimensions the kernel takes, of at most twenty times as many.
+
+    Raises ``UsageError`` with the kernel's reason if it takes none.
+    """
+    kept: list[CaseKey] = []
+    refusal: str | None = None
+    for key in itertools.islice(keys, 20 * count):
+        reason = kernel.refusal(key.dims)
+        if reason is None:
+            kept.append(key)
+        refusal = refusal or reason
+        if len(kept) == count:
+            break
+    if not kept:
+        raise UsageError(f"kernel {kernel.name} takes none of these cases: {refusal}")
+    return kept
+
+
+def resolve_lane(kernel: Kernel, lane: str) -> str:
+    """The lane to use; raises ``UsageError`` for one that the kernel's toolchain has not."""
+    lanes = LANES_OF[kernel.toolchain]
+    if lane == "auto":
+        return "eager" if kernel.toolchain == "torch" else "interpret"
+    if lane not in lanes:
+        raise UsageError(f"a {kernel.toolchain} kernel has no lane {lane!r}; it has {', '.join(lanes)}")
+    return lane
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """Which extra runs a case gets: a repeat, its rows in another order, one row alone, and a comparison of all passes."""
+
+    repeat: bool = False
+    permuted: bool = False
+    lone: bool = False
+    all_passes: bool = False
+    passes: Passes = "last"
+
+
+class Plans:
+    """Which extra runs the cases of one kernel get, case after case, of which there were ``first`` before.
+
+    Eager runs are cheap: each is repeated, and of those that have several rows every fifth is run with its rows in another order,
+    the one after it with a row alone: a few cases have both. Elsewhere all extra runs come once per kernel and dimensions.
+    """
+
+    def __init__(self, lane: str, stage: Stage, first: int = 0) -> None:
+        self._is_eager, self._composite, self._count = lane == "eager", stage.composite, first
+
+    def following(self, key: CaseKey) -> RunPlan:
+        """The plan of the next case."""
+        count = self._count
+        if self._is_eager:
+            self._count += key.dims.B > 1
+            return RunPlan(True, count % ROW_CHECK_PERIOD == 0, count % ROW_CHECK_PERIOD == 1)
+        self._count += 1
+        if count == 0:
+            return RunPlan(True, True, True, all_passes=True)
+        return RunPlan(passes="none" if self._composite and count % PASS_PERIOD else "last")
+
+
+def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan, *, oracle: Oracle | None = None) -> Iterator[Judged]:
+    """Run a case and judge it, then whatever the plan adds, as long as nothing is wrong.
+
+    Every case is judged against its oracle (``oracle``, if several kernels share one); a repeat must also equal the first run bit
+    for bit.
+    """
+    oracle = oracle or Oracle(make_case(key))
+    case = oracle.case
+    first = run(case, plan.passes)
+    verdict = judge(case, first, profile=kernel.profile, oracle=oracle)
+    yield _judged("example", key, verdict, first)
+    if first.status != "ok" or not first.outputs:
+        return
+    fine = verdict.ok
+    if plan.repeat:
+        again = run(case, "none")  # what the passes do to the same case has been seen
+        verdict = judge(case, again, profile=kernel.profile, oracle=oracle)
+        if again.status == "ok":
+            verdict = dataclasses.replace(verdict, findings=worst_first([*verdict.findings, *_differences(first, again)]))
+        yield _judged("repeat", key, verdict, again)
+        fine = fine and verdict.ok
+    if not fine:
+        return
+    if plan.all_passes:
+        small = smallest(key)
+        chosen = small if kernel.refusal(small.dims) is None else key
+        yield from _related(kernel, chosen, run, "all_passes", "all")
+    rows = case.dims.B
+    if "B" not in case.stage.drawn or rows < 2:
+        return
+    source = Source(f"rows/{key}")
+    if plan.permuted:
+        order = source.permutation("order", rows)
+        yield from _related(kernel, take_rows(key, tuple(order)), run, "permuted_rows", plan.passes)
+    if plan.lone:
+        lone = source.integers("lone", 0, rows - 1, 1)[0]
+        yield from _related(kernel, take_rows(key, (lone,)), run, "lone_row", plan.passes)
+
+
+def _judged(check_name: str, key: CaseKey, verdict: Verdict, outcome: Outcome) -> Judged:
+    # Tensors of a run are not kept: at real size they are 270 MB each.
+    return Judged(check_name, key, verdict, dataclasses.replace(outcome, outputs={}))
+
+
+def _related(kernel: Kernel, key: CaseKey, run: Runner, check_name: str, passes: Passes) -> Iterator[Judged]:
+    case = make_case(key)
+    if kernel.refusal(case.dims) is None:
+        outcome = run(case, passes)
+        yield _judged(check_name, key, judge(case, outcome, profile=kernel.profile), outcome)
+
+
+def _differences(first: Outcome, again: Outcome) -> list[Finding]:
+    findings = []
+    for name, tensor in first.outputs.items():
+        other = again.outputs[name]
+        different = bits(tensor) != bits(other)
+        if bool(different.any()):
+            index = tuple(int(position) for position in different.nonzero()[0])
+            count, total = int(different.sum()), different.numel()
+            message = f"two runs of the same case differ in {count} of {total} elements of {name}, the first at {list(index)}"
+            findings.append(Finding("nondeterministic", message, name, index, count=count, total=total))
+    return findings
+
+
+@contextlib.contextmanager
+def eager_runner(kernel: Kernel) -> Iterator[Runner]:
+    """Runs cases of a torch kernel in this process."""
+    from conformance.lanes.eager import run_eager
+
+    def run(case: Case, passes: Passes = "none") -> Outcome:
+        return run_eager(kernel, case)
+
+    yield run
+
+
+@contextlib.contextmanager
+def worker_runner(kernel: Kernel, lane: str, timeout: float | None = None) -> Iterator[Runner]:
+    """Runs cases in a worker process of the kernel's own, each within ``timeout`` seconds."""
+    from conformance.lanes.process import KernelProcess, Limits
+
+    limits = Limits() if timeout is None else Limits(seconds=timeout)
+    with KernelProcess(kernel, lane, limits=limits) as process:
+
+        def compiled(case: Case, passes: Passes = "none") -> Outcome:
+            return process.compile(case.dims)
+
+        yield compiled if lane == "compile_only" else process.run
+
+
+def _text(report: Report, width: int = 80, most: int = 6) -> str:
+    """The report for a person: one line that says how it went, then each finding with its place, size and case key."""
+    cases = f"{report.examples} case{'s' if report.examples != 1 else ''}"
+    share = "" if report.share is None else f", at most {report.share:.2f} of the allowance used"
+    remarks = dict.fromkeys(run.outcome.message for run in report.runs if run.outcome.status == "ok" and run.outcome.message)
+    if report.ok:
+        return "\n  ".join([f"{report.kernel} ({report.stage}, {report.lane}): passed {cases}{share}", *remarks])
+    failed = sum(not run.verdict.ok for run in report.runs)
+    lines = [f"{report.kernel} ({report.stage}, {report.lane}): FAILED {failed} of {len(report.runs)} runs of {cases}"]
+    if report.examples < report.planned:
+        left = report.planned - report.examples
+        lines.append(f"  {left} cases were not tried after {MOST_LOST} runs that crashed or timed out")
+    groups: dict[tuple[str, str | None, str], list[Located]] = {}
+    for entry in report.findings:
+        # Each capability that does not hold is told by itself.
+        what = entry.finding.message if entry.finding.detector == "capability" else ""
+        groups.setdefault((entry.finding.detector, entry.finding.argument, what), []).append(entry)
+    for position, ((detector, argument, _), entries) in enumerate(groups.items()):
+        if position == most:
+            lines.append(f"  and {len(groups) - most} more kinds of findings")
+            break
+        worst = entries[0]
+        seen = report.examples if detector == "pooled_signature" else len({entry.case for entry in entries})
+        title = f"  {detector}" + (f" in {argument}" if argument else "") + f", {seen} case{'s' if seen != 1 else ''}"
+        lines.append(title)
+        lines += textwrap.wrap(worst.finding.message, width, initial_indent="    ", subsequent_indent="    ")
+        where = ", ".join(f"{label.replace('_', ' ')} {place}" for label, place in worst.finding.where.items())
+        if where:
+            lines.append(f"    at {where}")
+        lines += textwrap.wrap(
+            f"case {worst.case}", width, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False
+        )
+    return "\n".join(lines)

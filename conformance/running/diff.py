@@ -1,0 +1,240 @@
+"""What a replacement changes: capabilities lost or gained, verdicts, and how much of the allowance is used before and after.
+
+A kernel that serves less than the one it replaces is a finding of its own, however right its numbers are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from conformance.contract.kernel import CAPABILITIES, LARGEST_BATCH, Kernel
+from conformance.contract.registry import stages
+from conformance.errors import UsageError
+from conformance.running.capabilities import proven
+from conformance.running.check import Report
+from conformance.running.records import Record, read_run
+
+#: Exit codes of a comparison besides the command's own: something that was served before is not any more.
+SERVES_LESS = 4
+
+#: ``yes``: declared and shown; ``fails``: declared and refuted; ``not shown``: declared, and no run put it to the test.
+Status = Literal["yes", "fails", "not shown", "no"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """What is known of one kernel. ``refuted`` and ``shown`` are capabilities that were put to the test."""
+
+    kernel: str
+    stage: str
+    declared: tuple[str, ...]
+    shown: frozenset[str]
+    refuted: Mapping[str, str]
+    #: Judged runs besides those of capabilities, how many of them failed, by which detectors, and the worst share used.
+    runs: int
+    failed: int
+    detectors: tuple[str, ...]
+    share: float | None
+    #: Why the kernel was not judged as it should have been, if so.
+    errors: tuple[str, ...] = ()
+    #: The largest batch of one build; it says something of a kernel with ``variable_batch``.
+    capacity: int = LARGEST_BATCH
+
+    def status(self, capability: str) -> Status:
+        """Whether the kernel has a capability."""
+        if capability not in self.declared:
+            return "no"
+        if capability in self.refuted:
+            return "fails"
+        return "yes" if capability in self.shown else "not shown"
+
+    @property
+    def verdict(self) -> str:
+        """The outcome of its cases in a few words."""
+        if not self.runs:
+            return "not judged"
+        if self.failed:
+            return f"FAILED {self.failed} of {self.runs} runs ({', '.join(self.detectors)})"
+        used = "" if self.share is None else f", at most {self.share:.2f} of the allowance used"
+        return f"passed {self.runs} runs{used}"
+
+
+def of_report(kernel: Kernel, report: Report) -> Standing:
+    """The standing of a kernel that was just checked."""
+    shown: set[str] = set()
+    refuted: dict[str, str] = {}
+    cases = [run for run in report.runs if not proven(run.check)]
+    for run in report.runs:
+        for capability in proven(run.check):
+            shown.add(capability)
+            if not run.verdict.ok:
+                refuted.setdefault(capability, run.verdict.findings[0].message)
+    found = {finding.detector for run in cases for finding in run.verdict.findings}
+    shares = [run.verdict.share for run in cases if run.verdict.share is not None]
+    return Standing(
+        kernel.name,
+        kernel.stage_name,
+        kernel.capabilities,
+        frozenset(shown - refuted.keys()),
+        refuted,
+        len(cases),
+        sum(not run.verdict.ok for run in cases),
+        tuple(sorted(found)),
+        max(shares, default=None),
+        capacity=kernel.capacity,
+    )
+
+
+def of_run(folder: Path) -> dict[str, Standing]:
+    """The standing of every kernel of a kept run, by name; raises ``UsageError`` if there is no run in the folder."""
+    log = read_run(folder)
+    plans: dict[str, Mapping[str, Any]] = {}
+    for record in log.of("start"):
+        for planned in record.details.get("plan", ()):
+            plans[planned["kernel"]] = planned
+    by_kernel: dict[str, list[Record]] = {name: [] for name in plans}
+    for record in log.records:
+        if record.kernel:
+            by_kernel.setdefault(record.kernel, []).append(record)
+    cut_short = ("the run was cut short: it has no end",) if log.unfinished else ()
+    return {name: _of_records(name, plans.get(name, {}), found, cut_short) for name, found in by_kernel.items()}
+
+
+def _of_records(name: str, plan: Mapping[str, Any], records: list[Record], errors: tuple[str, ...]) -> Standing:
+    shown: set[str] = set()
+    refuted: dict[str, str] = {}
+    cases = []
+    for record in records:
+        if record.event != "case" or record.lane == "compile_only":
+            continue  # compiling shows nothing of what a kernel computes
+        capabilities = proven(record.check)
+        if not capabilities:
+            cases.append(record)
+        for capability in capabilities:
+            shown.add(capability)
+            if record.findings:
+                refuted.setdefault(capability, record.findings[0].message)
+    shares = [record.share for record in cases if record.share is not None]
+    # A lane that this machine lacks is skipped, and no error where another one judged the kernel.
+    unjudged = ("error",) if cases else ("error", "skip")
+    return Standing(
+        name,
+        plan.get("stage") or next((record.stage for record in records), ""),
+        tuple(plan.get("capabilities", ())),
+        frozenset(shown - refuted.keys()),
+        refuted,
+        len(cases),
+        sum(bool(record.findings) for record in cases),
+        tuple(sorted({finding.detector for record in cases for finding in record.findings})),
+        max(shares, default=None),
+        (*(record.reason for record in records if record.event in unjudged), *errors),
+        plan.get("capacity", LARGEST_BATCH),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two standings side by side: what ``new`` is to take the place of ``old``."""
+
+    old: Standing
+    new: Standing
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Capabilities that the old kernel has, or declares without a run that says otherwise, and the new one has not.
+
+        Of a variable batch also a part: a smaller capacity.
+        """
+        had = [name for name in CAPABILITIES if self.old.status(name) in ("yes", "not shown")]
+        return tuple(name for name in had if self.new.status(name) in ("no", "fails") or self._smaller(name))
+
+    def _smaller(self, name: str) -> bool:
+        return name == "variable_batch" and self.new.capacity < self.old.capacity
+
+    @property
+    def gained(self) -> tuple[str, ...]:
+        """Capabilities that only the new kernel has."""
+        return tuple(name for name in CAPABILITIES if self.old.status(name) in ("no", "fails") and self.new.status(name) == "yes")
+
+    @property
+    def open(self) -> tuple[str, ...]:
+        """Capabilities that the new kernel declares and that no run put to the test."""
+        return tuple(name for name in CAPABILITIES if self.new.status(name) == "not shown")
+
+    @property
+    def exit_code(self) -> int:
+        """4 if something is lost, 1 if the new kernel has findings, 3 if it was not judged or a claim not tested, else 0."""
+        if self.lost:
+            return SERVES_LESS
+        if self.new.failed or self.new.refuted:
+            return 1
+        return 3 if self.open or not self.new.runs or self.new.errors else 0
+
+    def __str__(self) -> str:
+        old, new = self.old, self.new
+        lines = [f"OLD {old.kernel} ({old.stage}): {old.verdict}", f"NEW {new.kernel} ({new.stage}): {new.verdict}"]
+        if old.stage != new.stage:
+            lines.append(f"    {_changed_arguments(old.stage, new.stage)}")
+        lines += [f"    OLD could not run: {reason}" for reason in old.errors]
+        lines += [f"    NEW could not run: {reason}" for reason in new.errors]
+        rows = [(name, old.status(name), new.status(name)) for name in CAPABILITIES]
+        rows = [row for row in rows if row[1:] != ("no", "no")]
+        if rows:
+            lines.append(f"  {'capability':<18}{'before':<11}{'after':<11}")
+        for name, before, after in rows:
+            mark = "LOST" if name in self.lost else "gained" if name in self.gained else ""
+            lines.append(f"  {name:<18}{before:<11}{after:<11}{mark}".rstrip())
+        if old.share is not None and new.share is not None:
+            lines.append(f"  {'allowance used':<18}{old.share:<11.2f}{new.share:<11.2f}".rstrip())
+        for name in self.lost:
+            reason = new.refuted.get(name, f"{new.kernel} does not declare it")
+            if new.status(name) in ("yes", "not shown"):
+                reason = f"variable_batch {old.capacity} -> {new.capacity}"
+            lines.append(f"lost: {name} ({CAPABILITIES[name]}): {reason}")
+        lines += [f"not held: {name}: {reason}" for name, reason in new.refuted.items() if name not in self.lost]
+        lines += [f"not shown: {name}: no run put it to the test" for name in self.open]
+        return "\n".join(lines)
+
+
+def _changed_arguments(old: str, new: str) -> str:
+    known = stages()
+    names = [{argument.name for argument in known[stage].arguments} if stage in known else set() for stage in (old, new)]
+    gone, come = sorted(names[0] - names[1]), sorted(names[1] - names[0])
+    parts = [f"no longer takes {', '.join(gone)}"] if gone else []
+    parts += [f"now takes {', '.join(come)}"] if come else []
+    return f"another stage: {' and '.join(parts) or 'the same arguments'}"
+
+
+def for_kernel(kernel: Kernel, run: dict[str, Standing], folder: str) -> dict[str, Standing]:
+    """What a kept run says of the kernel of that name, or of its only one; raises ``UsageError`` if it has several others."""
+    if kernel.name in run:
+        return {kernel.name: run[kernel.name]}
+    if len(run) != 1:
+        raise UsageError(f"no kernel {kernel.name!r} in the run {folder}; found {', '.join(run) or 'none'}")
+    return run
+
+
+def compare_runs(old: Mapping[str, Standing], new: Mapping[str, Standing]) -> list[Comparison]:
+    """Pair the kernels of two runs by name, or the only one of each.
+
+    A kernel that is judged in the old run alone is compared with nothing, which serves nothing. Raises ``UsageError`` if no
+    kernel of the old run can be paired and both hold several.
+    """
+    if len(old) == len(new) == 1:
+        return [Comparison(next(iter(old.values())), next(iter(new.values())))]
+    if not set(old) & set(new):
+        raise UsageError(f"no kernel is in both runs: OLD has {', '.join(old) or 'none'}, NEW has {', '.join(new) or 'none'}")
+    return [Comparison(standing, new.get(name) or _nothing(standing)) for name, standing in old.items()]
+
+
+def _nothing(old: Standing) -> Standing:
+    return Standing("no kernel", old.stage, (), frozenset(), {}, 0, 0, (), None, (f"{old.kernel} is not judged any more",))
+
+
+def exit_code(comparisons: Iterable[Comparison]) -> int:
+    """The gravest of several: something lost, then findings, then what could not be judged."""
+    codes = {comparison.exit_code for comparison in comparisons}
+    return next((code for code in (SERVES_LESS, 1, 3) if code in codes), 0)

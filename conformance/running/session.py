@@ -1,0 +1,198 @@
+"""A run as it is kept: its folder, its plan and its records. The command and the pytest plugin both write through this."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import secrets
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import conformance
+from conformance.contract.kernel import Kernel
+from conformance.errors import UsageError
+from conformance.lanes.base import LANES
+from conformance.running.check import Judged
+from conformance.running.records import Record, RecordWriter
+
+#: Packages whose versions a report has to name.
+_PACKAGES = ("torch", "pypto", "numpy", "hypothesis", "pytest")
+
+
+def new_run_folder(root: Path) -> Path:
+    """A folder for a new run below ``root``, named by the time; not made yet."""
+    return root / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def require_new_folder(folder: Path) -> None:
+    """Raise ``UsageError`` if a run is already kept there: two runs in one folder would be reported as one."""
+    if folder.is_file():
+        raise UsageError(f"a run is kept in a folder, {folder} is a file")
+    if any(folder.glob("records-*.jsonl")):
+        raise UsageError(f"{folder} already holds a run: name another folder, or remove it")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One kernel at one preset on one lane: what a line of the summary is about."""
+
+    kernel: Kernel
+    preset: str
+    lane: str
+
+    @property
+    def id(self) -> str:
+        """``kernel-preset``, as it stands in a test's name."""
+        return f"{self.kernel.name}-{self.preset}"
+
+
+class RunLog:
+    """Writes the records of one process of a run."""
+
+    def __init__(self, folder: Path, process: str = "main") -> None:
+        self.folder = folder
+        self._writer = RecordWriter(folder, process)
+
+    def start(self, plan: Iterable[Subject], options: Mapping[str, Any]) -> None:
+        """The first record: what is planned, with which versions, where and how."""
+        planned = [
+            {
+                "kernel": subject.kernel.name,
+                "stage": subject.kernel.stage_name,
+                "lane": subject.lane,
+                "preset": subject.preset,
+                "capabilities": list(subject.kernel.capabilities),
+                "capacity": subject.kernel.capacity,
+            }
+            for subject in plan
+        ]
+        versions = {"conformance": conformance.__version__, "python": platform.python_version()}
+        versions.update({package: _version(package) for package in _PACKAGES})
+        machine = {
+            "hostname": platform.node(),
+            "system": platform.system(),
+            "architecture": platform.machine(),
+            "cores": os.cpu_count() or 0,
+        }
+        details = {"plan": planned, "versions": versions, "machine": machine, "options": dict(options)}
+        self._writer.write(Record("start", details=details))
+
+    def judged(self, subject: Subject, run: Judged) -> None:
+        """One judged run."""
+        self._writer.write(
+            dataclasses.replace(
+                self._about("case", subject),
+                check=run.check,
+                case=str(run.case),
+                status="passed" if run.verdict.ok else "failed",
+                findings=run.verdict.findings,
+                share=run.verdict.share,
+                profile=run.verdict.profile,
+                seconds=round(run.outcome.seconds, 4),
+                peak_memory=run.outcome.peak_memory,
+            )
+        )
+        if run.outcome.status == "ok" and run.outcome.message:
+            self.skipped(subject, run.outcome.message)
+
+    def skipped(self, subject: Subject, reason: str) -> None:
+        """Something planned that did not run."""
+        self._writer.write(dataclasses.replace(self._about("skip", subject), reason=reason))
+
+    def could_not_run(self, subject: Subject, reason: str) -> None:
+        """Something that had to run and could not."""
+        self._writer.write(dataclasses.replace(self._about("error", subject), reason=reason))
+
+    def expected(self, subject: Subject, reason: str, fixed: bool) -> None:
+        """A failure that the user's list expects, and whether it still happens."""
+        status = "fixed" if fixed else "failed as expected"
+        self._writer.write(dataclasses.replace(self._about("expected", subject), reason=reason, status=status))
+
+    def end(self, exit_code: int) -> None:
+        """The last record of a process that ended by itself."""
+        self._writer.write(Record("end", details={"exit_code": exit_code}))
+        self._writer.close()
+
+    def _about(self, event: str, subject: Subject) -> Record:
+        kernel = subject.kernel
+        return Record(
+            event,
+            kernel=kernel.name,
+            stage=kernel.stage_name,
+            lane=subject.lane,
+            toolchain=kernel.toolchain,
+            preset=subject.preset,
+            source=relative_source(kernel),
+        )
+
+
+def relative_source(kernel: Kernel) -> str:
+    """The kernel's file, relative to the current folder where it lies below it."""
+    path = kernel.source.resolve()
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpectedFailures:
+    """Kernels of a user's that are known to fail: name (and lane, if only one) to reason."""
+
+    reasons: Mapping[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    path: Path | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> ExpectedFailures:
+        """From a file of lines ``KERNEL[@LANE] REASON``; ``#`` starts a comment.
+
+        Raises ``UsageError`` for a file that cannot be read and for a line without reason.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot read the list of expected failures {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"the list of expected failures {path} is not UTF-8 text: {error.reason}") from error
+        reasons = {}
+        for number, line in enumerate(text.splitlines(), start=1):
+            content = line.split("#", 1)[0].strip()
+            if not content:
+                continue
+            name, _, reason = content.partition(" ")
+            if not reason.strip():
+                raise UsageError(f"{path}:{number}: expected KERNEL[@LANE] and a reason, found {content!r}")
+            kernel, _, lane = name.partition("@")
+            reasons[kernel, lane] = reason.strip()
+        return cls(reasons, path)
+
+    def reason(self, subject: Subject) -> str | None:
+        """Why this subject is expected to fail, or ``None`` if it is not."""
+        name = subject.kernel.name
+        return self.reasons.get((name, subject.lane), self.reasons.get((name, "")))
+
+    def require_known(self, kernels: Iterable[Kernel]) -> None:
+        """Raise ``UsageError`` for an entry that matches no kernel: a typing error would otherwise hide."""
+        names = {kernel.name for kernel in kernels}
+        for kernel, lane in self.reasons:
+            if lane and lane not in LANES:
+                raise UsageError(f"{self.path}: unknown lane {lane!r} of {kernel}; known are {', '.join(LANES)}")
+            if kernel not in names:
+                raise UsageError(f"{self.path}: no kernel {kernel!r} is judged here; known are {', '.join(sorted(names))}")
+
+
+def is_interactive() -> bool:
+    """Whether a person watches standard error, so that a progress line helps."""
+    return sys.stderr.isatty()
