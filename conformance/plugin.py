@@ -242,34 +242,37 @@ class PluginState:
                 raise pytest.UsageError(str(error)) from error
         return self._expected
 
-    def presets(self) -> list[str]:
-        """The presets that the user chose, if any; raises ``pytest.UsageError`` for one that does not exist."""
-        from conformance.contract.registry import preset_named
+    def presets(self) -> dict[str, list[str]]:
+        """By model the presets to run: those that the user chose, or those of the model's suites.
+
+        Raises ``pytest.UsageError`` for one that no model has.
+        """
+        from conformance.contract.registry import models, presets
         from conformance.errors import UsageError
 
         chosen = [name for name in self.config.option.presets.split(",") if name]
-        try:
-            for name in chosen:
-                preset_named(name)
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
-        return chosen
+        if not chosen:
+            return {model.name: list(model.suite_presets) for model in models()}
+        found = {model.name: [n for n in chosen if n.removeprefix(f"{model.name}/") in model.presets] for model in models()}
+        unknown = [name for name in chosen if not any(name in names for names in found.values())]
+        if unknown:
+            raise pytest.UsageError(str(UsageError(f"unknown preset {unknown[0]!r}; known are {', '.join(presets())}")))
+        return found
 
     def subjects(self, lane: str) -> list[Subject]:
         """Every kernel that the lane takes, at every preset of the lane."""
-        from conformance.contract.registry import models
         from conformance.running.session import Subject
 
         # Compiling is about the text more than the sizes: one preset keeps the lane that every commit runs under a minute.
-        most = 1 if lane == "compile_only" else None
-        presets = self.presets() or [name for model in models() for name in model.suite_presets[:most]]
+        most = 1 if lane == "compile_only" and not self.config.option.presets else None
+        presets = {model: names[:most] for model, names in self.presets().items()}
         # A torch callable has one lane, where it is: it runs with those that are interpreted.
         takes = {"compile_only": ("pypto",), "interpret": ("pypto", "torch"), "device": ("pypto",)}[lane]
         return [
             Subject(kernel, preset, "eager" if kernel.toolchain == "torch" else lane)
             for kernel in self.kernels()
             if kernel.toolchain in takes
-            for preset in presets
+            for preset in presets[kernel.stage.model]
         ]
 
     def declaring_subjects(self) -> list[Subject]:
@@ -280,16 +283,19 @@ class PluginState:
 
     def full_size_subjects(self, lane: str) -> list[Subject]:
         """Every PyPTO kernel at the model's real size: the fused loops only compile there, all others execute."""
-        from conformance.contract.registry import models
+        from conformance.contract.registry import model_named
         from conformance.running.session import Subject
 
-        return [
-            Subject(kernel, model.full_size_preset, lane)
-            for model in models()
-            if model.full_size_preset
-            for kernel in self.kernels()
-            if kernel.toolchain == "pypto" and ("L" in kernel.stage.drawn) == (lane == "compile_only")
-        ]
+        subjects = []
+        for kernel in self.kernels():
+            full_size = model_named(kernel.stage.model).full_size
+            if kernel.toolchain == "pypto" and full_size is not None:
+                sizes = full_size.compiled if lane == "compile_only" else full_size.executed
+                subjects += [
+                    Subject(kernel, full_size.preset, lane, tuple(overrides.items()), full_size.memory)
+                    for overrides in sizes(kernel.stage)
+                ]
+        return subjects
 
     def open_log(self, planned: list[Subject]) -> None:
         """Begin this process's records."""

@@ -27,24 +27,30 @@ class Case:
 def make_case(key: CaseKey) -> Case:
     """The case of a key; raises ``UsageError`` for a key that does not fit its stage."""
     stage, dims = stage_named(key.stage), key.dims
+    batch = dims.symbol("batch")
     if key.regime not in stage.regimes:
         raise UsageError(f"stage {stage.name} has no regime {key.regime!r}; it has {', '.join(stage.regimes)}")
-    if stage.has_lengths != bool(key.seq_lens) or (stage.has_lengths and len(key.seq_lens) != dims.B):
-        expected = f"{dims.B} sequence lengths" if stage.has_lengths else "no sequence lengths"
-        raise UsageError(f"case key {key}: stage {stage.name} with B={dims.B} takes {expected}, found {len(key.seq_lens)}")
+    if stage.has_lengths != bool(key.seq_lens) or (stage.has_lengths and len(key.seq_lens) != dims.batch):
+        expected = f"{dims.batch} sequence lengths" if stage.has_lengths else "no sequence lengths"
+        raise UsageError(
+            f"case key {key}: stage {stage.name} with {batch}={dims.batch} takes {expected}, found {len(key.seq_lens)}"
+        )
     for length in key.seq_lens:
-        if not 1 <= length <= dims.S:
-            raise UsageError(f"case key {key}: sequence length {length} is outside 1..{dims.S}")
-    if stage.has_chunks != bool(key.chunk_lens) or (stage.has_chunks and len(key.chunk_lens) != dims.B):
-        expected = f"{dims.B} chunk lengths" if stage.has_chunks else "no chunk lengths"
-        raise UsageError(f"case key {key}: stage {stage.name} with B={dims.B} takes {expected}, found {len(key.chunk_lens)}")
+        if not 1 <= length <= dims.length:
+            raise UsageError(f"case key {key}: sequence length {length} is outside 1..{dims.length}")
+    if stage.has_chunks != bool(key.chunk_lens) or (stage.has_chunks and len(key.chunk_lens) != dims.batch):
+        expected = f"{dims.batch} chunk lengths" if stage.has_chunks else "no chunk lengths"
+        raise UsageError(
+            f"case key {key}: stage {stage.name} with {batch}={dims.batch} takes {expected}, found {len(key.chunk_lens)}"
+        )
     for length, chunk in zip(key.seq_lens, key.chunk_lens, strict=False):
         if not 1 <= chunk <= length:
             raise UsageError(f"case key {key}: chunk length {chunk} is outside 1..{length}, the length of its sequence")
-    if "NB" in stage.drawn:
-        needed = 1 + sum(-(-length // dims.BS) for length in key.seq_lens)
-        if needed > dims.NB:
-            raise UsageError(f"case key {key}: {needed} pages are needed (one more than are in use), found NB={dims.NB}")
+    if dims.symbol("pages") in stage.drawn:
+        needed = 1 + sum(-(-length // dims.page_size) for length in key.seq_lens)
+        if needed > dims.pages:
+            found = f"{dims.symbol('pages')}={dims.pages}"
+            raise UsageError(f"case key {key}: {needed} pages are needed (one more than are in use), found {found}")
     case = Case(key, stage, dims, make_inputs(stage, key, dims))
     return _with_rows(case, key.rows) if key.rows else case
 
@@ -59,18 +65,19 @@ def make_inputs(stage: Stage, key: CaseKey, dims: Dims) -> dict[str, torch.Tenso
 
 
 def _with_rows(case: Case, rows: tuple[int, ...]) -> Case:
-    """The same case with its sequences selected and reordered: wherever ``B`` is a factor of an axis, that factor is indexed.
+    """The same case with its sequences selected and reordered: wherever the batch is a factor of an axis, that factor is indexed.
 
     What follows the sequences in another way, the stage rearranges itself.
     """
-    if any(row >= case.dims.B for row in rows):
-        raise UsageError(f"case key {case.key}: rows must be below B={case.dims.B}")
+    batch = case.dims.symbol("batch")
+    if any(row >= case.dims.batch for row in rows):
+        raise UsageError(f"case key {case.key}: rows must be below {batch or 'batch'}={case.dims.batch}")
     chosen = torch.tensor(rows)
-    dims = case.dims.replace(B=len(rows))
+    dims = case.dims.resized(batch=len(rows))
     own: dict[str, torch.Tensor] = {}
     if case.stage.rearrange is not None:
         own = case.stage.rearrange(case.inputs, case.dims, rows)
-        dims = dims.replace(T=sum(case.key.chunk_lens[row] for row in rows))
+        dims = dims.resized(tokens=sum(case.key.chunk_lens[row] for row in rows))
     inputs = {}
     for argument in case.stage.inputs:
         if argument.name in own:
@@ -78,12 +85,11 @@ def _with_rows(case: Case, rows: tuple[int, ...]) -> Case:
             continue
         tensor = case.inputs[argument.name]
         shape = tensor.shape
-        for axis, symbols in enumerate(argument.shape.split()):
-            factors = symbols.split("*")
-            if "B" in factors:
-                sizes = [1 if factor == "1" else getattr(case.dims, factor) for factor in factors]
+        for axis, factors in enumerate(argument.axes):
+            if batch in factors:
+                sizes = [case.dims.size(factor) for factor in factors]
                 split = tensor.reshape(*tensor.shape[:axis], *sizes, *tensor.shape[axis + 1 :])
-                kept = split.index_select(axis + factors.index("B"), chosen)
+                kept = split.index_select(axis + factors.index(batch), chosen)
                 tensor = kept.reshape(*shape[:axis], -1, *shape[axis + 1 :])
         inputs[argument.name] = tensor.contiguous()
     return dataclasses.replace(case, dims=dims, inputs=inputs)

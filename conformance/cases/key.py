@@ -70,9 +70,10 @@ class CaseKey:
     @property
     def dims(self) -> Dims:
         """The dimensions of the case, before ``rows`` selects any."""
-        dims = of_stage(stage_named(self.stage), preset_named(self.preset).replace(**dict(self.overrides)))
+        stage = stage_named(self.stage)
+        dims = of_stage(stage, preset_named(self.preset, stage.model).replace(**dict(self.overrides)))
         tokens = sum(self.chunk_lens)
-        return dims.replace(T=tokens) if tokens else dims  # a chunk of none is for make_case to refuse
+        return dims.resized(tokens=tokens) if tokens else dims  # a chunk of none is for make_case to refuse
 
 
 #: The lists of a key, in the order of its text.
@@ -80,20 +81,26 @@ _LISTS = ("seq_lens", "chunk_lens", "rows")
 
 
 def of_stage(stage: Stage, dims: Dims) -> Dims:
-    # A stage of one layer has no use for the preset's depth, nor one that takes a token a sequence for a number of tokens.
-    return dims.replace(L=dims.L if "L" in stage.drawn else 1, T=dims.T if stage.has_chunks else 1)
+    """The dimensions of a model as a stage of it has them.
+
+    A stage of one layer has no use for the preset's depth, nor one that takes a token a sequence for a number of tokens.
+    """
+    return dims.resized(
+        depth=dims.depth if dims.symbol("depth") in stage.drawn else 1, tokens=dims.tokens if stage.has_chunks else 1
+    )
 
 
 def take_rows(key: CaseKey, rows: tuple[int, ...]) -> CaseKey:
     """The key of the same case with its sequences selected and reordered."""
-    base = key.rows or tuple(range(key.dims.B))
+    base = key.rows or tuple(range(key.dims.batch))
     return dataclasses.replace(key, rows=tuple(base[row] for row in rows))
 
 
 def smallest(key: CaseKey) -> CaseKey:
     """A case like this one with one layer and at most two sequences of a page and a token: what is dear is done on it."""
-    limits = {"B": 2, "L": 1}
+    dims = key.dims
+    limits = {dims.symbol("batch"): 2, dims.symbol("depth"): 1}
     overrides = tuple((name, min(value, limits.get(name, value))) for name, value in key.overrides)
-    batch, longest = dict(overrides).get("B", key.dims.B), key.dims.BS + 1
+    batch, longest = dict(overrides).get(dims.symbol("batch"), dims.batch), dims.page_size + 1
     seq_lens, chunk_lens = (tuple(min(n, longest) for n in lens[:batch]) for lens in (key.seq_lens, key.chunk_lens))
     return dataclasses.replace(key, overrides=overrides, rows=(), seq_lens=seq_lens, chunk_lens=chunk_lens)

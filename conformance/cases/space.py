@@ -10,21 +10,14 @@ from typing import Any
 from conformance.cases.key import CaseKey, of_stage
 from conformance.cases.source import Source
 from conformance.contract.dims import Dims
-from conformance.contract.registry import preset_named
+from conformance.contract.registry import preset_named, short_name
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 
-#: Dimensions that a case may vary besides overriding what the preset fixes.
-DRAWN = ("B", "L", "NB")
-
-
-#: Layers of most stratified cases of a chain; one in so many has all of them.
+#: Layers of most stratified cases of a chain; one in ``DEEPEST_PERIOD`` has all of them, and then at most ``DEEPEST_BATCH``
+#: sequences: the interpreter's copies of deep caches take gigabytes.
 MOST_LAYERS = 4
-
-
 DEEPEST_PERIOD = 10
-
-
 DEEPEST_BATCH = 2
 
 
@@ -40,33 +33,37 @@ class Space:
     def of(cls, stage: Stage, dims: str | Mapping[str, Any] = "tiny") -> Space:
         """From a preset's name, or overrides of it (``{"B": 3, "S": 64}``, with ``"preset"`` to name another than tiny)."""
         if isinstance(dims, str):
-            preset_named(dims)
+            preset_named(dims, stage.model)
             return cls(stage, dims)
         if not isinstance(dims, Mapping) or not all(isinstance(name, str) for name in dims):
             raise UsageError(f"dims is a preset's name or a dict such as {{'B': 3, 'S': 64}}, found {dims!r}")
         overrides: dict[str, Any] = dict(dims)
         preset = overrides.pop("preset", "tiny")
-        for name in ("eps", "theta"):
+        model = preset_named(preset, stage.model)
+        for name in model.constants():
             if name in overrides:
                 raise UsageError(f"{name} belongs to the contract and cannot be overridden")
-        limit = preset_named(preset).replace(**overrides)
-        if "NB" in overrides and "NB" in stage.drawn and limit.NB <= limit.B * limit.MB:
-            needed = limit.B * limit.MB + 1
+        limit = model.replace(**overrides)
+        batch, depth, pages, tokens = (limit.symbol(role) for role in ("batch", "depth", "pages", "tokens"))
+        most_pages = limit.batch * limit.pages_per_sequence
+        if pages in overrides and pages in stage.drawn and limit.pages <= most_pages:
             raise UsageError(
-                f"NB={limit.NB} is too few pages for B={limit.B} sequences of S={limit.S}: at least {needed} are needed"
+                f"{pages}={limit.pages} is too few pages for {batch}={limit.batch} sequences of "
+                f"{limit.symbol('length')}={limit.length}: at least {most_pages + 1} are needed"
             )
-        for name in ("L", "NB", "T"):
-            known = stage.has_chunks if name == "T" else name in stage.drawn
-            if name in overrides and not known and (name, limit.L) != ("L", 1):
+        for name, has_it in ((depth, depth in stage.drawn), (pages, pages in stage.drawn), (tokens, stage.has_chunks)):
+            if name in overrides and not has_it and not (name == depth and limit.depth == 1):
                 raise UsageError(f"stage {stage.name} has no dimension {name} to set")
-        if stage.has_chunks and limit.T < limit.B:
-            raise UsageError(f"T={limit.T} is too few tokens for B={limit.B} sequences: each brings one at least")
+        if stage.has_chunks and limit.tokens < limit.batch:
+            raise UsageError(
+                f"{tokens}={limit.tokens} is too few tokens for {batch}={limit.batch} sequences: each brings one at least"
+            )
         return cls(stage, preset, tuple(sorted(overrides.items())))
 
     @property
     def limit(self) -> Dims:
-        """The model, with the largest ``B``, ``L`` and ``NB`` that a case may draw."""
-        return of_stage(self.stage, preset_named(self.preset).replace(**dict(self.pinned)))
+        """The model, with the largest batch, depth and pool of pages that a case may draw."""
+        return of_stage(self.stage, preset_named(self.preset, self.stage.model).replace(**dict(self.pinned)))
 
     @property
     def drawn(self) -> tuple[str, ...]:
@@ -76,25 +73,26 @@ class Space:
 
     def length_boundaries(self) -> list[int]:
         """Sequence lengths at which kernels go wrong: 1, 2, a page and one to either side, two pages, the maximum."""
-        page, longest = self.limit.BS, self.limit.S
+        page, longest = self.limit.page_size, self.limit.length
         return sorted({n for n in (1, 2, page - 1, page, page + 1, 2 * page, longest - 1, longest) if 1 <= n <= longest})
 
     def lengths_for(self, regime: str) -> tuple[int, int]:
         """The range that a regime leaves to the sequence lengths."""
-        longest = self.limit.S
+        longest = self.limit.length
         if regime == "length_one":
             return 1, 1
         if regime == "long":
-            return max(1, longest - self.limit.BS), longest
+            return max(1, longest - self.limit.page_size), longest
         return 1, longest
 
     @property
     def largest(self) -> CaseKey:
         """The key of the largest case: what compiling is done for."""
         limit = self.limit
-        lengths = (limit.S,) * limit.B if self.stage.has_lengths else ()
-        chunks = self.chunks([limit.S] * limit.B, lengths) if self.stage.has_chunks else ()
-        return self.key(self.stage.regimes[0], 0, B=limit.B, L=limit.L, spare_pages=0, seq_lens=lengths, chunk_lens=chunks)
+        lengths = (limit.length,) * limit.batch if self.stage.has_lengths else ()
+        chunks = self.chunks(lengths, lengths) if self.stage.has_chunks else ()
+        regime = self.stage.regimes[0]
+        return self.key(regime, 0, batch=limit.batch, depth=limit.depth, spare_pages=0, seq_lens=lengths, chunk_lens=chunks)
 
     def with_longest(self, key: CaseKey) -> CaseKey:
         """The key with its first sequence as long as the model allows, and the others within a page and a token.
@@ -103,21 +101,21 @@ class Space:
         """
         if not key.seq_lens:
             return key
-        lengths = (self.limit.S, *(min(length, self.limit.BS + 1) for length in key.seq_lens[1:]))
-        drawn = dict(key.overrides)
+        limit, drawn = self.limit, dict(key.overrides)
+        lengths = (limit.length, *(min(length, limit.page_size + 1) for length in key.seq_lens[1:]))
         return self.key(
             key.regime,
             key.seed,
-            B=drawn.get("B", self.limit.B),
-            L=drawn.get("L", self.limit.L),
+            batch=drawn.get(limit.symbol("batch"), limit.batch),
+            depth=drawn.get(limit.symbol("depth"), limit.depth),
             spare_pages=0,
             seq_lens=lengths,
             chunk_lens=tuple(min(chunk, length) for chunk, length in zip(key.chunk_lens, lengths, strict=False)),
         )
 
     def chunks(self, wanted: Iterable[int], seq_lens: Sequence[int]) -> tuple[int, ...]:
-        """Chunk lengths as near to the wanted ones as sequences allow, and ``T`` tokens for all of them together."""
-        left = self.limit.T - len(seq_lens)
+        """Chunk lengths as near to the wanted ones as sequences, and the model's number of tokens for all of them, allow."""
+        left = self.limit.tokens - len(seq_lens)
         found = []
         for want, length in zip(wanted, seq_lens, strict=True):
             found.append(max(1, min(want, length, 1 + left)))
@@ -129,31 +127,27 @@ class Space:
         regime: str,
         seed: int,
         *,
-        B: int,
-        L: int,
+        batch: int,
+        depth: int,
         spare_pages: int,
         seq_lens: tuple[int, ...],
         chunk_lens: tuple[int, ...] = (),
     ) -> CaseKey:
         """The key with these choices; dimensions that the stage does not draw stay as they are."""
-        chosen = dict(self.pinned)
-        chosen.pop("T", None)  # a limit; a case has as many tokens as its chunks
-        drawn = self.drawn
-        if "B" in drawn:
-            chosen["B"] = B
-        if "L" in drawn:
-            chosen["L"] = L
-        if "NB" in drawn:
-            chosen["NB"] = 1 + spare_pages + sum(-(-length // self.limit.BS) for length in seq_lens)
-        order = {name: position for position, name in enumerate(("B", "L"))}
-        overrides = tuple(sorted(chosen.items(), key=lambda item: (order.get(item[0], 9), item[0])))
-        return CaseKey(self.stage.name, self.preset, regime, seed, overrides, seq_lens, chunk_lens=chunk_lens)
+        limit, chosen = self.limit, dict(self.pinned)
+        chosen.pop(limit.symbol("tokens"), None)  # a limit; a case has as many tokens as its chunks
+        pages = 1 + spare_pages + sum(-(-length // limit.page_size) for length in seq_lens)
+        drawn = {limit.symbol("batch"): batch, limit.symbol("depth"): depth, limit.symbol("pages"): pages}
+        chosen |= {symbol: size for symbol, size in drawn.items() if symbol in self.drawn}
+        first = limit.symbol("batch"), limit.symbol("depth")
+        overrides = tuple(sorted(chosen.items(), key=lambda item: (item[0] != first[0], item[0] != first[1], item[0])))
+        return CaseKey(short_name(self.stage), self.preset, regime, seed, overrides, seq_lens, chunk_lens=chunk_lens)
 
 
 def _batches(space: Space, seed: int) -> Iterator[int]:
     """Batch sizes in random order, all of them before any comes again: some kernels fail at a single one."""
     for turn in itertools.count():
-        order = Source(f"batches/{space.stage.name}/{space.preset}/{seed}/{turn}").permutation("order", space.limit.B)
+        order = Source(f"batches/{space.stage.name}/{space.preset}/{seed}/{turn}").permutation("order", space.limit.batch)
         yield from (place + 1 for place in order)
 
 
@@ -164,6 +158,7 @@ def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
     """
     regimes = space.stage.regimes
     limit = space.limit
+    draws_batch = limit.symbol("batch") in space.drawn
     boundaries = space.length_boundaries()
     batches = _batches(space, seed)
     index = 0
@@ -171,24 +166,25 @@ def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
         source = Source(f"keys/{space.stage.name}/{space.preset}/{seed}/{index}")
         regime = regimes[index % len(regimes)]
         # A deep chain takes long and shows what a few layers show, but for a loop that is too short.
-        layers = source.integers("L", min(2, limit.L), min(MOST_LAYERS, limit.L), 1)[0] if index % 5 != 4 else 1
+        # (The name of the draw is part of what the number follows from.)
+        depth = source.integers("L", min(2, limit.depth), min(MOST_LAYERS, limit.depth), 1)[0] if index % 5 != 4 else 1
         if index % DEEPEST_PERIOD == DEEPEST_PERIOD - 2:
-            layers = limit.L
-        batch = limit.B
+            depth = limit.depth
+        batch = limit.batch
         if index == 0:
             # What is done once per kernel is done on the first case: it has rows to rearrange and a loop to go round.
-            layers = min(2, limit.L)
-            batch = min(3, limit.B) if "B" in space.drawn else limit.B
-        elif "B" in space.drawn:
+            depth = min(2, limit.depth)
+            batch = min(3, limit.batch) if draws_batch else limit.batch
+        elif draws_batch:
             kind = source.integers("kind", 0, 3, 1)[0]  # a batch of one and a full one come up more often than any other
-            if layers > MOST_LAYERS:
-                batch = min(DEEPEST_BATCH, limit.B)  # the interpreter's copies of deep caches take gigabytes
+            if depth > MOST_LAYERS:
+                batch = min(DEEPEST_BATCH, limit.batch)
             elif kind == 1:
                 batch = 1
             elif kind > 1:
                 batch = next(batches)
             if regime == "mixed_rows":
-                batch = max(batch, min(2, limit.B))
+                batch = max(batch, min(2, limit.batch))
         lengths: tuple[int, ...] = ()
         if space.stage.has_lengths:
             low, high = space.lengths_for(regime)
@@ -201,9 +197,9 @@ def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
         chunks: tuple[int, ...] = ()
         if space.stage.has_chunks:
             # One token, a whole prompt, up to a page's edge and past it, or anything.
-            page = limit.BS
+            page = limit.page_size
             kinds = source.integers("chunk", 0, 5, batch)
-            free_chunks = source.integers("free_chunk", 1, limit.T, batch)
+            free_chunks = source.integers("free_chunk", 1, limit.tokens, batch)
             wanted = [
                 (1, length, page, page + 1, length % page or page, any_chunk)[kind]
                 for kind, length, any_chunk in zip(kinds, lengths, free_chunks, strict=True)
@@ -213,8 +209,8 @@ def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
         yield space.key(
             regime,
             source.integers("seed", 0, 2**31 - 1, 1)[0],
-            B=batch,
-            L=layers,
+            batch=batch,
+            depth=depth,
             spare_pages=spare,
             seq_lens=lengths,
             chunk_lens=chunks,

@@ -20,8 +20,8 @@ def keys(space: Space) -> st.SearchStrategy[CaseKey]:
     @st.composite
     def draw_key(draw: st.DrawFn) -> CaseKey:
         regime = draw(st.sampled_from(space.stage.regimes))
-        batch = draw(st.integers(1, limit.B)) if "B" in space.drawn else limit.B
-        layers = draw(st.integers(1, limit.L)) if "L" in space.drawn else 1
+        batch = draw(st.integers(1, limit.batch)) if limit.symbol("batch") in space.drawn else limit.batch
+        depth = draw(st.integers(1, limit.depth)) if limit.symbol("depth") in space.drawn else 1
         lengths: tuple[int, ...] = ()
         if space.stage.has_lengths:
             low, high = space.lengths_for(regime)
@@ -31,8 +31,8 @@ def keys(space: Space) -> st.SearchStrategy[CaseKey]:
         chunks: tuple[int, ...] = ()
         if space.stage.has_chunks:
             chunks = space.chunks([draw(st.integers(1, length)) for length in lengths], lengths)
-        spare = draw(st.integers(0, 3)) if "NB" in space.drawn else 0
+        spare = draw(st.integers(0, 3)) if limit.symbol("pages") in space.drawn else 0
         seed = draw(st.integers(0, 2**31 - 1))
-        return space.key(regime, seed, B=batch, L=layers, spare_pages=spare, seq_lens=lengths, chunk_lens=chunks)
+        return space.key(regime, seed, batch=batch, depth=depth, spare_pages=spare, seq_lens=lengths, chunk_lens=chunks)
 
     return draw_key()

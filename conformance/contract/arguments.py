@@ -23,25 +23,6 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 }
 
 
-#: What one step along a factor of a symbolic shape means to a person.
-FACTOR_LABELS: dict[str, str] = {
-    "B": "row",
-    "L": "layer",
-    "NH": "head",
-    "NKV": "kv_head",
-    "D": "lane",
-    "S": "position",
-    "NB": "page",
-    "BS": "offset",
-    "MB": "page_index",
-    "H": "column",
-    "I": "column",
-    "V": "column",
-    "T": "token",
-    "1": "row",
-}
-
-
 @functools.cache
 def _factors(symbolic_shape: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(axis.split("*")) for axis in symbolic_shape.split())
@@ -60,18 +41,28 @@ class Argument:
     dtype: torch.dtype
     access: Access
 
+    @property
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        """The factors of each axis: ``(("B",), ("NH", "D"))``."""
+        return _factors(self.shape)
+
     def size(self, dims: Dims) -> tuple[int, ...]:
         """The concrete shape at ``dims``."""
-        return tuple(math.prod(_symbol(symbol, dims) for symbol in axis) for axis in _factors(self.shape))
+        return tuple(math.prod(map(dims.size, axis)) for axis in self.axes)
+
+    def group_width(self, dims: Dims) -> int:
+        """Columns of one group, where columns are made of equal groups: ``D`` of ``NH*D``; all of them otherwise."""
+        last = self.axes[-1]
+        return dims.size(last[-1] if len(last) > 1 else last[0])
 
     def where(self, index: Sequence[int], dims: Dims) -> dict[str, int]:
         """Names for the coordinates of an element, such as ``{"row": 3, "head": 1, "lane": 17}``."""
         named: dict[str, int] = {}
-        for position, axis in zip(index, _factors(self.shape), strict=True):
+        for position, axis in zip(index, self.axes, strict=True):
             coordinates: list[tuple[str, int]] = []
             for symbol in reversed(axis):
-                position, coordinate = divmod(position, _symbol(symbol, dims))
-                coordinates.append((FACTOR_LABELS[symbol], coordinate))
+                position, coordinate = divmod(position, dims.size(symbol))
+                coordinates.append((dims.label(symbol), coordinate))
             if axis != ("1",):
                 named.update(reversed(coordinates))
         return named
@@ -80,10 +71,6 @@ class Argument:
         """The declaration as the contract writes it, such as ``out out[B,H] bf16``."""
         prefix = "" if self.access == "in" else f"{self.access} "
         return f"{prefix}{self.name}[{','.join(self.shape.split())}] {DTYPE_NAMES[self.dtype]}"
-
-
-def _symbol(symbol: str, dims: Dims) -> int:
-    return int(symbol) if symbol.isdigit() else int(getattr(dims, symbol))
 
 
 def read(name: str, shape: str, dtype: torch.dtype) -> Argument:

@@ -14,27 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from conformance.contract.dims import Dims
-from conformance.contract.registry import stage_named
+from conformance.contract.registry import model_named, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 
 TOOLCHAINS = ("torch", "pypto")
 
 
-#: What a kernel may declare that it serves; the meanings are the contract's. ``running/capabilities.py`` puts them to the test.
-CAPABILITIES: dict[str, str] = {
-    "paged_kv": "reads and writes the cache through block_table and slot_mapping",
-    "variable_batch": "one compiled program serves every user batch from 1 to its capacity, with mixed lengths",
-    "stacked_weights": "takes the weights of L layers as one tensor and slices by layer on the device",
-    "fused_layers": "loops over the layers inside one program",
-    "fused_lm_head": "ends in final norm and vocabulary projection on the device",
-    "chunked_layers": "runs a contiguous chunk of the layers per dispatch",
-    "host_loop": "can be driven layer by layer from the host",
-}
-
-
-#: The largest user batch of the contract.
-LARGEST_BATCH = 16
+#: The one capability that the harness itself acts on: a build that serves several batches is made once.
+VARIABLE_BATCH = "variable_batch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +31,7 @@ class Kernel:
 
     ``profile`` names the one error-model profile that the kernel declares; ``None`` lets any legal one pass. ``accepts(dims)``
     returns ``True``, or a sentence that says which dimensions the kernel takes. ``capacity`` is the largest user batch that one
-    build serves, for a kernel that declares ``variable_batch``.
+    build serves, for a kernel that declares ``variable_batch``:.
     """
 
     function: Callable[..., Any]
@@ -53,7 +41,7 @@ class Kernel:
     capabilities: tuple[str, ...] = ()
     profile: str | None = None
     accepts: Callable[[Dims], bool | str] | None = None
-    capacity: int = LARGEST_BATCH
+    capacity: int = 1
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         return self.function(*arguments, **keywords)
@@ -80,8 +68,8 @@ class Kernel:
 
     def refusal(self, dims: Dims) -> str | None:
         """Why the kernel does not take these dimensions, or ``None`` if it does."""
-        if "variable_batch" in self.capabilities and self.capacity < dims.B:
-            return f"kernel {self.name} serves batches of 1 to {self.capacity}, not {dims.B}"
+        if VARIABLE_BATCH in self.capabilities and self.capacity < dims.batch:
+            return f"kernel {self.name} serves batches of 1 to {self.capacity}, not {dims.batch}"
         if self.accepts is None:
             return None
         try:
@@ -95,9 +83,9 @@ class Kernel:
     def built_for(self, dims: Dims) -> Dims:
         """The dimensions that a build is made for: with ``variable_batch`` one build serves every batch up to the capacity.
 
-        The builder is then given the capacity as ``B``; and 1 as ``T``, since the tokens of a prefill vary likewise.
+        The builder is then given the capacity as the batch, and 1 as the number of tokens, which varies likewise in a prefill.
         """
-        return dims.replace(B=self.capacity, T=1) if "variable_batch" in self.capabilities else dims
+        return dims.resized(batch=self.capacity, tokens=1) if VARIABLE_BATCH in self.capabilities else dims
 
     def build(self, dims: Dims) -> Any:
         """The object that a toolchain compiles, for these dimensions; raises ``UsageError`` if they are refused."""
@@ -115,15 +103,16 @@ def kernel(
     capabilities: Sequence[str] = (),
     profile: str | None = None,
     accepts: Callable[[Dims], bool | str] | None = None,
-    capacity: int = LARGEST_BATCH,
+    capacity: int | None = None,
 ) -> Callable[[Callable[..., Any]], Kernel]:
     """Declare that a function implements ``stage``.
 
     For ``toolchain="torch"`` the function takes the contract's arguments by name, and ``dims`` if it has such a keyword-only
     parameter. For ``toolchain="pypto"`` it is a builder: it takes ``dims`` alone and returns a ``pypto.frontend.jit`` object.
-    A builder that declares ``variable_batch`` is called once, with ``dims.B`` the ``capacity`` (2 to 16), and what it returns
-    must take every batch from 1 to that. ``name`` defaults to the function's own name. Raises ``UsageError`` for an unknown
-    stage, toolchain or capability, for a capacity that means nothing, and for a signature that does not match.
+    A builder that declares ``variable_batch`` is called once, with a batch of ``capacity`` (2 to the contract's largest, which is
+    the default), and what it returns must take every batch from 1 to that. ``name`` defaults to the function's own name. Raises
+    ``UsageError`` for an unknown stage, toolchain or capability, for a capacity that means nothing, and for a signature that does
+    not match.
     """
     if not isinstance(stage, str):
         raise UsageError('conformance.kernel takes the stage\'s name, as in @conformance.kernel("rms_norm")')
@@ -134,17 +123,21 @@ def kernel(
         raise UsageError(f"capabilities is a list of names, found {capabilities!r}")
     if accepts is not None and not callable(accepts):
         raise UsageError(f"accepts is a function of dims, found {accepts!r}")
-    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+    model = model_named(contract.model)
+    largest = model.largest_batch
+    served = largest if capacity is None else capacity
+    if isinstance(served, bool) or not isinstance(served, int) or served < 1:
         raise UsageError(f"capacity is the largest batch that one build serves, a positive whole number, found {capacity!r}")
-    if capacity > LARGEST_BATCH:
-        raise UsageError(f"capacity is at most {LARGEST_BATCH}, the largest batch of the contract, found {capacity}")
-    if "variable_batch" in capabilities and capacity == 1:
-        raise UsageError("a kernel of capacity 1 serves one batch only: it has no variable_batch to declare")
-    if "variable_batch" not in capabilities and capacity != LARGEST_BATCH:
-        raise UsageError(f"capacity goes with variable_batch, which is not declared, found capacity {capacity}")
+    if served > largest:
+        raise UsageError(f"capacity is at most {largest}, the largest batch of the contract, found {capacity}")
+    if VARIABLE_BATCH in capabilities and served == 1:
+        raise UsageError(f"a kernel of capacity 1 serves one batch only: it has no {VARIABLE_BATCH} to declare")
+    if VARIABLE_BATCH not in capabilities and served != largest:
+        raise UsageError(f"capacity goes with {VARIABLE_BATCH}, which is not declared, found capacity {capacity}")
     for capability in capabilities:
-        if capability not in CAPABILITIES:
-            raise UsageError(f"unknown capability {capability!r}; known are {', '.join(CAPABILITIES)}")
+        if capability not in model.meanings:
+            known = ", ".join(model.meanings) or "none"
+            raise UsageError(f"unknown capability {capability!r}; known are {known}")
     if profile is not None and profile not in {known.name for known in contract.profiles}:
         names = ", ".join(known.name for known in contract.profiles)
         raise UsageError(f"stage {stage} has no profile {profile!r}; it has {names}")
@@ -162,7 +155,7 @@ def kernel(
             capabilities=tuple(capabilities),
             profile=profile,
             accepts=accepts,
-            capacity=capacity,
+            capacity=served,
         )
 
     return decorate
@@ -222,10 +215,11 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def as_kernel(stage: str, function: Callable[..., Any] | Kernel) -> Kernel:
     """A ``Kernel`` for any callable; raises ``UsageError`` if it claims another stage or has another signature."""
+    contract = stage_named(stage)
     if isinstance(function, Kernel):
-        if function.stage_name != stage:
+        if function.stage.id != contract.id:
             raise UsageError(f"kernel {function.name} implements {function.stage_name}, not {stage}")
         return function
-    contract = stage_named(stage)
     require_signature(function, contract)
-    return Kernel(function=function, stage_name=stage, name=_name_of(function))
+    capacity = model_named(contract.model).largest_batch
+    return Kernel(function=function, stage_name=stage, name=_name_of(function), capacity=capacity)

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
 from conformance.contract.arguments import Argument
 from conformance.contract.dims import Dims
-
-if TYPE_CHECKING:
-    from conformance.cases.source import Source
-    from conformance.numerics.bounds import Bounds, Profile
-
+from conformance.numerics.bounds import Bounds, Profile
 
 Tensors = Mapping[str, torch.Tensor]
-
-
 Mistake = Callable[[Tensors, "Dims"], tuple[Tensors, "Dims"]]
 
 
@@ -27,29 +20,34 @@ class Stage:
     """The contract of one stage.
 
     ``reference(inputs, dims, arithmetic)`` returns every output by name, computed as the formulas say with the roundings that
-    ``arithmetic`` applies. ``error_model(inputs, dims, profile)`` returns for every output the value, variance and worst case of
-    a correct kernel's error. ``make_inputs(dims, seq_lens, regime, source)`` returns the inputs of a case.
+    ``arithmetic`` (``conformance.numerics.arithmetic``) applies. ``error_model(inputs, dims, profile)`` returns for every output
+    the value, variance and worst case of a correct kernel's error. ``make_inputs(dims, seq_lens, regime, source)`` returns the
+    inputs of a case, drawn from ``source`` (``conformance.cases.source``) alone.
     """
 
+    #: The model's name and the stage's: together they are unique.
+    model: str
     name: str
     summary: str
     arguments: tuple[Argument, ...]
     reference: Callable[..., dict[str, torch.Tensor]]
     error_model: Callable[[Tensors, Dims, Profile], dict[str, Bounds]]
-    make_inputs: Callable[[Dims, tuple[int, ...], str, Source], dict[str, torch.Tensor]]
+    make_inputs: Callable[..., dict[str, torch.Tensor]]
     regimes: tuple[str, ...]
     profiles: tuple[Profile, ...]
-    #: Dimensions that a case draws, besides what the preset fixes.
-    drawn: tuple[str, ...] = ("B",)
+    #: What the stage is, in words that the model and its kernels may go by (``paged``, ``prefill``); the harness reads none.
+    tags: frozenset[str] = frozenset()
+    #: Axes that a case draws, of the roles ``batch``, ``depth`` and ``pages``; all others are the preset's.
+    drawn: tuple[str, ...] = ()
     #: Whether a case draws one sequence length per row.
     has_lengths: bool = False
     #: Whether a sequence brings several tokens, ``chunk_lens[b]`` of its ``seq_lens[b]``: a prefill.
     has_chunks: bool = False
-    #: ``rearrange(inputs, dims, rows)`` gives what follows the chosen sequences and is not simply by ``B``.
+    #: ``rearrange(inputs, dims, rows)`` gives what follows the chosen sequences and does not simply go by the batch axis.
     rearrange: Callable[[Tensors, Dims, tuple[int, ...]], dict[str, torch.Tensor]] | None = None
     #: ``sequences(inputs, dims)`` says which sequence each row of a composite stage's outputs belongs to, if not row by row.
     sequences: Callable[[Tensors, Dims], torch.Tensor] | None = None
-    #: What a kernel of this stage can show that it serves: of the capabilities in ``conformance.running.capabilities``.
+    #: What a kernel of this stage can show that it serves: names among the model's ``capabilities``.
     capabilities: tuple[str, ...] = ()
     #: The input and the output by which one call's result is the next one's start, if layers can be run one after another.
     chain: tuple[str, str] | None = None
@@ -65,6 +63,11 @@ class Stage:
     tie_prone: tuple[str, ...] = ()
     #: ``localise(inputs, outputs, dims) -> list of sentences`` says which part of a composite stage went wrong first.
     localise: Callable[[Tensors, Tensors, Dims], list[str]] | None = None
+
+    @property
+    def id(self) -> str:
+        """``model/name``, which no other stage has."""
+        return f"{self.model}/{self.name}"
 
     def argument(self, name: str) -> Argument:
         """The argument of that name; raises ``KeyError``."""

@@ -133,7 +133,7 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
     effects = sensitivity.effects(directions)
     covariances = effects.covariances()
     # What each direction makes of each signature, by sequence.
-    responses = torch.zeros(case.dims.B, len(covariances[0]), len(found), dtype=torch.float64)
+    responses = torch.zeros(case.dims.batch, len(covariances[0]), len(found), dtype=torch.float64)
     for name, owner in owners.items():
         responses.index_add_(0, owner, torch.einsum("krc,lrc->rkl", directions[name], shifts[name]))
     legal = list(responses[:, :, count:].unbind(2))
@@ -189,9 +189,10 @@ def _cast_variance(case: Case, name: str, estimate: Bounds) -> torch.Tensor:
 
 def _sequence_of_judged_rows(case: Case, name: str, estimate: Bounds, sensitivity: Sensitivity) -> torch.Tensor:
     """Which sequence each judged row of an output belongs to; they stand by layer, token and head, by token or by sequence."""
-    if case.stage.argument(name).shape.split()[0] == "B":
-        return torch.arange(case.dims.B)
+    if case.stage.argument(name).axes[0] == (case.dims.symbol("batch"),):
+        return torch.arange(case.dims.batch)
     if estimate.rows is None:
         return sensitivity.sequences
-    per_layer = sensitivity.sequences.repeat_interleave(case.dims.NKV)
-    return per_layer.repeat(len(estimate.rows) // len(per_layer))
+    tokens, layers = len(sensitivity.sequences), case.dims.depth
+    per_layer = sensitivity.sequences.repeat_interleave(len(estimate.rows) // (tokens * layers))
+    return per_layer.repeat(layers)

@@ -166,7 +166,7 @@ class Sensitivity:
             places.append(inverse + width)
             width, known = width + len(found), known + count
         sorted_order, columns = torch.cat(order).sort(stable=True)
-        starts = torch.searchsorted(sorted_order, torch.arange(self._case.dims.B + 1)).tolist()
+        starts = torch.searchsorted(sorted_order, torch.arange(self._case.dims.batch + 1)).tolist()
         summed = []
         for some in self._effects(directions):
             together = torch.zeros(len(some[0]), width)
@@ -183,13 +183,13 @@ class Sensitivity:
         """
         if len(rows) == len(self.sequences):
             return self.sequences
-        return torch.arange(self._case.dims.B)
+        return torch.arange(self._case.dims.batch)
 
     @functools.cached_property
     def sequences(self) -> torch.Tensor:
         """Which sequence each token of the case belongs to."""
         case = self._case
-        return torch.arange(case.dims.B) if case.stage.sequences is None else case.stage.sequences(case.inputs, case.dims)
+        return torch.arange(case.dims.batch) if case.stage.sequences is None else case.stage.sequences(case.inputs, case.dims)
 
     def of_rows(self, name: str) -> torch.Tensor:
         """For every judged row of an output, one at least.
@@ -203,7 +203,8 @@ class Sensitivity:
         sequences = self.sequences
         rounds = [torch.nonzero(_place_in_sequence(sequences) == place).flatten() for place in range(len(sequences))]
         # Rows stand by layer, token and head, as in a cache.
-        heads = 1 if self._bounds[name].rows is None else case.dims.NKV
+        judged = self._bounds[name].rows
+        heads = 1 if judged is None else len(judged) // (len(sequences) * case.dims.depth)
         scaled = self._judged(name) * self._scale(name).float()
         scaled = scaled.reshape(-1, len(sequences), heads, scaled.shape[-1])
         counts = torch.empty(scaled.shape[:3], dtype=torch.float64)

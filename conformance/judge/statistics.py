@@ -64,8 +64,8 @@ class Statistics:
         # Values that agree in magnitude to 12 bits are rounded alike: their errors are one and the same.
         magnitudes = flat.value.abs().view(torch.int64) >> 40
         self.distinct = _count_distinct(magnitudes)
-        # One head if a row is not made of them.
-        lanes = case.dims.D if part.argument.shape.endswith("*D") else magnitudes.shape[1]
+        # One group if a row is not made of several, such as heads.
+        lanes = part.argument.group_width(case.dims)
         self.heads = magnitudes.shape[1] // lanes
         self.distinct_in_head = _count_distinct(magnitudes.view(len(magnitudes), self.heads, lanes))
         padded = torch.nn.functional.pad(magnitudes, (0, -magnitudes.shape[1] % limits.TILE), value=-1)

@@ -266,7 +266,7 @@ class Plans:
         """The plan of the next case."""
         count = self._count
         if self._is_eager:
-            self._count += key.dims.B > 1
+            self._count += key.dims.batch > 1
             return RunPlan(True, count % ROW_CHECK_PERIOD == 0, count % ROW_CHECK_PERIOD == 1)
         self._count += 1
         if count == 0:
@@ -301,8 +301,8 @@ def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan, *, ora
         small = smallest(key)
         chosen = small if kernel.refusal(small.dims) is None else key
         yield from _related(kernel, chosen, run, "all_passes", "all")
-    rows = case.dims.B
-    if "B" not in case.stage.drawn or rows < 2:
+    rows = case.dims.batch
+    if case.dims.symbol("batch") not in case.stage.drawn or rows < 2:
         return
     source = Source(f"rows/{key}")
     if plan.permuted:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from conformance.contract.kernel import CAPABILITIES, LARGEST_BATCH, Kernel
-from conformance.contract.registry import stages
+from conformance.contract.kernel import Kernel
+from conformance.contract.registry import capability_meanings, model_named, stages
 from conformance.errors import UsageError
 from conformance.running.capabilities import proven
 from conformance.running.check import Report
@@ -41,7 +41,7 @@ class Standing:
     #: Why the kernel was not judged as it should have been, if so.
     errors: tuple[str, ...] = ()
     #: The largest batch of one build; it says something of a kernel with ``variable_batch``.
-    capacity: int = LARGEST_BATCH
+    capacity: int = 1
 
     def status(self, capability: str) -> Status:
         """Whether the kernel has a capability."""
@@ -120,9 +120,11 @@ def _of_records(name: str, plan: Mapping[str, Any], records: list[Record], error
     shares = [record.share for record in cases if record.share is not None]
     # A lane that this machine lacks is skipped, and no error where another one judged the kernel.
     unjudged = ("error",) if cases else ("error", "skip")
+    stage = plan.get("stage") or next((record.stage for record in records), "")
+    known = stages().get(stage)
     return Standing(
         name,
-        plan.get("stage") or next((record.stage for record in records), ""),
+        stage,
         tuple(plan.get("capabilities", ())),
         frozenset(shown - refuted.keys()),
         refuted,
@@ -131,7 +133,7 @@ def _of_records(name: str, plan: Mapping[str, Any], records: list[Record], error
         tuple(sorted({finding.detector for record in cases for finding in record.findings})),
         max(shares, default=None),
         (*(record.reason for record in records if record.event in unjudged), *errors),
-        plan.get("capacity", LARGEST_BATCH),
+        plan.get("capacity") or (model_named(known.model).largest_batch if known else 1),
     )
 
 
@@ -148,7 +150,7 @@ class Comparison:
 
         Of a variable batch also a part: a smaller capacity.
         """
-        had = [name for name in CAPABILITIES if self.old.status(name) in ("yes", "not shown")]
+        had = [name for name in capability_meanings() if self.old.status(name) in ("yes", "not shown")]
         return tuple(name for name in had if self.new.status(name) in ("no", "fails") or self._smaller(name))
 
     def _smaller(self, name: str) -> bool:
@@ -157,12 +159,14 @@ class Comparison:
     @property
     def gained(self) -> tuple[str, ...]:
         """Capabilities that only the new kernel has."""
-        return tuple(name for name in CAPABILITIES if self.old.status(name) in ("no", "fails") and self.new.status(name) == "yes")
+        return tuple(
+            name for name in capability_meanings() if self.old.status(name) in ("no", "fails") and self.new.status(name) == "yes"
+        )
 
     @property
     def open(self) -> tuple[str, ...]:
         """Capabilities that the new kernel declares and that no run put to the test."""
-        return tuple(name for name in CAPABILITIES if self.new.status(name) == "not shown")
+        return tuple(name for name in capability_meanings() if self.new.status(name) == "not shown")
 
     @property
     def exit_code(self) -> int:
@@ -180,7 +184,7 @@ class Comparison:
             lines.append(f"    {_changed_arguments(old.stage, new.stage)}")
         lines += [f"    OLD could not run: {reason}" for reason in old.errors]
         lines += [f"    NEW could not run: {reason}" for reason in new.errors]
-        rows = [(name, old.status(name), new.status(name)) for name in CAPABILITIES]
+        rows = [(name, old.status(name), new.status(name)) for name in capability_meanings()]
         rows = [row for row in rows if row[1:] != ("no", "no")]
         if rows:
             lines.append(f"  {'capability':<18}{'before':<11}{'after':<11}")
@@ -193,7 +197,7 @@ class Comparison:
             reason = new.refuted.get(name, f"{new.kernel} does not declare it")
             if new.status(name) in ("yes", "not shown"):
                 reason = f"variable_batch {old.capacity} -> {new.capacity}"
-            lines.append(f"lost: {name} ({CAPABILITIES[name]}): {reason}")
+            lines.append(f"lost: {name} ({capability_meanings()[name]}): {reason}")
         lines += [f"not held: {name}: {reason}" for name, reason in new.refuted.items() if name not in self.lost]
         lines += [f"not shown: {name}: no run put it to the test" for name in self.open]
         return "\n".join(lines)

@@ -46,16 +46,21 @@ def _version(package: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One kernel at one preset on one lane: what a line of the summary is about."""
+    """One kernel at one preset on one lane: what a line of the summary is about.
+
+    At a model's real size ``overrides`` are dimensions other than the preset's, ``memory`` the bytes that a machine must have.
+    """
 
     kernel: Kernel
     preset: str
     lane: str
+    overrides: tuple[tuple[str, int], ...] = ()
+    memory: int = 0
 
     @property
     def id(self) -> str:
-        """``kernel-preset``, as it stands in a test's name."""
-        return f"{self.kernel.name}-{self.preset}"
+        """``kernel-preset``, as it stands in a test's name, and the dimensions that are overridden."""
+        return "-".join([self.kernel.name, self.preset, *(f"{name}={size}" for name, size in self.overrides)])
 
 
 class RunLog:

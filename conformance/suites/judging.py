@@ -62,12 +62,12 @@ class SubjectJudging:
             device_executor=options.device_executor,
         )
 
-    def compiled(self, dims_overrides: dict[str, int] | None = None) -> None:
-        """Compile the kernel at the preset's dimensions, or at overrides of them."""
-        space = self._space(dims_overrides)
+    def compiled(self) -> None:
+        """Compile the kernel at the subject's dimensions."""
+        space = self._space()
         key = space.largest
         self._require_accepted([key])
-        limits = Limits() if dims_overrides is None else FULL_SIZE_LIMITS
+        limits = FULL_SIZE_LIMITS if self.subject.overrides else Limits()
         with self._usage_errors(), self._process(limits) as process:
             self._record("compile", key, process.compile(key.dims))
         self._conclude()
@@ -76,7 +76,7 @@ class SubjectJudging:
         """Judge the kernel on cases: one or more of every regime, then what Hypothesis draws."""
         import hypothesis
 
-        space = self._space(None)
+        space = self._space()
         explicit = list(itertools.islice(stratified_keys(space, SEED), self.profile.stratified(space.stage)))
         self._require_accepted(explicit)
         plans = Plans(self.subject.lane, space.stage)
@@ -105,15 +105,15 @@ class SubjectJudging:
 
     def capabilities(self) -> None:
         """Put what the kernel declares that it serves to the test."""
-        space = self._space(None)
+        space = self._space()
         with self._usage_errors(), self._process(Limits()) as process:
             for run in prove(self.subject.kernel, space, process.run):
                 self._keep(run)
         self._conclude()
 
-    def full_size(self, dims_overrides: dict[str, int]) -> None:
+    def full_size(self) -> None:
         """Judge the kernel on one case at real geometry; compiler passes are not compared, which would take minutes."""
-        space = self._space(dims_overrides)
+        space = self._space()
         key = space.with_longest(next(iter(stratified_keys(space, SEED))))
         self._require_accepted([key])
         with self._usage_errors(), self._process(FULL_SIZE_LIMITS) as process:
@@ -121,8 +121,8 @@ class SubjectJudging:
                 self._keep(run)
         self._conclude()
 
-    def _space(self, overrides: dict[str, int] | None) -> Space:
-        dims: dict[str, Any] = {"preset": self.subject.preset, **(overrides or {})}
+    def _space(self) -> Space:
+        dims: dict[str, Any] = {"preset": self.subject.preset, **dict(self.subject.overrides)}
         return Space.of(self.subject.kernel.stage, dims)
 
     def _require_accepted(self, planned: list[CaseKey]) -> None:

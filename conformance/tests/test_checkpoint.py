@@ -16,16 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conformance import UsageError
-from conformance.contract.dims import Dims
 from conformance.contract.registry import stages
 from conformance.numerics.ulp import rounded
 from conformance.tests.transformers_models import qwen3_model
 from kernels.qwen3.checkpoint import CONFIG, INDEX, SINGLE_FILE, Checkpoint, checkpoint_tensors, random_checkpoint
-from kernels.qwen3.config import QWEN3_14B
+from kernels.qwen3.config import QWEN3_14B, Qwen3Dims
 
 Tensor = torch.Tensor
 
-DIMS = Dims(B=16, NH=3, NKV=1, D=16, I=40, V=50, L=3, S=64, BS=128, NB=17, eps=1e-5, theta=5e5)
+DIMS = Qwen3Dims(B=16, NH=3, NKV=1, D=16, I=40, V=50, L=3, S=64, BS=128, NB=17, eps=1e-5, theta=5e5)
 WHOLE, SMALL = "1GB", "10KB"  # sizes of shards: one file, and eight or more
 HEAD, EMBEDDING, QUERY = "lm_head.weight", "model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"
 

@@ -13,7 +13,8 @@ from click.testing import CliRunner, Result
 import conformance
 from conformance.cases.key import CaseKey
 from conformance.cli import main
-from conformance.contract.kernel import CAPABILITIES, Kernel
+from conformance.contract.kernel import Kernel
+from conformance.contract.registry import capability_meanings
 from conformance.errors import UsageError
 from conformance.judge.verdict import Finding, Verdict
 from conformance.lanes.base import Outcome
@@ -65,7 +66,7 @@ def test_a_capability_is_shown_refuted_untested_or_not_declared() -> None:
         shown("variable_batch"),
         shown("variable_batch"),
     )
-    states = {name: standing.status(name) for name in CAPABILITIES}
+    states = {name: standing.status(name) for name in capability_meanings()}
     assert states == {
         "paged_kv": "fails",
         "variable_batch": "yes",
@@ -250,7 +251,7 @@ def test_what_becomes_of_a_capability(before: Status, after: Status, called: str
         assert row is not None
         mark = {"lost": " LOST", "gained": " gained"}.get(called, "")
         assert re.fullmatch(rf"  paged_kv +{before} +{after} *{mark}", row[0])
-    assert (f"lost: paged_kv ({CAPABILITIES['paged_kv']}): " in text) is (called == "lost")
+    assert (f"lost: paged_kv ({capability_meanings()['paged_kv']}): " in text) is (called == "lost")
     assert ("not shown: paged_kv: no run put it to the test" in text) is (called == "open")
     if after == "fails":
         assert "paged_kv is not so" in text
@@ -265,7 +266,7 @@ def test_a_smaller_capacity_is_lost(after: Status) -> None:
     found = Comparison(before, smaller)
     assert (found.lost, found.exit_code) == (("variable_batch",), SERVES_LESS)
     lines = str(found).splitlines()
-    assert f"lost: variable_batch ({CAPABILITIES['variable_batch']}): variable_batch 16 -> 2" in lines
+    assert f"lost: variable_batch ({capability_meanings()['variable_batch']}): variable_batch 16 -> 2" in lines
     assert Comparison(smaller, before).lost == ()
     # Without the capability the number says nothing.
     assert Comparison(with_status(), dataclasses.replace(with_status(), capacity=2)).lost == ()
@@ -294,7 +295,7 @@ def test_the_text_names_both_kernels_their_verdicts_and_the_changed_arguments() 
     gone, come = "block_table, out, slot_mapping", "final_norm_weight, lm_head_weight, logits"
     assert lines[2] == f"    another stage: no longer takes {gone} and now takes {come}"
     assert re.fullmatch(r"  allowance used +0\.50 +9\.00", lines[-2])
-    assert lines[-1] == f"lost: paged_kv ({CAPABILITIES['paged_kv']}): flat does not declare it"
+    assert lines[-1] == f"lost: paged_kv ({capability_meanings()['paged_kv']}): flat does not declare it"
 
 
 def named(name: str, **status: Status) -> Standing:
@@ -414,7 +415,9 @@ def test_a_contiguous_kernel_of_one_batch_in_the_place_of_a_serving_one_loses_ex
     done = judged_diff("mine.py:paged", "mine.py:fixed")
     assert done.exit_code == SERVES_LESS, done.output
     lost = [line for line in done.stdout.splitlines() if line.startswith("lost: ")]
-    assert lost == [f"lost: {name} ({CAPABILITIES[name]}): fixed does not declare it" for name in ("paged_kv", "variable_batch")]
+    assert lost == [
+        f"lost: {name} ({capability_meanings()[name]}): fixed does not declare it" for name in ("paged_kv", "variable_batch")
+    ]
     assert "NEW fixed (decode_layer): passed " in done.stdout
     assert "another stage: no longer takes block_table, slot_mapping" in done.stdout
     assert f"  {'host_loop':<18}{'yes':<11}yes" in done.stdout.splitlines()
@@ -463,7 +466,7 @@ def test_two_kept_runs_are_compared_without_running_anything(tmp_path: Path, mon
     after = keep(tmp_path / "after", {kernels[0]: good, kernels[1]: [run(), refuted("paged_kv")]})
     done = diff(str(before), str(after))
     assert done.exit_code == SERVES_LESS
-    assert f"lost: paged_kv ({CAPABILITIES['paged_kv']}): {REASON}" in done.stdout
+    assert f"lost: paged_kv ({capability_meanings()['paged_kv']}): {REASON}" in done.stdout
     assert done.stdout.splitlines()[-1] == "serves less: 1 capability lost"
     assert diff(str(after), str(before)).exit_code == 0
     assert diff(str(before), str(before)).stdout.splitlines()[-1] == "nothing is lost"

@@ -87,7 +87,7 @@ def test_a_refusal_says_why() -> None:
     with pytest.raises(conformance.UsageError, match=r"^B must exceed 4$"):
         picky.build(TINY.replace(B=2))
     silent = conformance.kernel("rms_norm", toolchain="pypto", accepts=lambda dims: False)(build)
-    assert "kernel build does not take Dims(" in str(silent.refusal(TINY))
+    assert "kernel build does not take Qwen3Dims(" in str(silent.refusal(TINY))
 
 
 def test_a_kernel_of_another_stage_is_refused() -> None:

@@ -23,6 +23,7 @@ from conformance.lanes.eager import run_eager
 from conformance.tests.transformers_models import qwen3_model
 from kernels.qwen3.agreement import Oracle
 from kernels.qwen3.checkpoint import Checkpoint, random_checkpoint
+from kernels.qwen3.config import Qwen3Dims
 from kernels.qwen3.drivers import DRIVERS, Driver, Executor, Model, ReferenceExecutor, Request, StageError
 from kernels.qwen3.generate import main
 
@@ -31,9 +32,9 @@ Tensor = torch.Tensor
 NEW = 16
 #: Three prompts: one token alone, one that ends with a page of four, one over several pages.
 PROMPTS = [[7], [1, 2, 3, 4], [20, 3, 21, 3, 90, 17, 44, 20, 3, 21, 11]]
-SMALL = Dims(B=3, NH=4, NKV=2, D=16, I=64, V=96, L=3, S=40, BS=4, NB=1)
+SMALL = Qwen3Dims(B=3, NH=4, NKV=2, D=16, I=64, V=96, L=3, S=40, BS=4, NB=1)
 #: An odd number of heads of which five share one KV head, and a context that no page divides.
-ODD = Dims(B=3, NH=15, NKV=3, D=8, I=100, V=250, L=2, S=38, BS=8, NB=1, eps=1e-5, theta=1e4)
+ODD = Qwen3Dims(B=3, NH=15, NKV=3, D=8, I=100, V=250, L=2, S=38, BS=8, NB=1, eps=1e-5, theta=1e4)
 
 
 def opened(folder: Path, dims: Dims, *, exact: bool, pages: int | None = None) -> Model:

@@ -30,6 +30,7 @@ from conformance.lanes.eager import run_eager
 from conformance.numerics.arithmetic import CONTRACT, Arithmetic
 from conformance.numerics.bounds import Bounds, Correlation, Profile
 from conformance.numerics.ulp import rounded, spacing
+from kernels.qwen3.config import Qwen3Dims
 
 BF16 = torch.bfloat16
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int32]
@@ -542,6 +543,7 @@ def made_up(
     limit = torch.full_like(value, math.inf) if worst is None else worst
     estimate = Bounds(value, variance, limit, cache_rows, correlation)
     stage = Stage(
+        model="qwen3",
         name="made_up",
         summary="",
         arguments=(write("out", "B NH*D" if lanes else "B*NKV V", dtype),),
@@ -555,7 +557,7 @@ def made_up(
         localise=None if causes is None else lambda inputs, outputs, dims: causes,
     )
     query_heads, width = (columns // lanes, lanes) if lanes else (heads, 2)
-    dims = Dims(B=rows // heads, NH=query_heads, NKV=heads, D=width, I=1, V=columns, L=1, S=1, BS=1, NB=1)
+    dims = Qwen3Dims(B=rows // heads, NH=query_heads, NKV=heads, D=width, I=1, V=columns, L=1, S=1, BS=1, NB=1)
     return Case(CaseKey.parse("rms_norm:tiny:B=1:normal:1"), stage, dims, {})
 
 

@@ -24,6 +24,7 @@ from conformance.numerics.arithmetic import CONTRACT, EXACT
 from conformance.tests.transformers_models import qwen3_model, wide_steps
 from kernels.qwen3 import reference
 from kernels.qwen3.checkpoint import Checkpoint
+from kernels.qwen3.config import Qwen3Dims
 from kernels.qwen3.layout import Layout
 
 Tensor = torch.Tensor
@@ -37,9 +38,9 @@ BS, S = 8, 40
 
 _COMMON = {"B": len(PROMPTS), "S": S, "BS": BS, "NB": 1}
 GEOMETRIES = {
-    "two_heads_share": Dims(NH=4, NKV=2, D=64, I=96, V=300, L=2, **_COMMON),
-    "odd_heads": Dims(NH=15, NKV=3, D=16, I=200, V=250, L=3, eps=1e-5, **_COMMON),
-    "all_share": Dims(NH=5, NKV=1, D=16, I=100, V=130, L=4, theta=1e4, **_COMMON),
+    "two_heads_share": Qwen3Dims(NH=4, NKV=2, D=64, I=96, V=300, L=2, **_COMMON),
+    "odd_heads": Qwen3Dims(NH=15, NKV=3, D=16, I=200, V=250, L=3, eps=1e-5, **_COMMON),
+    "all_share": Qwen3Dims(NH=5, NKV=1, D=16, I=100, V=130, L=4, theta=1e4, **_COMMON),
 }
 
 

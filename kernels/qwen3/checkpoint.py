@@ -24,6 +24,7 @@ from conformance.cases.source import Source, rotation_table
 from conformance.contract.dims import Dims
 from conformance.errors import UsageError
 from conformance.numerics.ulp import rounded
+from kernels.qwen3.config import Qwen3Dims
 
 Tensor = torch.Tensor
 
@@ -235,7 +236,7 @@ def _dims_of(path: Path) -> tuple[Dims, bool]:
     theta = number("rope_theta", rope if "rope_theta" in rope else config, whole=False)
     eps = number("rms_norm_eps", whole=False)
     try:
-        dims = Dims(**sizes, B=1, BS=1, NB=1, eps=eps, theta=theta)
+        dims = Qwen3Dims(**sizes, B=1, BS=1, NB=1, eps=eps, theta=theta)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     return dims, bool(config.get("tie_word_embeddings", False))

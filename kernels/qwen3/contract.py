@@ -12,12 +12,13 @@ import torch
 
 from conformance.contract.arguments import Argument, read, update, write
 from conformance.contract.dims import Dims
-from conformance.contract.registry import Model
+from conformance.contract.registry import FullSize, Model
 from conformance.contract.stage import Stage, Tensors
 from conformance.numerics.arithmetic import Arithmetic
 from conformance.numerics.bounds import Profile
 from conformance.numerics.ulp import Mode
 from kernels.qwen3 import error_model, inputs, localise, reference
+from kernels.qwen3.capabilities import CAPABILITIES
 from kernels.qwen3.config import PRESETS
 from kernels.qwen3.layout import Layout
 from kernels.qwen3.mistakes import MISTAKES
@@ -105,8 +106,9 @@ _HIDDEN = (write("out", "B H", bf16),)
 
 
 def _stage(name: str, summary: str, arguments: tuple[Argument, ...], **keywords: object) -> Stage:
-    keywords.setdefault("capabilities", ("variable_batch",))
+    keywords = {"capabilities": ("variable_batch",), "drawn": ("B",), **keywords}
     return Stage(
+        model="qwen3",
         name=name,
         summary=summary,
         arguments=arguments,
@@ -219,6 +221,7 @@ PAGED_ATTENTION = _stage(
     ),
     regimes=_ATTENTION_REGIMES,
     profiles=_ATTENTION_PROFILES,
+    tags=frozenset({"paged"}),
     drawn=("B", "NB"),
     has_lengths=True,
     capabilities=("paged_kv", "variable_batch"),
@@ -267,6 +270,7 @@ GREEDY_SAMPLE = _stage(
 def _layers(name: str, summary: str, arguments: tuple[Argument, ...], *drawn: str, prefill: bool = False) -> Stage:
     """A stage of one layer or more: judged as a whole, and localised by its cache rows."""
     paged, stacked, ends_in_logits = "NB" in drawn, "L" in drawn, arguments[-1].name == "logits"
+    tags = {"layers": True, "chain": stacked, "paged": paged, "prefill": prefill, "logits": ends_in_logits}
     can_show = {
         "paged_kv": paged,
         "variable_batch": True,
@@ -282,6 +286,7 @@ def _layers(name: str, summary: str, arguments: tuple[Argument, ...], *drawn: st
         arguments,
         regimes=_LAYER_REGIMES,
         profiles=_LAYER_PROFILES,
+        tags=frozenset(tag for tag, is_so in tags.items() if is_so),
         drawn=("B", *drawn),
         has_lengths=True,
         has_chunks=prefill,
@@ -348,6 +353,29 @@ STAGES = (
     PREFILL_FWD,
 )
 
+#: What the dearest real-size layer takes: 11.5 GB in the interpreter (paged, 4096 rows), and its weights once more.
+FULL_SIZE_BYTES = 14 << 30
+#: Layers and cache rows of the fused programs: the fewest layers that make a loop, and the model's own. 40 layers of 4096 rows
+#: would be a cache of 5.4 GB, and PyPTO 0.2.0 refuses to write into a tensor of more than 4 GiB.
+_FULL_DEPTHS = ({"B": 16, "S": 4096, "L": 2}, {"B": 16, "S": 2048, "L": 40})
+
+
+def _executed_at_full_size(stage: Stage) -> tuple[dict[str, int], ...]:
+    """Single layers: the whole batch and 256 cache rows; on a paged cache one sequence is as long as the model allows.
+
+    A prefill reads all weights for every tile of 16 tokens, and the interpreter copies what is read: a few tiles are what fits.
+    """
+    if "chain" in stage.tags:
+        return ()
+    if "prefill" in stage.tags:
+        return ({"B": 2, "S": 256, "T": 18},)
+    return ({"B": 16, "S": 4096 if "paged" in stage.tags else 256},)
+
+
+def _compiled_at_full_size(stage: Stage) -> tuple[dict[str, int], ...]:
+    return _FULL_DEPTHS if "chain" in stage.tags else ()
+
+
 MODEL = Model(
     "qwen3",
     STAGES,
@@ -355,5 +383,6 @@ MODEL = Model(
     kernel_modules=tuple(f"kernels.qwen3.{stage.name}" for stage in STAGES),
     exam_modules=("kernels.qwen3.exam",),
     suite_presets=("tiny", "awkward"),
-    full_size_preset="qwen3_14b",
+    capabilities=CAPABILITIES,
+    full_size=FullSize("qwen3_14b", FULL_SIZE_BYTES, _executed_at_full_size, _compiled_at_full_size),
 )
