@@ -52,7 +52,10 @@ def judge_elements(
         scan = _scan(part, estimate, skip)
     if bool(scan.broken.any()):
         result.wrong += count_true(scan.broken)
-        result.findings.append(extent_finding(case, part, scan.broken, "not_finite", "is not finite"))
+        nan = part.found[scan.broken].isnan()
+        what = "NaN" if bool(nan.all()) else "NaN or infinite" if bool(nan.any()) else "infinite"
+        text = f"is {what} where the exact result is finite"
+        result.findings.append(extent_finding(case, part, scan.broken, "not_finite", text))
     if scan.worst is not None:
         result.wrong += count_true(scan.beyond)
         result.findings.append(_element_finding(case, part, estimate, scan.worst, scan.beyond))
@@ -117,18 +120,26 @@ def _shares(
 ) -> torch.Tensor:
     """What part of its allowance the error of each element uses; 0 for one that is not finite, or not wanted."""
     value = estimate.value
+    rounding, allowance = _legal_distance(out, estimate, dtype, deviations)
+    excess = (out - value).abs_().sub_(rounding)
+    usable = torch.isfinite(out) & torch.isfinite(value) & (excess > 0)
+    if wanted is not None:
+        usable &= wanted
+    return torch.where(usable, excess / allowance, 0.0)
+
+
+def _legal_distance(
+    out: torch.Tensor, estimate: Bounds, dtype: torch.dtype, deviations: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far an element may be from the exact value: by its last rounding, and by the errors before that (the allowance)."""
+    value = estimate.value
     half = spacing(torch.maximum(out.abs(), value.abs()), dtype).mul_(0.5 * limits.HALF_ULP_SLACK).add_(limits.FLUSHED)
     certain = estimate.worst == 0
     if bool(certain.any()):
         # A copy of an exact value (a cache row, a bf16 key) is bit-exact: there is no last rounding to forgive.
         half.masked_fill_(certain & (rounded(value, dtype) == value), 0.0)
-    excess = (out - value).abs_().sub_(half)
     worst = torch.nan_to_num(estimate.worst, nan=math.inf, posinf=math.inf)
-    allowance = torch.minimum(estimate.variance.sqrt().mul_(deviations), worst)
-    usable = torch.isfinite(out) & torch.isfinite(value) & (excess > 0)
-    if wanted is not None:
-        usable &= wanted
-    return torch.where(usable, excess / allowance, 0.0)
+    return half, torch.minimum(estimate.variance.sqrt().mul_(deviations), worst)
 
 
 def _worst_of(error: torch.Tensor, share: torch.Tensor, over: torch.Tensor, block: tuple[slice, slice], columns: int) -> _Worst:
@@ -156,7 +167,7 @@ def judge_integers(case: Case, part: OutputPart, estimate: Bounds, skip: torch.T
     result.findings.append(
         Finding(
             "element",
-            f"{element_in_words(part.argument, index)} is {found}, expected {expected}; {pattern_in_words(part, wrong)}",
+            f"{element_in_words(part.argument, index)} is {found}, must be exactly {expected}; {pattern_in_words(part, wrong)}",
             part.argument.name,
             index,
             part.argument.where(index, case.dims),
@@ -176,16 +187,26 @@ def _element_finding(case: Case, part: OutputPart, estimate: Bounds, worst: _Wor
     row, column = divmod(flat, part.found.shape[1])
     at_worst, value = part.found[row, column].to(torch.float64), estimate.value[row, column]
     found, expected, ulps = float(at_worst), float(value), float(distance(at_worst, value, argument.dtype))
-    amount = worst.share
-    used = "where no error is allowed" if math.isinf(amount) else f"{amount:.3g} times its allowance"
+    digits = 9 if argument.dtype == torch.float32 else 6
+    if math.isinf(worst.share):
+        text = f"must be exactly {expected:.{digits}g} (no error is legal here), {ulps:.3g} ulp away"
+    else:
+        distances = _legal_distance(at_worst, estimate[row, column], argument.dtype, limits.kappa(part.found.numel()))
+        legal = float(sum(distances))
+        # Beyond the interval, in ULPs: the share of the allowance leaves the last rounding out and would mislead.
+        outside = (abs(found - expected) - legal) / float(spacing(torch.maximum(at_worst.abs(), value.abs()), argument.dtype))
+        beyond_by = f"{outside:.3g} ulp" if outside >= 0.001 else "less than 0.001 ulp"
+        text = (
+            f"outside the legal {expected - legal:.{digits}g}..{expected + legal:.{digits}g} by {beyond_by} "
+            f"(expected {expected:.{digits}g}, {ulps:.3g} ulp away)"
+        )
     return Finding(
         "element",
-        f"{element_in_words(argument, index)} is {found:.6g}, expected {expected:.6g}: {ulps:.3g} ulp off, {used}; "
-        f"{pattern_in_words(part, beyond)}",
+        f"{element_in_words(argument, index)} is {found:.{digits}g}, {text}; {pattern_in_words(part, beyond)}",
         argument.name,
         index,
         where,
-        share=amount,
+        share=worst.share,
         ulps=ulps,
         count=count_true(beyond),
         total=beyond.numel(),

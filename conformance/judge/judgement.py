@@ -86,7 +86,7 @@ def _with_causes(findings: tuple[Finding, ...], causes: list[str]) -> tuple[Find
     if not causes or not findings:
         return findings
     first = findings[0]
-    return (dataclasses.replace(first, message=f"{first.message}. Cause: {'; '.join(causes)}"), *findings[1:])
+    return (dataclasses.replace(first, message=f"{first.message}. Likely cause: {'; '.join(causes)}"), *findings[1:])
 
 
 def failure(outcome: Outcome) -> Finding:
@@ -101,11 +101,13 @@ def _in_text(location: str | None) -> str:
 def _conduct(outcome: Outcome) -> list[Finding]:
     """Findings about what a run did besides computing values."""
     findings = [
-        Finding("changed_input", f"{name} is an input, and {count} of its elements changed", name, count=count)
+        Finding(
+            "changed_input", f"the kernel changed its input {name} in {count} elements; inputs are read-only", name, count=count
+        )
         for name, count in outcome.changed_inputs.items()
     ]
     findings += [
-        Finding("out_of_bounds", f"memory next to {name} was overwritten: {where}", name)
+        Finding("out_of_bounds", f"the kernel wrote outside the memory of {name}: {where}", name)
         for name, where in outcome.guard_damage.items()
     ]
     findings += [
@@ -122,10 +124,11 @@ def _first_guilty_pass(outcome: Outcome) -> Finding:
     differences = sorted(outcome.pass_differences, key=lambda difference: difference.compiler_pass)
     first = differences[0]
     later = sorted({difference.compiler_pass for difference in differences} - {first.compiler_pass})
-    rest = f"; so do {len(later)} later passes" if later else ""
+    rest = f", in {len(later)} later passes too" if later else ""
     return Finding(
         "compiler_pass",
-        f"{first.message} ({len(differences)} of {outcome.passes_compared} comparisons differ{rest})",
+        f"{first.message}. It is the first pass that differs; {len(differences)} of {outcome.passes_compared} results compared "
+        f"differ{rest}",
         count=first.count,
         total=first.total,
     )

@@ -68,9 +68,9 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
     results(case.inputs, case.dims, after_all)
     for name in sites.ties:
         tie_prone = name in case.stage.tie_prone
-        larger = None if tie_prone else f"{name} is rounded away from zero, or larger by as much"
+        larger = None if tie_prone else f"{name} is rounded away from zero (or too large by half a ULP on average)"
         truncated = shifts(results(case.inputs, case.dims, Truncating(name)))
-        yield Signature(f"{name} is truncated instead of rounded, or smaller by as much", truncated, larger)
+        yield Signature(f"{name} is truncated instead of rounded (or too small by half a ULP on average)", truncated, larger)
         if tie_prone:
             for where, ties in (("", after_all.ties[name]), (", wherever they fall", after_all.even_ties(name))):
                 away = shifts(results(case.inputs, case.dims, Disturbed(name, ties)))
@@ -79,7 +79,7 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
         yield Signature(f"{name} is rounded to bf16", shifts(results(case.inputs, case.dims, Disturbed(name, errors))))
         others = after_all.errors[name]
         if _unlike(errors, others):
-            what = f"{name} is rounded to bf16, after all optional roundings"
+            what = f"{name} is rounded to bf16 (in a kernel that makes all optional roundings)"
             yield Signature(what, shifts(results(case.inputs, case.dims, Disturbed(name, others))))
     for mistake, changed in case.stage.mistakes.items():
         yield Signature(mistake, shifts(results(*changed(case.inputs, case.dims))))
@@ -87,7 +87,7 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
     for name, value in right.items():
         if case.stage.argument(name).dtype.is_floating_point:
             factor = {**nothing, name: value * FACTOR}
-            yield Signature(f"{name} is too large by a factor", factor, f"{name} is too small by a factor")
+            yield Signature(f"{name} is too large by a constant factor", factor, f"{name} is too small by a constant factor")
 
 
 def _unlike(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:

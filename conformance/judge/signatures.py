@@ -41,9 +41,9 @@ def judge_together(runs: Sequence[Mapping[str, Along]]) -> tuple[Verdict, int]:
             continue
         telling = most
         message = (
-            f"the errors of {len(known)} cases are together those of a kernel where {mistake}: {part:.2g} times what that adds, "
-            f"and {sigmas:.3g} standard deviations of what correct roundings add that way (at most {limits.POOLED_SIGMAS:g}), "
-            "without the case that shows it most; no case shows it by itself"
+            f"errors pooled over {len(known)} cases match a known mistake: {mistake}. z-score {sigmas:.3g} (limit "
+            f"{limits.POOLED_SIGMAS:g}), amplitude {part:.2g} of that mistake (limit {limits.POOLED_PART:g}), the most telling "
+            "case left out; no single case is significant"
         )
         verdict = Verdict((Finding("pooled_signature", message, share=share),) if share > 1 else (), share)
     return verdict, telling
@@ -81,9 +81,9 @@ def judge_signatures(case: Case, outcome: Outcome, oracle: Oracle, profile: Prof
     result.findings.append(
         Finding(
             "signature",
-            f"the errors of {', '.join(bounds)} are together those of a kernel where {one.mistake}: {part:.2g} times what that "
-            f"adds, and {sigmas:.3g} standard deviations of what correct roundings add that way "
-            f"(at most {limits.SIGNATURE_SIGMAS:g})",
+            f"errors match a known mistake: {one.mistake}. z-score {sigmas:.3g} (limit {limits.SIGNATURE_SIGMAS:g}), amplitude "
+            f"{part:.2g} of that mistake (limit {limits.SIGNATURE_PART:g}); matched filter over {', '.join(bounds)}, of which "
+            "each element by itself is legal",
             name,
             share=share,
         )
@@ -105,7 +105,13 @@ def judge_low_bits(case: Case, outcome: Outcome, bounds: dict[str, Bounds], resu
         if count_true(telling) >= limits.FEWEST_DISTINCT and 2 * count_true(short) > count_true(telling):
             result.wrong += count_true(short)
             result.findings.append(
-                extent_finding(case, part, short, "signature", "must be fp32, and holds bf16 values: its low 16 bits are zero")
+                extent_finding(
+                    case,
+                    part,
+                    short,
+                    "signature",
+                    "is an fp32 output that was rounded to bf16 (the low 16 bits are zero where the exact result's are not)",
+                )
             )
 
 

@@ -14,7 +14,7 @@ from conformance.judge.limits import spread_limit
 from conformance.judge.oracle import Oracle
 from conformance.judge.outputs import NumericFindings, OutputPart
 from conformance.judge.verdict import Finding
-from conformance.judge.wording import area_in_words
+from conformance.judge.wording import area_in_words, place_in_words
 from conformance.numerics import bounds as error_bounds
 from conformance.numerics.bounds import Bounds, Profile
 from conformance.numerics.ulp import rounded, spacing
@@ -25,18 +25,38 @@ _Place = tuple[int | None, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class _Area:
-    """A part of an output, its mean square of scaled errors, and the share of the limit that this is; ``row`` is one or all."""
+    """A part of an output (``row`` is one, or all).
+
+    The mean square of its scaled errors, how many independent ones these amount to (effective degrees of freedom), and the mean
+    square as a share of its limit.
+    """
 
     share: float
     row: int | None
     columns: slice
     mean_square: float
+    degrees_of_freedom: float
     is_tile: bool
 
     @property
     def place(self) -> _Place:
         """Where it is."""
         return self.row, self.columns.start, self.columns.stop
+
+
+@dataclasses.dataclass(frozen=True)
+class _GroupBias:
+    """The mean square of the z-scores of groups of columns, its limit, and the place of the worst group."""
+
+    mean_square: float
+    limit: float
+    degrees_of_freedom: float
+    worst: int
+
+    @property
+    def share(self) -> float:
+        """The mean square as a share of its limit."""
+        return self.mean_square / self.limit
 
 
 class Statistics:
@@ -66,8 +86,8 @@ class Statistics:
         self.distinct = _count_distinct(magnitudes)
         # One group if a row is not made of several, such as heads.
         lanes = part.argument.group_width(case.dims)
-        self.heads = magnitudes.shape[1] // lanes
-        self.distinct_in_head = _count_distinct(magnitudes.view(len(magnitudes), self.heads, lanes))
+        self.groups = magnitudes.shape[1] // lanes
+        self.distinct_in_group = _count_distinct(magnitudes.view(len(magnitudes), self.groups, lanes))
         padded = torch.nn.functional.pad(magnitudes, (0, -magnitudes.shape[1] % limits.TILE), value=-1)
         self.distinct_in_tile = _count_distinct(padded.view(len(magnitudes), -1, limits.TILE))
         # So are those of rows that repeat one another: per column, which part of the values down the rows are different.
@@ -97,7 +117,7 @@ class Statistics:
         known = any(finding.argument == self.part.argument.name for finding in result.findings)
         if area.share > 1 and not known:
             composite = self.case.stage.composite
-            area = self._looked_at(square, area) if composite else self._worst_area(square, self.independent, {})
+            area = self._area_of_exact_count(square, area) if composite else self._worst_area(square, self.independent, {})
         worst = area.share
         if worst > 1:
             row, columns, mean = area.row, area.columns, area.mean_square
@@ -109,8 +129,9 @@ class Statistics:
             result.findings.append(
                 Finding(
                     "spread",
-                    f"errors of {argument.name} in {where_it_is} are {math.sqrt(mean):.3g} times what rounding explains "
-                    f"(mean square {worst:.3g} times the limit)",
+                    f"errors of {argument.name} in {where_it_is} are too large together: their RMS is {math.sqrt(mean):.3g} "
+                    f"times the standard deviation of legal rounding, limit {math.sqrt(mean / worst):.3g} "
+                    f"({area.degrees_of_freedom:.3g} effective degrees of freedom)",
                     argument.name,
                     index,
                     where,
@@ -122,7 +143,7 @@ class Statistics:
             )
         return worst
 
-    def _looked_at(self, square: torch.Tensor, area: _Area) -> _Area:
+    def _area_of_exact_count(self, square: torch.Tensor, area: _Area) -> _Area:
         """The area of a composite stage's output that is furthest off, once its independent errors are counted.
 
         A row that is too far off, and then a tile in it, is looked at by itself, until one remains that is too far off all the
@@ -195,7 +216,7 @@ class Statistics:
             (tiles, counts, in_tile),
             (tiles.sum(0, keepdim=True), counts.sum(0, keepdim=True), in_column),
         )
-        best = _Area(0.0, None, slice(0, columns), 0.0, False)
+        best = _Area(0.0, None, slice(0, columns), 0.0, 0.0, False)
         for kind, (total, count, effective) in enumerate(areas):
             mean = total / count.clamp_min(1)
             share = mean / spread_limit(effective)
@@ -205,14 +226,15 @@ class Statistics:
                 whole_row = kind in (0, 1)
                 part = slice(0, columns) if whole_row else slice(tile * limits.TILE, min(columns, (tile + 1) * limits.TILE))
                 of_row = row if kind in (1, 2) else None
-                best = _Area(float(share.flatten()[flat]), of_row, part, float(mean.flatten()[flat]), kind == 2)
+                here = (float(values.flatten()[flat]) for values in (share, mean, effective))
+                best = _Area(next(here), of_row, part, next(here), next(here), kind == 2)
         return best
 
     def bias(self, result: NumericFindings) -> float:
         """The signed sum of scaled errors, for each row and the tensor: truncation, or a factor that is slightly off.
 
-        Also the squares of those of the heads: a factor that is off in each head by another amount, a denominator of softmax
-        that was rounded, makes some too large and others too small, and a row as a whole neither.
+        Also the squares of those of groups of columns, such as heads: a factor that is off in each group by another amount, such
+        as a rounded denominator of softmax, makes some too large and others too small, and a row as a whole neither.
         """
         offset = rounded(self.value, self.part.argument.dtype) - self.value
         tie = (offset.abs() - self.ulp / 2).abs() < limits.TIE_ULPS * self.ulp
@@ -239,22 +261,25 @@ class Statistics:
         share = torch.where(allowed > 0, sums.abs() / allowed.clamp_min(1e-300), torch.zeros_like(sums))
         worst = int(share.argmax())
         amount = float(share[worst])
-        of_heads, head = self._lean_of_heads(signed, counted, variance) if self.heads > 1 else (0.0, 0)
-        if of_heads > max(amount, 1):
-            self._found_lean_of_heads(of_heads, head, counted, result)
+        by_group = self._group_bias(signed, counted, variance) if self.groups > 1 else None
+        of_groups = 0.0 if by_group is None else by_group.share
+        if by_group is not None and of_groups > max(amount, 1):
+            self._found_group_bias(by_group, counted, result)
         elif amount > 1:
             argument = self.part.argument
             row = worst if worst < len(counts) else None
             index = self.part.index((row or 0) * self.value.shape[1])
             area = area_in_words(self.part, row, slice(0, self.value.shape[1]), self.value.shape[1])
             lean = "too large" if float(sums[worst]) > 0 else "too small"
-            mean = float(sums[worst]) / float(torch.cat([counts, counts.sum().view(1)])[worst])
+            number = int(torch.cat([counts, counts.sum().view(1)])[worst])
+            mean = float(sums[worst]) / number
             result.wrong += 1
             result.findings.append(
                 Finding(
                     "bias",
-                    f"{argument.name} is {lean} in magnitude throughout {area}: on average {abs(mean):.3g} standard deviations "
-                    f"of a rounding, {amount:.3g} times the limit (truncation, or a factor slightly off)",
+                    f"magnitudes of {argument.name} in {area} are {lean} on average: mean error {abs(mean):.3g} standard "
+                    f"deviations of legal rounding, limit {abs(mean) / amount:.3g} ({number} elements); typical of truncation, "
+                    "or of a constant factor slightly off",
                     argument.name,
                     index,
                     argument.where(index[-len(argument.size(self.case.dims)) :], self.case.dims),
@@ -263,40 +288,41 @@ class Statistics:
                     total=counted.numel(),
                 )
             )
-        return max(amount, of_heads)
+        return max(amount, of_groups)
 
-    def _lean_of_heads(self, signed: torch.Tensor, counted: torch.Tensor, row_variance: torch.Tensor) -> tuple[float, int]:
-        """The mean square of the heads' signed sums, each over its deviation, as a share of its limit; and the worst head."""
-        by_head = len(signed), self.heads, -1
-        counts = counted.view(by_head).sum(-1).double()
-        variance = counts * (counts / torch.minimum(self.distinct_in_head.double(), counts).clamp_min(1))
+    def _group_bias(self, signed: torch.Tensor, counted: torch.Tensor, row_variance: torch.Tensor) -> _GroupBias:
+        """The mean square of the groups' signed sums, each over its deviation."""
+        by_group = len(signed), self.groups, -1
+        counts = counted.view(by_group).sum(-1).double()
+        variance = counts * (counts / torch.minimum(self.distinct_in_group.double(), counts).clamp_min(1))
         correlation = self.estimate.correlation
         if correlation is not None and correlation.head_variance is not None:
             variance = torch.maximum(variance, correlation.head_variance)
-        lean = (signed.view(by_head).sum(-1).abs() - limits.BIAS_SLACK * counts).clamp_min(0)
+        bias = (signed.view(by_group).sum(-1).abs() - limits.BIAS_SLACK * counts).clamp_min(0)
         some = counts > 0
-        square = torch.where(some, lean**2 / variance.clamp_min(1e-300), 0.0)
-        # Heads whose errors are one and the same make their row's sum vary by more than theirs add up to.
+        square = torch.where(some, bias**2 / variance.clamp_min(1e-300), 0.0)
+        # Groups whose errors are one and the same make their row's sum vary by more than theirs add up to.
         together = (row_variance / torch.where(some, variance, 0.0).sum(1).clamp_min(1e-300)).clamp_min(1)
         independent = (some.sum(1) / together).sum() * self.different_rows.mean()
         mean = square.sum() / some.sum().clamp_min(1)
-        return float(mean / spread_limit(independent)), int(square.argmax())
+        return _GroupBias(float(mean), float(spread_limit(independent)), float(independent), int(square.argmax()))
 
-    def _found_lean_of_heads(self, share: float, worst: int, counted: torch.Tensor, result: NumericFindings) -> None:
+    def _found_group_bias(self, found: _GroupBias, counted: torch.Tensor, result: NumericFindings) -> None:
         argument = self.part.argument
-        lanes = counted.shape[1] // self.heads
-        index = self.part.index(worst * lanes)
+        index = self.part.index(found.worst * (counted.shape[1] // self.groups))
         where = argument.where(index[-len(argument.size(self.case.dims)) :], self.case.dims)
         result.wrong += 1
         result.findings.append(
             Finding(
                 "bias",
-                f"heads of {argument.name} are too large or too small in magnitude, each of them throughout: what they lean by "
-                f"has a mean square of {share:.3g} times the limit (a factor of each head's own is slightly off)",
+                f"magnitudes of {argument.name} are biased group by group, some too large, some too small: mean square of the "
+                f"groups' z-scores {found.mean_square:.3g}, limit {found.limit:.3g} ({found.degrees_of_freedom:.3g} effective "
+                f"degrees of freedom), worst at {place_in_words(where)}; typical of a factor of each group's own that is "
+                "slightly off, such as a rounded softmax denominator",
                 argument.name,
                 index,
                 where,
-                share=share,
+                share=found.share,
                 count=int(counted.sum()),
                 total=counted.numel(),
             )

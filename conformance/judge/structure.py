@@ -27,10 +27,10 @@ def structural_findings(case: Case, outcome: Outcome, bounds: dict[str, Bounds])
             same = (bits(part.raw) == bits(before)).all(-1)
             expected_same = (rounded(value, part.argument.dtype) == before.to(torch.float64)).all(-1)
             mask = (same & ~expected_same).unsqueeze(1).expand_as(value)
-            detector, what = "stale_row", "still holds what it held before the run"
+            detector, what = "stale_row", "has rows that the call must write and that still hold their old contents"
         else:
             mask = as_matrix(poisoned(part.raw))
-            detector, what = "unwritten", "was not written"
+            detector, what = "unwritten", "was not written (it still holds what it was filled with before the run)"
         if bool(mask.any()):
             explained[name] = mask
             findings.append(extent_finding(case, part, mask, detector, what))
@@ -69,7 +69,8 @@ def _changed_rows(case: Case, name: str, found: torch.Tensor, estimate: Bounds) 
     return [
         Finding(
             "out_of_bounds",
-            f"{len(touched)} rows of {name} that must keep their contents changed, the first at {place_in_words(where)}",
+            f"the kernel changed {len(touched)} of {rows.numel()} rows of {name} that it must not touch, the first at "
+            f"{place_in_words(where)}",
             name,
             (first, column),
             where,
@@ -87,7 +88,14 @@ def _degenerate(case: Case, part: OutputPart, value: torch.Tensor) -> Finding | 
     if not bool(part.found.any()):
         smallest = 2.0**-126
         if any(bool((value[block].abs() > smallest).any()) for block in blocks_of(value)):
-            return Finding("all_zeros", f"{name} is all zeros", name, (0, 0), count=value.numel(), total=value.numel())
+            return Finding(
+                "all_zeros",
+                f"every element of {name} is zero; the exact result is not",
+                name,
+                (0, 0),
+                count=value.numel(),
+                total=value.numel(),
+            )
         return None
     for other in case.stage.arguments:
         if other.access == "in" and as_matrix(case.inputs[other.name]).shape == value.shape and value.numel() > 1:
@@ -95,7 +103,7 @@ def _degenerate(case: Case, part: OutputPart, value: torch.Tensor) -> Finding | 
             if torch.equal(part.value, source):
                 if torch.equal(rounded(value, dtype), source):
                     return None
-                return Finding(
-                    "echo", f"{name} only repeats {other.name}", name, (0, 0), count=value.numel(), total=value.numel()
-                )
+                same = "" if other.dtype == dtype else ", rounded to its dtype"
+                message = f"{name} equals the input {other.name} in every element{same}; the exact result does not"
+                return Finding("echo", message, name, (0, 0), count=value.numel(), total=value.numel())
     return None

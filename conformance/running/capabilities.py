@@ -49,7 +49,9 @@ def prove(kernel: Kernel, space: Space, run: Runner) -> Iterator[Judged]:
         impossible = [name for name in claimed if name not in kernel.stage.capabilities]
         if impossible:
             for name in impossible:
-                reason = f"{name} ({capability.meanings[name]}): the arguments of {kernel.stage_name} cannot show it"
+                reason = (
+                    f"{kernel.stage_name} has no arguments that {name} ({capability.meanings[name]}) concerns: declare it no more"
+                )
                 yield not_held(CHECK_PREFIX + name, space.largest, reason)
             continue
         for judged in capability.proof(Trial(kernel, space, run, check)):
@@ -85,13 +87,13 @@ class Trial:
         ``difference`` says what else is wrong with a run that is right by itself, if anything: nothing, or a sentence.
         """
         names = proven(self.check)
-        claim, several = " and ".join(names), len(names) > 1
+        several = len(names) > 1
+        claim = f"declared {'capabilities' if several else 'capability'} {' and '.join(names)}"
         refusal = self.kernel.refusal(case.dims)
         if refusal is not None:
             outcome = Outcome("ok")
-            return not_held(
-                self.check, case.key, f"{claim} {'are' if several else 'is'} not shown {about}: {refusal}", outcome
-            ), outcome
+            text = f"{claim} could not be tested {about}: the kernel refuses the dimensions: {refusal}"
+            return not_held(self.check, case.key, text, outcome), outcome
         outcome = self.run(case, "last")
         verdict = judge(case, outcome, profile=self.kernel.profile)
         message = verdict.findings[0].message if verdict.findings else ""

@@ -333,7 +333,8 @@ def _differences(first: Outcome, again: Outcome) -> list[Finding]:
         if bool(different.any()):
             index = tuple(int(position) for position in different.nonzero()[0])
             count, total = int(different.sum()), different.numel()
-            message = f"two runs of the same case differ in {count} of {total} elements of {name}, the first at {list(index)}"
+            where = f"{count} of {total} elements of {name}, the first at {list(index)}"
+            message = f"two runs on the same inputs gave different bits in {where}"
             findings.append(Finding("nondeterministic", message, name, index, count=count, total=total))
     return findings
 

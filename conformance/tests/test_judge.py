@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -191,7 +192,7 @@ def test_all_zeros_and_a_copy_of_an_input_are_called_so(norm_case: Case) -> None
     assert detectors(judged(norm_case, {"out": torch.zeros_like(norm_case.inputs["x"])})) == ["all_zeros"]
     verdict = judged(norm_case, {"out": norm_case.inputs["x"].clone()})
     assert detectors(verdict) == ["echo"]
-    assert "only repeats x" in verdict.findings[0].message
+    assert "equals the input x in every element" in verdict.findings[0].message
 
 
 def test_a_factor_of_a_fifth_of_a_percent_is_a_bias(norm_case: Case) -> None:
@@ -254,7 +255,7 @@ def test_a_wrong_integer_is_an_element_with_its_place_and_both_values(
     assert detectors(verdict) == ["element"]
     (finding,) = verdict.findings
     row = wrong[0]
-    assert finding.message == f"token_ids[{row}] is {expected[row] + added}, expected {expected[row]}; {extent}"
+    assert finding.message == f"token_ids[{row}] is {expected[row] + added}, must be exactly {expected[row]}; {extent}"
     assert (finding.argument, finding.index, finding.where) == ("token_ids", (row,), {"row": row})
     assert (finding.count, finding.total, finding.share) == (len(wrong), 4, math.inf)
     assert verdict.share == math.inf
@@ -274,7 +275,7 @@ def test_an_integer_that_was_not_written_is_found_and_told_once(sample_case: Cas
     verdict = judged(sample_case, outputs)
     assert detectors(verdict) == ["unwritten"]
     (finding,) = verdict.findings
-    assert finding.message == "token_ids was not written: 1 of 4 elements, the first at token_ids[3] (row 3)"
+    assert finding.message == f"token_ids {UNWRITTEN}: 1 of 4 elements, the first at token_ids[3] (row 3)"
     assert (finding.index, finding.where) == ((3,), {"row": 3})
     poison(outputs["token_ids"])
     assert "all 4 elements" in judged(sample_case, outputs).findings[0].message
@@ -408,7 +409,7 @@ def test_composite_runs_are_localised_only_when_wrong() -> None:
     outputs = perfect(case)
     assert judged(case, outputs).ok
     outputs["out"] = outputs["out"] * 2
-    assert "Cause: the cache rows are right" in judged(case, outputs).findings[0].message
+    assert "Likely cause: the cache rows are right" in judged(case, outputs).findings[0].message
     assert conformance.stages()["decode_layer"].localise is not None
 
 
@@ -517,6 +518,8 @@ def test_rounding_that_had_to_lean_is_no_bias() -> None:
 # -- spread and bias, on stages made up for it ----------------------------------------------------------------------------------
 
 
+#: What is said of an output that holds the pattern it was filled with.
+UNWRITTEN = "was not written (it still holds what it was filled with before the run)"
 ROWS, COLUMNS = 5, 40  # two whole tiles and half a one
 
 
@@ -657,8 +660,8 @@ def test_errors_that_are_too_large_together_are_found_where_they_are(
             place,
             {"row": place[0], "kv_head": 0, "column": place[1]},
         )
-        assert f"errors of out in {name} are {each:.3g} times what rounding explains" in finding.message
-        assert f"(mean square {size:.3g} times the limit)" in finding.message
+        assert f"errors of out in {name} are too large together: their RMS is {each:.3g} times " in finding.message
+        assert f"limit {math.sqrt(each**2 / size):.3g} ({count:.3g} effective degrees of freedom)" in finding.message
         assert (finding.count, finding.total) == (200, 200)
         assert finding.share == pytest.approx(size, rel=1e-6)
         assert finding.ulps == pytest.approx(each * math.sqrt(13 / 12), rel=1e-6)
@@ -690,11 +693,9 @@ def test_errors_that_lean_are_found_in_a_row_and_in_the_whole(rows: slice, count
         (finding,) = verdict.findings
         assert (finding.argument, finding.index) == ("out", (rows.start or 0, 0))
         assert finding.where == {"row": rows.start or 0, "kv_head": 0, "column": 0}
-        assert (
-            f"out is too {'large' if lean > 0 else 'small'} in magnitude throughout {name}: on average {each:.3g} "
-            in finding.message
-        )
-        assert f"{size:.3g} times the limit" in finding.message
+        size_in_words = "too large" if lean > 0 else "too small"
+        assert f"magnitudes of out in {name} are {size_in_words} on average: mean error {each:.3g} " in finding.message
+        assert f"limit {each / size:.3g} (" in finding.message
         assert (finding.count, finding.total) == (200, 200)
         assert finding.share == pytest.approx(size, rel=1e-6)
 
@@ -931,10 +932,9 @@ def test_heads_that_lean_each_its_own_way_are_found_together(size: float) -> Non
     assert detectors(verdict) == (["bias"] if size > 1 else [])
     if size > 1:
         (finding,) = verdict.findings
-        assert finding.message.startswith(
-            "heads of out are too large or too small in magnitude, each of them throughout: what they lean by has a mean square "
-            f"of {size:.3g} times the limit"
-        )
+        assert finding.message.startswith("magnitudes of out are biased group by group, some too large, some too small: ")
+        assert f"limit {spread_allows(ROWS * HEADS):.3g} (" in finding.message
+        assert "worst at row 3, head 1, lane 0" in finding.message
         assert (finding.argument, str(finding.index), finding.where) == ("out", "(3, 10)", {"row": 3, "head": 1, "lane": 0})
         assert (finding.count, finding.total) == (200, 200)
         assert finding.share == verdict.share
@@ -952,7 +952,7 @@ def test_a_row_that_leans_is_told_before_its_heads() -> None:
     scaled = leaning(out, heads_lean(2 * spread_allows(ROWS * HEADS)), torch.ones(ROWS, HEADS).double())
     verdict = verdict_on(made_up(*off_by(out, scaled), lanes=LANES), out)
     assert [finding.message.split(":")[0] for finding in verdict.findings] == [
-        "out is too large in magnitude throughout the whole tensor"
+        "magnitudes of out in the whole tensor are too large on average"
     ]
     assert verdict.share is not None
     assert verdict.share > 2
@@ -1020,7 +1020,7 @@ def test_a_factor_of_each_heads_own_is_found_where_no_row_leans() -> None:
     wrong = judge(case, run_eager(torch_kernel("attention", fault="denominator_in_bf16"), case))
     (finding,) = wrong.findings
     assert finding.detector == "bias"
-    assert finding.message.startswith("heads of out are too large or too small in magnitude")
+    assert finding.message.startswith("magnitudes of out are biased group by group")
     assert set(finding.where) == {"row", "head", "lane"}
     for choices in (Choices(), Choices(probabilities="after"), Choices(probabilities="before"), Choices(probabilities="both")):
         assert judge(case, run_eager(torch_kernel("attention", choices), case)).ok
@@ -1484,7 +1484,9 @@ def test_cache_rows_stand_by_token_and_head() -> None:
 # -- findings say where and what ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("causes", "told"), [([], ""), (["one"], ". Cause: one"), (["one", "two"], ". Cause: one; two")])
+@pytest.mark.parametrize(
+    ("causes", "told"), [([], ""), (["one"], ". Likely cause: one"), (["one", "two"], ". Likely cause: one; two")]
+)
 def test_the_causes_are_told_with_the_first_finding_and_no_finding_is_lost(causes: list[str], told: str) -> None:
     out, scaled = different(), alternating(2.0)
     scaled[0, 0] = 20.0
@@ -1515,15 +1517,18 @@ def test_the_first_guilty_pass_is_told() -> None:
         ("compiler_pass", 1, 10),
         ("compiler_pass", 2, 10),
     ]
-    assert found[0].message == "Pass_05 changed 1 (1 of 33 comparisons differ)"
-    assert found[1].message == "Pass_05 changed 2 (5 of 33 comparisons differ; so do 2 later passes)"
+    assert found[0].message == "Pass_05 changed 1. It is the first pass that differs; 1 of 33 results compared differ"
+    assert (
+        found[1].message
+        == "Pass_05 changed 2. It is the first pass that differs; 5 of 33 results compared differ, in 2 later passes too"
+    )
 
 
 def test_changed_inputs_and_guards_are_told_by_argument(norm_case: Case) -> None:
     outcome = Outcome("ok", outputs=perfect(norm_case), changed_inputs={"x": 2}, guard_damage={"out": "1 elements past the end"})
     changed, damaged = judge(norm_case, outcome).findings
-    assert changed == Finding("changed_input", "x is an input, and 2 of its elements changed", "x", count=2)
-    assert damaged == Finding("out_of_bounds", "memory next to out was overwritten: 1 elements past the end", "out")
+    assert changed == Finding("changed_input", "the kernel changed its input x in 2 elements; inputs are read-only", "x", count=2)
+    assert damaged == Finding("out_of_bounds", "the kernel wrote outside the memory of out: 1 elements past the end", "out")
 
 
 @pytest.mark.parametrize(
@@ -1550,7 +1555,7 @@ def test_rows_that_had_to_keep_their_contents_are_counted_and_the_first_is_named
     assert (finding.detector, finding.argument, finding.index) == ("out_of_bounds", "v_cache", (finite[7], 11))
     assert (finding.where, finding.count, finding.total) == (where, 2, len(before))
     assert finding.message == (
-        "2 rows of v_cache that must keep their contents changed, the first at "
+        f"the kernel changed 2 of {len(before)} rows of v_cache that it must not touch, the first at "
         f"layer 0, page {page}, kv head {head}, offset {offset}, lane 11"
     )
 
@@ -1721,7 +1726,7 @@ def test_the_callers_settings_are_as_before_and_do_not_matter(gradients: bool, n
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("allowed", "used"), [(True, "1.2 times its allowance"), (False, "where no error is allowed")])
+@pytest.mark.parametrize(("allowed", "used"), [(True, "outside the legal "), (False, "must be exactly ")])
 def test_an_element_is_told_with_both_values_and_what_it_uses(allowed: bool, used: str) -> None:
     out, scaled = different(), torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
     out[3, 2] = -1.5
@@ -1733,9 +1738,17 @@ def test_an_element_is_told_with_both_values_and_what_it_uses(allowed: bool, use
     verdict = verdict_on(made_up(value, variance, worst=limit), out)
     (finding,) = verdict.findings
     ulps = float(scaled[3, 2]) * math.sqrt(13 / 12)
-    assert finding.message == (
-        f"out[3, 2] is -1.5, expected {float(value[3, 2]):.6g}: {ulps:.3g} ulp off, {used}; 1 of 200 elements, in 1 of 5 rows"
-    )
+    assert finding.message.startswith(f"out[3, 2] is -1.5, {used}")
+    assert finding.message.endswith(f"{ulps:.3g} ulp away{')' if allowed else ''}; 1 of 200 elements, in 1 of 5 rows")
+    if allowed:
+        # The interval is what an element may hold, its last rounding included: how far beyond it the value lies, in its ULPs.
+        told = re.search(r"legal (\S+)\.\.(\S+) by (\S+) ulp \(expected (\S+),", finding.message)
+        assert told is not None
+        low, high, outside, expected = map(float, told.groups())
+        half = 0.5 * float(spacing(torch.tensor(1.5, dtype=torch.float64), torch.bfloat16))
+        assert low < expected < high
+        assert (high - low) / 2 == pytest.approx(abs(-1.5 - float(value[3, 2])) - outside * 2 * half, rel=1e-3)
+        assert (high - low) / 2 > half
     assert (finding.detector, finding.argument, finding.index) == ("element", "out", (3, 2))
     assert (finding.where, finding.count, finding.total) == ({"row": 3, "kv_head": 0, "column": 2}, 1, 200)
     assert finding.ulps == pytest.approx(ulps, rel=1e-6)
@@ -1776,7 +1789,7 @@ def test_what_was_not_written_is_told_by_its_shape(pattern: str) -> None:
     (finding,) = verdict_on(case, out).findings
     row, column = PATTERNS[pattern][0]
     place = f"row {row}, kv head 0, column {column}"
-    assert finding.message == f"out was not written: {pattern}, the first at out[{row}, {column}] ({place})"
+    assert finding.message == f"out {UNWRITTEN}: {pattern}, the first at out[{row}, {column}] ({place})"
     assert (finding.detector, finding.index) == ("unwritten", (row, column))
     assert (finding.count, finding.total) == (len(PATTERNS[pattern]), 200)
 
@@ -1787,13 +1800,13 @@ def test_a_single_row_has_no_pattern_of_rows() -> None:
     poison(out[0, 9:10])
     case = made_up(different(1), torch.ones(1, COLUMNS, dtype=torch.float64))
     message = verdict_on(case, out).findings[0].message
-    assert message.startswith("out was not written: 2 of 40 elements: every row, columns 3, 9, ")
+    assert message.startswith(f"out {UNWRITTEN}: 2 of 40 elements: every row, columns 3, 9, ")
     out[0, 9] = 1.0
-    assert "out was not written: 1 of 40 elements, the first at " in verdict_on(case, out).findings[0].message
+    assert "before the run): 1 of 40 elements, the first at " in verdict_on(case, out).findings[0].message
     two = different(2).to(BF16)
     poison(two[1, 3:4])
     case = made_up(different(2), torch.ones(2, COLUMNS, dtype=torch.float64))
-    assert "out was not written: 1 of 80 elements, in 1 of 2 rows, the first at " in verdict_on(case, two).findings[0].message
+    assert "before the run): 1 of 80 elements, in 1 of 2 rows, the first at " in verdict_on(case, two).findings[0].message
 
 
 def test_an_output_that_was_not_written_at_all_has_no_share(projection_case: Case) -> None:
@@ -1816,12 +1829,16 @@ def test_one_output_in_one_word_and_the_others_by_their_elements(projection_case
         ("element", "k"),
     ]
     size = outputs["q"].numel()
-    assert verdict.findings[0] == Finding("all_zeros", "q is all zeros", "q", (0, 0), count=size, total=size)
+    assert verdict.findings[0] == Finding(
+        "all_zeros", "every element of q is zero; the exact result is not", "q", (0, 0), count=size, total=size
+    )
 
 
 def test_a_copy_is_told_with_its_extent(norm_case: Case) -> None:
     (finding,) = judged(norm_case, {"out": norm_case.inputs["x"].clone()}).findings
-    assert finding == Finding("echo", "out only repeats x", "out", (0, 0), count=5 * 256, total=5 * 256)
+    assert finding == Finding(
+        "echo", "out equals the input x in every element; the exact result does not", "out", (0, 0), count=5 * 256, total=5 * 256
+    )
     almost = norm_case.inputs["x"].clone()
     almost[4, 255] += 1
     assert "echo" not in detectors(judged(norm_case, {"out": almost}))
@@ -1859,7 +1876,8 @@ def test_a_cache_row_that_already_held_its_new_contents_is_not_stale(cache_case:
     width, total = cache_case.dims.D, len(rows) * cache_case.dims.D
     assert (finding.detector, finding.index, finding.count, finding.total) == ("stale_row", (int(rows[1]), 0), width, total)
     assert finding.message.startswith(
-        f"k_cache still holds what it held before the run: {width} of {total} elements: rows {int(rows[1])}, the first"
+        f"k_cache has rows that the call must write and that still hold their old contents: {width} of {total} elements: "
+        f"rows {int(rows[1])}, the first"
     )
 
 
@@ -1868,8 +1886,9 @@ def test_an_infinity_that_the_oracle_has_is_agreement_in_fp32_too() -> None:
     case = made_up(value, torch.ones_like(value), dtype=torch.float32)
     assert verdict_on(case, value).ok
     for place, wrong in ((0, -math.inf), (1, math.nan), (2, math.inf), (3, math.nan), (3, math.inf)):
+        what = "NaN" if math.isnan(wrong) else "infinite"
         found = value.clone()
         found[0, place] = wrong
         (finding,) = verdict_on(case, found).findings
         assert (finding.detector, finding.index, finding.count) == ("not_finite", (0, place), 1)
-        assert finding.message.startswith("out is not finite: 1 of 4 elements, the first at ")
+        assert finding.message.startswith(f"out is {what} where the exact result is finite: 1 of 4 elements, the first at ")

@@ -27,7 +27,7 @@ def test_layers_that_read_the_first_input_are_named(name: str) -> None:
     message = report.findings[0].finding.message
     assert "layer 1 read the first input and did not see layer 0's output" in message
     assert "layer 2 read the first input and did not see layer 1's output" in message
-    assert "layer 0" in message.split("Cause:")[1]
+    assert "layer 0" in message.split("Likely cause:")[1]
     assert not re.search(r"layer 0 (read|saw)", message)
 
 

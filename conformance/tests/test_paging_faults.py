@@ -56,4 +56,4 @@ def test_writing_the_wrong_slot_is_found(name: str) -> None:
 def test_a_batch_that_is_baked_in_is_not_a_variable_batch(stage: str, name: str) -> None:
     report = judged(stage, name)
     (finding,) = [found for found in report.findings if found.detector == "capability" and "variable_batch" in found.message]
-    assert "variable_batch does not hold with a batch of 1 in the build made for 3" in finding.message
+    assert "declared capability variable_batch does not hold with a batch of 1 in the build made for 3" in finding.message

@@ -108,7 +108,8 @@ def test_inputs_that_were_rounded_are_told(mistake: str, names: tuple[str, ...])
 
 
 @pytest.mark.parametrize(
-    ("factor", "message"), [(1.01, "logits is too large by a factor"), (0.99, "logits is too small by a factor")]
+    ("factor", "message"),
+    [(1.01, "logits is too large by a constant factor"), (0.99, "logits is too small by a constant factor")],
 )
 def test_a_factor_on_the_logits_is_told(factor: float, message: str) -> None:
     case = make_case(CaseKey.parse(STEP))
@@ -128,7 +129,10 @@ def test_logits_that_went_through_bf16_are_told() -> None:
     outputs["logits"] = outputs["logits"].to(BF16).float()
     verdict = judge(case, Outcome("ok", outputs=outputs))
     assert told(verdict) == ["signature"]
-    assert "logits must be fp32, and holds bf16 values: its low 16 bits are zero: all" in verdict.findings[0].message
+    assert (
+        "logits is an fp32 output that was rounded to bf16 (the low 16 bits are zero where the exact result's are not): all"
+        in verdict.findings[0].message
+    )
 
 
 def test_logits_that_are_bf16_values_by_themselves_are_not() -> None:
@@ -145,8 +149,8 @@ def test_logits_that_are_bf16_values_by_themselves_are_not() -> None:
 @pytest.mark.parametrize(
     ("fault", "mistake"),
     [
-        ("root_too_large", "normalised is rounded away from zero, or larger by as much"),
-        ("keys_rounded_up", "rotated k is rounded away from zero, or larger by as much"),
+        ("root_too_large", "normalised is rounded away from zero (or too large by half a ULP on average)"),
+        ("keys_rounded_up", "rotated k is rounded away from zero (or too large by half a ULP on average)"),
         ("k_norm_weight_in_bf16", "weight of the k norm is rounded to bf16"),
         ("root_in_bf16", "1/rms of the input norm is rounded to bf16"),
     ],
@@ -173,7 +177,7 @@ def test_what_no_case_shows_is_told_by_all_together(choices: Choices, mistake: s
     report = conformance.check("decode_layer", kernel, dims=FEW, examples=40)
     assert report.detectors == ("pooled_signature",)
     (finding,) = report.findings
-    assert f"cases are together those of a kernel where {mistake}" in finding.message
+    assert f"cases match a known mistake: {mistake}." in finding.message
     assert [run.check for run in report.runs if not run.verdict.ok] == ["pooled"]
     assert finding.share is not None
     assert finding.share > 1
@@ -352,9 +356,9 @@ def test_every_rounding_of_a_layer_has_a_signature() -> None:
     case.stage.reference(case.inputs, case.dims, names)
     assert set(names.ties) >= case.stage.profiles[0].roundings - {"deferred_norm"}
     for name in names.ties:
-        assert f"{name} is truncated instead of rounded, or smaller by as much" in mistakes
+        assert f"{name} is truncated instead of rounded (or too small by half a ULP on average)" in mistakes
         # Sums fall on ties, which a legal kernel may round away from zero.
-        larger = f"{name} is rounded away from zero, or larger by as much"
+        larger = f"{name} is rounded away from zero (or too large by half a ULP on average)"
         assert (larger in mistakes) is (name not in case.stage.tie_prone)
     norms = ("input norm", "q norm", "k norm", "post norm")
     stays_fp32 = {
@@ -367,7 +371,7 @@ def test_every_rounding_of_a_layer_has_a_signature() -> None:
     assert set(names.errors) == stays_fp32
     assert {f"{name} is rounded to bf16" for name in stays_fp32} <= set(mistakes)
     assert {
-        f"{output} is too {size} by a factor" for output in ("k_cache", "v_cache", "out") for size in ("large", "small")
+        f"{output} is too {size} by a constant factor" for output in ("k_cache", "v_cache", "out") for size in ("large", "small")
     } <= set(mistakes)
     assert set(case.stage.mistakes) <= set(mistakes)
     assert set(case.stage.tie_prone) <= set(names.ties)
@@ -395,12 +399,12 @@ def test_as_many_ties_are_expected_of_values_of_each_exponent() -> None:
 def test_a_truncation_costs_half_a_ulp_on_average() -> None:
     case = make_case(CaseKey.parse(LAYER))
     found = {one.mistake: one.shifts for one in signatures(case, dict.fromkeys(("k_cache", "v_cache", "out")))}
-    shift = found["v is truncated instead of rounded, or smaller by as much"]["v_cache"]
+    shift = found["v is truncated instead of rounded (or too small by half a ULP on average)"]["v_cache"]
     exact = case.stage.reference(case.inputs, case.dims, EXACT)["v_cache"]
     written = shift != 0
     assert int(written.sum()) == 16 * 2 * 64
     assert torch.allclose(shift[written], (-exact.sign() * spacing(exact, BF16) / 2)[written])
-    assert not found["v is truncated instead of rounded, or smaller by as much"]["k_cache"].any()
+    assert not found["v is truncated instead of rounded (or too small by half a ULP on average)"]["k_cache"].any()
 
 
 def test_covariances_of_all_sequences_add_up_to_the_variance_along_a_direction() -> None:

@@ -29,7 +29,8 @@ def other_pools(trial: Trial) -> Iterator[Judged]:
         keys = (trial.key(index, batch, 1, longest=longest) for longest in (False, True) for index in range(SEEDS))
         shared = next(filter(_shares_pages, map(make_case, keys)), None)
         if shared is None:
-            yield not_held(trial.check, case.key, "paged_kv is not shown with pages that sequences share: no data has any")
+            text = f"pages that sequences share: none of {2 * SEEDS} data sets has any"
+            yield not_held(trial.check, case.key, f"declared capability paged_kv could not be tested with {text}")
             return
         case = shared
     first, outcome = trial("on a pool of pages in random order", case)
@@ -54,7 +55,7 @@ def _difference(case: Case, outcome: Outcome, other: Case, found: Outcome) -> st
     for name, tensor in _filled(other, found).items():
         different = bits(tensor) != bits(before[name])
         if bool(different.any()):
-            return f"{int(different.sum())} of {different.numel()} elements of {name} are not the same bits"
+            return f"{name} differs in the bits of {int(different.sum())} of {different.numel()} elements from the first pool's"
     return ""
 
 
