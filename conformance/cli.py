@@ -88,12 +88,12 @@ def list_command(locations: tuple[str, ...]) -> None:
     kernels = bundled_kernels()
     for location in locations:
         kernels += kernels_in(load_module(location))
-    for stage in stages().values():
-        click.echo(f"{stage.name}: {stage.summary}")
+    for name, stage in stages().items():
+        click.echo(f"{name}: {stage.summary}")
         for line in _wrapped(", ".join(argument.describe() for argument in stage.arguments)):
             click.echo(f"    {line}")
         for kernel in kernels:
-            if kernel.stage_name == stage.name:
+            if kernel.stage.id == stage.id:
                 lanes = " ".join(LANES_OF[kernel.toolchain])
                 able = f"; {' '.join(kernel.capabilities)}" if kernel.capabilities else ""
                 click.echo(f"  - {kernel.name} ({kernel.toolchain}: {lanes}{able})")
@@ -234,9 +234,11 @@ def _kernel(stage: str, target: str | None) -> Kernel:
     from conformance.contract.loading import bundled_kernels, find_kernel
     from conformance.contract.registry import stage_named
 
-    stage_named(stage)
+    contract = stage_named(stage)
     if target is None:
-        return find_kernel([kernel for kernel in bundled_kernels() if kernel.stage_name == stage], stage, "the bundled kernels")
+        return find_kernel(
+            [one for one in bundled_kernels() if one.stage.id == contract.id], contract.name, "the bundled kernels"
+        )
     return as_kernel(stage, _named(target))
 
 

@@ -220,12 +220,12 @@ class PluginState:
 
         seen: dict[str, Path] = {}
         for kernel in kernels:
-            if kernel.name in seen:
+            if kernel.id in seen:
                 raise UsageError(
-                    f"two kernels are named {kernel.name!r}, in {seen[kernel.name].name} and {kernel.source.name}: "
+                    f"two kernels are named {kernel.name!r}, in {seen[kernel.id].name} and {kernel.source.name}: "
                     f"give one another name=..."
                 )
-            seen[kernel.name] = kernel.source
+            seen[kernel.id] = kernel.source
 
     @property
     def expected(self) -> ExpectedFailures:
@@ -261,15 +261,17 @@ class PluginState:
 
     def subjects(self, lane: str) -> list[Subject]:
         """Every kernel that the lane takes, at every preset of the lane."""
+        from conformance.contract.registry import names_in_short
         from conformance.running.session import Subject
 
         # Compiling is about the text more than the sizes: one preset keeps the lane that every commit runs under a minute.
         most = 1 if lane == "compile_only" and not self.config.option.presets else None
-        presets = {model: names[:most] for model, names in self.presets().items()}
+        presets = {model: chosen[:most] for model, chosen in self.presets().items()}
+        names = names_in_short(kernel.id for kernel in self.kernels())
         # A torch callable has one lane, where it is: it runs with those that are interpreted.
         takes = {"compile_only": ("pypto",), "interpret": ("pypto", "torch"), "device": ("pypto",)}[lane]
         return [
-            Subject(kernel, preset, "eager" if kernel.toolchain == "torch" else lane)
+            Subject(kernel, preset, "eager" if kernel.toolchain == "torch" else lane, called=names[kernel.id])
             for kernel in self.kernels()
             if kernel.toolchain in takes
             for preset in presets[kernel.stage.model]
@@ -278,8 +280,8 @@ class PluginState:
     def declaring_subjects(self) -> list[Subject]:
         """Every kernel that declares a capability, at the first preset: what a kernel serves does not depend on its sizes."""
         subjects = [subject for subject in self.subjects("interpret") if subject.kernel.capabilities]
-        first = {subject.kernel.name: subject for subject in reversed(subjects)}
-        return [subject for subject in subjects if first[subject.kernel.name] is subject]
+        first = {subject.name: subject for subject in reversed(subjects)}
+        return [subject for subject in subjects if first[subject.name] is subject]
 
     def full_size_subjects(self, lane: str) -> list[Subject]:
         """Every PyPTO kernel at the model's real size: the fused loops only compile there, all others execute."""

@@ -146,7 +146,7 @@ def replay_command(
     """
     if not (stage and source and kernel):
         return None
-    words = ["conformance", "check", stage, f"{source}:{kernel}"]
+    words = ["conformance", "check", stage, f"{source}:{kernel.rpartition('/')[2]}"]
     if lane in _LANES_TO_NAME:
         words += ["--lane", lane]
     if detector == "compiler_pass" or (detector == "unwritten_read" and lane not in _LANES_TO_NAME):

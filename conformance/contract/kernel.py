@@ -52,6 +52,11 @@ class Kernel:
         return stage_named(self.stage_name)
 
     @property
+    def id(self) -> str:
+        """``model/name``: kernels of two models may have one name."""
+        return f"{self.stage.model}/{self.name}"
+
+    @property
     def source(self) -> Path:
         """The file that defines the kernel."""
         # A callable object has no source of its own; its class has.

@@ -70,8 +70,10 @@ def bundled_kernels() -> list[Kernel]:
 def find_kernel(kernels: Iterable[Kernel], name: str, where: str) -> Kernel:
     """The kernel of that name; raises ``UsageError`` that lists what is there."""
     known = list(kernels)
-    for candidate in known:
-        if candidate.name == name:
-            return candidate
+    found = [candidate for candidate in known if name in (candidate.name, candidate.id)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"kernel {name!r} is ambiguous: {' and '.join(one.id for one in found)}; say which")
     names = ", ".join(candidate.name for candidate in known) or "none"
     raise UsageError(f"no kernel {name!r} in {where}; found {names}")

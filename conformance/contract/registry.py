@@ -110,8 +110,8 @@ def capability_meanings() -> dict[str, str]:
     return {name: meaning for model in models() for name, meaning in model.meanings.items()}
 
 
-def _in_short(ids: Iterable[str]) -> dict[str, str]:
-    """What each ``model/name`` is called: the name alone, while no other model has it."""
+def names_in_short(ids: Iterable[str]) -> dict[str, str]:
+    """What each ``model/name`` is called: the name alone, while no other model has one that is called so."""
     ids = list(ids)
     names = [one.partition("/")[2] for one in ids]
     return {one: name if names.count(name) == 1 else one for one, name in zip(ids, names, strict=True)}
@@ -125,19 +125,19 @@ def _chosen(name: object, known: Iterable[str], what: str) -> str:
         return found[0]
     if found:
         raise UsageError(f"{what} {name!r} is ambiguous: {' and '.join(found)}; say which")
-    raise UsageError(f"unknown {what} {name!r}; known are {', '.join(_in_short(known).values())}")
+    raise UsageError(f"unknown {what} {name!r}; known are {', '.join(names_in_short(known).values())}")
 
 
 def stages() -> dict[str, Stage]:
     """Every stage by its name, or by ``model/name`` where several models have the name; in the order of the contracts."""
     found = {stage.id: stage for model in models() for stage in model.stages}
-    names = _in_short(found)
+    names = names_in_short(found)
     return {names[one]: stage for one, stage in found.items()}
 
 
 def short_name(stage: Stage) -> str:
     """What a stage is called: its name, or ``model/name`` where several models have the name."""
-    return _in_short(one.id for model in models() for one in model.stages).get(stage.id, stage.name)
+    return names_in_short(one.id for model in models() for one in model.stages).get(stage.id, stage.name)
 
 
 def stage_named(name: str) -> Stage:
@@ -149,7 +149,7 @@ def stage_named(name: str) -> Stage:
 def presets() -> dict[str, Dims]:
     """Every preset by its name, or by ``model/name`` where several models have the name."""
     found = {f"{model.name}/{name}": dims for model in models() for name, dims in model.presets.items()}
-    names = _in_short(found)
+    names = names_in_short(found)
     return {names[one]: dims for one, dims in found.items()}
 
 

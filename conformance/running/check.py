@@ -207,7 +207,7 @@ def require_count(examples: int, seed: int) -> None:
 
 def require_stage(key: CaseKey, stage: str) -> CaseKey:
     """The key, if it is one of this stage; raises ``UsageError`` otherwise."""
-    if key.stage != stage:
+    if stage_named(key.stage).id != stage_named(stage).id:
         raise UsageError(f"case key {key} is of stage {key.stage}, not of {stage}")
     return key
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import conformance
 from conformance.contract.kernel import Kernel
+from conformance.contract.registry import names_in_short, short_name
 from conformance.errors import UsageError
 from conformance.lanes.base import LANES
 from conformance.running.check import Judged
@@ -56,11 +57,18 @@ class Subject:
     lane: str
     overrides: tuple[tuple[str, int], ...] = ()
     memory: int = 0
+    #: What the kernel is called, if its own name would not do: kernels of two models may have one.
+    called: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the kernel is called in records and reports."""
+        return self.called or self.kernel.name
 
     @property
     def id(self) -> str:
         """``kernel-preset``, as it stands in a test's name, and the dimensions that are overridden."""
-        return "-".join([self.kernel.name, self.preset, *(f"{name}={size}" for name, size in self.overrides)])
+        return "-".join([self.name, self.preset, *(f"{name}={size}" for name, size in self.overrides)])
 
 
 class RunLog:
@@ -74,8 +82,8 @@ class RunLog:
         """The first record: what is planned, with which versions, where and how."""
         planned = [
             {
-                "kernel": subject.kernel.name,
-                "stage": subject.kernel.stage_name,
+                "kernel": subject.name,
+                "stage": short_name(subject.kernel.stage),
                 "lane": subject.lane,
                 "preset": subject.preset,
                 "capabilities": list(subject.kernel.capabilities),
@@ -134,8 +142,8 @@ class RunLog:
         kernel = subject.kernel
         return Record(
             event,
-            kernel=kernel.name,
-            stage=kernel.stage_name,
+            kernel=subject.name,
+            stage=short_name(kernel.stage),
             lane=subject.lane,
             toolchain=kernel.toolchain,
             preset=subject.preset,
@@ -185,12 +193,12 @@ class ExpectedFailures:
 
     def reason(self, subject: Subject) -> str | None:
         """Why this subject is expected to fail, or ``None`` if it is not."""
-        name = subject.kernel.name
+        name = subject.name
         return self.reasons.get((name, subject.lane), self.reasons.get((name, "")))
 
     def require_known(self, kernels: Iterable[Kernel]) -> None:
         """Raise ``UsageError`` for an entry that matches no kernel: a typing error would otherwise hide."""
-        names = {kernel.name for kernel in kernels}
+        names = set(names_in_short(kernel.id for kernel in kernels).values())
         for kernel, lane in self.reasons:
             if lane and lane not in LANES:
                 raise UsageError(f"{self.path}: unknown lane {lane!r} of {kernel}; known are {', '.join(LANES)}")

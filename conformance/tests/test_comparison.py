@@ -52,7 +52,7 @@ def with_status(**status: Status) -> Standing:
     declared = tuple(name for name, state in status.items() if state != "no")
     yes = frozenset(name for name, state in status.items() if state == "yes")
     fails = {name: f"{name} is not so" for name, state in status.items() if state == "fails"}
-    return Standing("k", "paged_decode_layer", declared, yes, fails, 12, 0, (), 0.25)
+    return Standing("k", "paged_decode_layer", declared, yes, fails, 12, 0, (), 0.25, capacity=16)
 
 
 # -- what is known of one kernel ------------------------------------------------------------------------------------------------
@@ -454,7 +454,7 @@ def test_of_a_kept_run_only_the_kernel_of_that_name_counts(folder: Path) -> None
 def test_a_claim_that_cannot_be_shown_is_no_gain(folder: Path) -> None:
     done = judged_diff("mine.py:claims", "mine.py:claims")
     assert done.exit_code == 1, done.output
-    assert "not held: fused_lm_head: fused_lm_head (ends in final norm" in done.stdout
+    assert "not held: fused_lm_head: paged_decode_layer has no arguments that fused_lm_head (ends in final norm" in done.stdout
     assert "gained" not in done.stdout
 
 
