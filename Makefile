@@ -4,7 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
-# More for pytest, such as OPTIONS="--conformance-profile nightly --kernels mine.py".
+# More for pytest, such as OPTIONS="--conformance-profile nightly --conformance-kernels mine.py".
 OPTIONS ?=
 # pypto has wheels for Python 3.10 to 3.12 only.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \

@@ -5,7 +5,10 @@ Loaded by every pytest run in an environment that has the harness, so nothing he
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +22,23 @@ if TYPE_CHECKING:
 MARKERS = {
     "compile_only": "compiles kernels with PyPTO's own compiler; nothing is executed, no NPU needed",
     "interpret": "runs kernels through PyPTO's CPU interpreter and judges the results; no NPU needed",
-    "device": "runs kernels on an NPU; skipped where none is usable, unless --require-device",
-    "browser": "needs a Chromium or Chrome binary; skipped without one",
+    "device": "runs kernels on an NPU; skipped where none is usable, unless --conformance-require-device",
     "full_size": "runs at real Qwen3-14B geometry and needs 14 GB of memory; skipped with less",
+}
+
+#: Options that had no prefix once. The old spelling still works, where no other plugin has an option of that name.
+OLD_SPELLINGS = {
+    f"--{name}": f"--conformance-{name}"
+    for name in (
+        "kernels",
+        "only-user-kernels",
+        "presets",
+        "kernel-timeout",
+        "kernel-memory",
+        "require-device",
+        "device-executor",
+        "expected-failures",
+    )
 }
 
 _STATE = pytest.StashKey["PluginState"]()
@@ -31,31 +48,95 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the suites."""
     group = parser.getgroup("conformance", "kernel conformance")
     group.addoption(
-        "--kernels",
+        "--conformance-kernels",
         action="append",
         default=[],
         metavar="FILE.py",
-        help="also judge the kernels that this file or module defines (may be repeated)",
+        help="also judge the kernels that this file or module defines (may be repeated); also spelled --kernels, as the others "
+        "may be without the prefix, where no other plugin has an option of that name",
     )
-    group.addoption("--only-user-kernels", action="store_true", help="leave the bundled kernels out")
+    group.addoption("--conformance-only-user-kernels", action="store_true", help="leave the bundled kernels out")
     group.addoption(
         "--conformance-profile",
         choices=("dev", "ci", "nightly"),
         default="ci",
         help="how many cases and how they are drawn (default: ci, deterministic)",
     )
-    group.addoption("--presets", default="", metavar="NAME,NAME", help="presets to run (default: those of the model's suites)")
-    group.addoption("--conformance-run", default="", metavar="DIR", help="folder for records and reports (default: runs/<time>)")
-    group.addoption("--kernel-timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run of a kernel")
-    group.addoption("--kernel-memory", type=float, default=None, metavar="GB", help="memory limit of a kernel's process")
-    group.addoption("--require-device", action="store_true", help="fail, instead of skipping, where no NPU is usable")
     group.addoption(
-        "--device-executor",
+        "--conformance-presets",
+        default="",
+        metavar="NAME,NAME",
+        help="presets to run (default: those of the model's suites)",
+    )
+    group.addoption("--conformance-run", default="", metavar="DIR", help="folder for records and reports (default: runs/<time>)")
+    group.addoption(
+        "--conformance-kernel-timeout",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="time limit of one run of a kernel",
+    )
+    group.addoption(
+        "--conformance-kernel-memory",
+        type=float,
+        default=None,
+        metavar="GB",
+        help="memory limit of a kernel's process",
+    )
+    group.addoption(
+        "--conformance-require-device",
+        action="store_true",
+        help="fail, instead of skipping, where no NPU is usable",
+    )
+    group.addoption(
+        "--conformance-device-executor",
         choices=("npu", "interpret"),
         default="npu",
         help="interpret: exercise the device lane with the interpreter standing in for the card",
     )
-    group.addoption("--expected-failures", default="", metavar="FILE", help="lines KERNEL[@LANE] REASON: known to fail")
+    group.addoption(
+        "--conformance-expected-failures",
+        default="",
+        metavar="FILE",
+        help="lines KERNEL[@LANE] REASON: known to fail",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> Generator[None, object, object]:
+    """Put the prefixed options in place of their old spellings, but for those that another plugin has as its own.
+
+    They are no options of pytest's parser: a plugin or ``conftest.py`` that is loaded later could not have one of the same name.
+    """
+    prefixed = _with_prefixes(parser, args)
+    if prefixed != args:
+        # The value of an option that pytest does not know is taken for a test path, beside which it looks for a conftest.py.
+        # An option of a conftest.py that is still to be loaded may look wrong here; then pytest takes what it took itself.
+        with contextlib.suppress(pytest.UsageError):
+            known = parser.parse_known_args(prefixed, namespace=copy.copy(early_config.option))
+            early_config.known_args_namespace.file_or_dir = known.file_or_dir
+    result = yield
+    args[:] = _with_prefixes(parser, args)
+    return result
+
+
+def _with_prefixes(parser: pytest.Parser, args: list[str]) -> list[str]:
+    prefixed = []
+    for argument in args:
+        name, equals, value = argument.partition("=")
+        if name in OLD_SPELLINGS and not _is_known(parser, name):
+            argument = OLD_SPELLINGS[name] + equals + value
+        prefixed.append(argument)
+    return prefixed
+
+
+def _is_known(parser: pytest.Parser, option: str) -> bool:
+    try:
+        return option not in parser.parse_known_and_unknown_args([option])[1]
+    except pytest.UsageError:  # It is known, and takes a value.
+        return True
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,10 +158,16 @@ def pytest_collection(session: pytest.Session) -> None:
     options = session.config.option
     if options.conformance_run and not hasattr(session.config, "workerinput"):
         session.config.stash[_STATE].require_new_folder()
-    if options.kernels or options.only_user_kernels or options.expected_failures or options.presets:
+    given = (
+        options.conformance_kernels,
+        options.conformance_only_user_kernels,
+        options.conformance_presets,
+        options.conformance_expected_failures,
+    )
+    if any(given):
         state = session.config.stash[_STATE]
-        if options.require_device and not any(kernel.toolchain == "pypto" for kernel in state.kernels()):
-            raise pytest.UsageError("--require-device: no PyPTO kernel is judged, nothing could run on a device")
+        if options.conformance_require_device and not any(kernel.toolchain == "pypto" for kernel in state.kernels()):
+            raise pytest.UsageError("--conformance-require-device: no PyPTO kernel is judged, nothing could run on a device")
         state.presets()
         assert state.expected is not None
 
@@ -194,14 +281,14 @@ class PluginState:
 
             options = self.config.option
             try:
-                found = [] if options.only_user_kernels else bundled_kernels()
-                for location in options.kernels:
+                found = [] if options.conformance_only_user_kernels else bundled_kernels()
+                for location in options.conformance_kernels:
                     own = kernels_in(load_module(self._resolve(location)))
                     if not own:
                         raise UsageError(f"{location} defines no kernel: decorate one with @conformance.kernel(STAGE)")
                     found += own
                 if not found:
-                    raise UsageError("no kernel to judge: --only-user-kernels needs --kernels FILE.py")
+                    raise UsageError("no kernel to judge: --conformance-only-user-kernels needs --conformance-kernels FILE.py")
                 self._require_distinct(found)
             except UsageError as error:
                 raise pytest.UsageError(str(error)) from error
@@ -234,7 +321,7 @@ class PluginState:
             from conformance.errors import UsageError
             from conformance.running.session import ExpectedFailures
 
-            path = self.config.option.expected_failures
+            path = self.config.option.conformance_expected_failures
             try:
                 self._expected = ExpectedFailures.read(self.config.invocation_params.dir / path) if path else ExpectedFailures()
                 self._expected.require_known(self.kernels())
@@ -250,7 +337,7 @@ class PluginState:
         from conformance.contract.registry import models, presets
         from conformance.errors import UsageError
 
-        chosen = [name for name in self.config.option.presets.split(",") if name]
+        chosen = [name for name in self.config.option.conformance_presets.split(",") if name]
         if not chosen:
             return {model.name: list(model.suite_presets) for model in models()}
         found = {model.name: [n for n in chosen if n.removeprefix(f"{model.name}/") in model.presets] for model in models()}
@@ -265,7 +352,7 @@ class PluginState:
         from conformance.running.session import Subject
 
         # Compiling is about the text more than the sizes: one preset keeps the lane that every commit runs under a minute.
-        most = 1 if lane == "compile_only" and not self.config.option.presets else None
+        most = 1 if lane == "compile_only" and not self.config.option.conformance_presets else None
         presets = {model: chosen[:most] for model, chosen in self.presets().items()}
         names = names_in_short(kernel.id for kernel in self.kernels())
         # A torch callable has one lane, where it is: it runs with those that are interpreted.
@@ -311,8 +398,8 @@ class PluginState:
             {
                 "profile": options.conformance_profile,
                 "markers": options.markexpr,
-                "require_device": options.require_device,
-                "device_executor": options.device_executor,
+                "require_device": options.conformance_require_device,
+                "device_executor": options.conformance_device_executor,
             },
         )
 

@@ -50,16 +50,16 @@ class SubjectJudging:
     def _process(self, limits: Limits) -> KernelProcess:
         """A worker process for the subject's kernel on its lane; the user's limits win over the lane's."""
         options = self.options
-        if options.kernel_timeout is not None:
-            limits = dataclasses.replace(limits, seconds=options.kernel_timeout)
-        if options.kernel_memory is not None:
-            limits = dataclasses.replace(limits, memory_bytes=int(options.kernel_memory * 2**30))
+        if options.conformance_kernel_timeout is not None:
+            limits = dataclasses.replace(limits, seconds=options.conformance_kernel_timeout)
+        if options.conformance_kernel_memory is not None:
+            limits = dataclasses.replace(limits, memory_bytes=int(options.conformance_kernel_memory * 2**30))
         return KernelProcess(
             self.subject.kernel,
             self.subject.lane,
             limits=limits,
             folder=self.folder,
-            device_executor=options.device_executor,
+            device_executor=options.conformance_device_executor,
         )
 
     def compiled(self) -> None:

@@ -32,16 +32,16 @@ def require_memory(judging: SubjectJudging, needed: int) -> None:
 
 
 def require_npu(judging: SubjectJudging) -> None:
-    """Skip, with a record, where no NPU is usable; fail instead with ``--require-device``."""
-    if judging.options.device_executor == "interpret":
+    """Skip, with a record, where no NPU is usable; fail instead with ``--conformance-require-device``."""
+    if judging.options.conformance_device_executor == "interpret":
         return
     from conformance.toolchains.npu import find_npu
 
     status = find_npu()
     if status.usable:
         return
-    if judging.options.require_device:
+    if judging.options.conformance_require_device:
         judging.log.could_not_run(judging.subject, status.reason)
-        pytest.fail(f"--require-device: {status.reason}", pytrace=False)
+        pytest.fail(f"--conformance-require-device: {status.reason}", pytrace=False)
     judging.log.skipped(judging.subject, status.reason)
     pytest.skip(status.reason)

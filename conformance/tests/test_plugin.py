@@ -35,6 +35,9 @@ def wrong_eps(x, weight, out):
     out.copy_(_rms_norm(x, weight, 1e-5))
 """
 
+MINE_ONLY = ("--conformance-only-user-kernels", "--conformance-kernels", "mine.py")
+AT_TINY = ("--conformance-presets", "tiny")
+
 
 def run_pytest(folder: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """pytest on the suites, from ``folder``, keeping the run in ``folder/run``."""
@@ -58,7 +61,16 @@ def kernels(tmp_path: Path) -> Path:
 
 
 def test_a_users_kernels_are_judged_beside_a_wrong_one(tmp_path: Path, kernels: Path) -> None:
-    done = run_pytest(tmp_path, "-m", "interpret", "--only-user-kernels", "--kernels", "mine.py", "--presets", "tiny")
+    done = run_pytest(
+        tmp_path,
+        "-m",
+        "interpret",
+        "--conformance-only-user-kernels",
+        "--conformance-kernels",
+        "mine.py",
+        "--conformance-presets",
+        "tiny",
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 failed, 1 passed" in done.stdout
     records = read_run(tmp_path / "run").records
@@ -77,7 +89,9 @@ def test_parallel_processes_give_the_same_verdicts_as_one(tmp_path: Path, kernel
     for processes in ((), ("-n", "2")):
         folder = tmp_path / f"with{len(processes)}"
         folder.mkdir()
-        run_pytest(folder, "-m", "interpret", "--only-user-kernels", "--kernels", str(kernels), *processes)
+        run_pytest(
+            folder, "-m", "interpret", "--conformance-only-user-kernels", "--conformance-kernels", str(kernels), *processes
+        )
         records = read_run(folder / "run").records
         verdicts.append(
             sorted((r.kernel, r.preset, r.case, r.check, r.status, r.share or 0.0) for r in records if r.event == "case")
@@ -99,14 +113,16 @@ def test_device_tests_are_collected_and_skipped_with_what_was_missing(tmp_path: 
 
 
 def test_a_missing_device_fails_where_one_is_required(tmp_path: Path) -> None:
-    done = run_pytest(tmp_path, "-m", "device", "--require-device", "-k", "rms_norm")
+    done = run_pytest(tmp_path, "-m", "device", "--conformance-require-device", "-k", "rms_norm")
     assert done.returncode == 1
-    assert "--require-device: no usable NPU" in done.stdout
+    assert "--conformance-require-device: no usable NPU" in done.stdout
     assert [record.event for record in read_run(tmp_path / "run").records].count("error") == 2
 
 
 def test_the_device_lane_runs_with_the_interpreter_standing_in(tmp_path: Path) -> None:
-    done = run_pytest(tmp_path, "-m", "device", "--device-executor", "interpret", "-k", "rms_norm-tiny or kv_write-tiny")
+    done = run_pytest(
+        tmp_path, "-m", "device", "--conformance-device-executor", "interpret", "-k", "rms_norm-tiny or kv_write-tiny"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
     lanes = {record.lane for record in read_run(tmp_path / "run").records if record.event == "case"}
@@ -124,7 +140,17 @@ def test_a_lane_that_ran_nothing_says_so(tmp_path: Path) -> None:
 def test_kernels_that_take_their_process_down_leave_the_others_results(tmp_path: Path) -> None:
     kernels = str(HERE / "kernels_under_test" / "pypto_misbehaving.py")
     chosen = "segfaults or aborts or never_ends or builder_raises or right"
-    options = ["--only-user-kernels", "--kernels", kernels, "--presets", "tiny", "--kernel-timeout", "10", "-k", chosen]
+    options = [
+        "--conformance-only-user-kernels",
+        "--conformance-kernels",
+        kernels,
+        "--conformance-presets",
+        "tiny",
+        "--conformance-kernel-timeout",
+        "10",
+        "-k",
+        chosen,
+    ]
     done = run_pytest(tmp_path, "-m", "interpret", *options)
     assert done.returncode == 1
     assert "4 failed, 1 passed" in done.stdout, done.stdout
@@ -155,7 +181,7 @@ def test_kernels_that_take_their_process_down_leave_the_others_results(tmp_path:
 )
 def test_a_file_that_cannot_be_used_is_one_line_and_a_usage_error(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "mine.py").write_text(content)
-    done = run_pytest(tmp_path, "-m", "interpret", "--kernels", "mine.py")
+    done = run_pytest(tmp_path, "-m", "interpret", "--conformance-kernels", "mine.py")
     assert done.returncode == 4, done.stdout + done.stderr  # pytest's own code for a usage error
     lines = [line for line in (done.stdout + done.stderr).splitlines() if message in line]
     assert lines, done.stdout + done.stderr
@@ -173,7 +199,7 @@ def test_a_folder_that_already_holds_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_two_kernels_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(TORCH_KERNELS.replace("def right", "def rms_norm"))
-    done = run_pytest(tmp_path, "-m", "interpret", "--kernels", "mine.py")
+    done = run_pytest(tmp_path, "-m", "interpret", "--conformance-kernels", "mine.py")
     assert done.returncode == 4
     assert "two kernels are named 'rms_norm'" in done.stdout + done.stderr
 
@@ -181,18 +207,7 @@ def test_two_kernels_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_expected_failures_do_not_fail_and_a_fixed_one_is_reported(tmp_path: Path, kernels: Path) -> None:
     known = tmp_path / "known.txt"
     known.write_text("# what we know\nwrong_eps  eps is 1e-5, to be fixed\nright@eager  was wrong once\n")
-    done = run_pytest(
-        tmp_path,
-        "-m",
-        "interpret",
-        "--only-user-kernels",
-        "--kernels",
-        "mine.py",
-        "--presets",
-        "tiny",
-        "--expected-failures",
-        "known.txt",
-    )
+    done = run_pytest(tmp_path, "-m", "interpret", *MINE_ONLY, *AT_TINY, "--conformance-expected-failures", "known.txt")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
     assert "1 xfailed" in done.stdout
@@ -203,9 +218,67 @@ def test_expected_failures_do_not_fail_and_a_fixed_one_is_reported(tmp_path: Pat
 
 def test_an_expected_failure_of_no_kernel_is_a_usage_error(tmp_path: Path, kernels: Path) -> None:
     (tmp_path / "known.txt").write_text("wrong_epz  a typing error\n")
-    done = run_pytest(tmp_path, "--only-user-kernels", "--kernels", "mine.py", "--expected-failures", "known.txt")
+    done = run_pytest(
+        tmp_path,
+        "--conformance-only-user-kernels",
+        "--conformance-kernels",
+        "mine.py",
+        "--conformance-expected-failures",
+        "known.txt",
+    )
     assert done.returncode == 4
     assert "no kernel 'wrong_epz'" in done.stdout + done.stderr
+
+
+OWNER = """
+def pytest_addoption(parser):
+    parser.addoption("--kernels")
+    parser.addoption("--presets", action="store_true")
+"""
+
+
+def test_options_may_be_spelled_without_the_prefix(pytester: pytest.Pytester) -> None:
+    test = pytester.makepyfile(
+        """
+        def test_options(pytestconfig):
+            options = pytestconfig.option
+            assert options.conformance_only_user_kernels
+            assert options.conformance_kernels == ["elsewhere/one.py", "elsewhere/two.py"]
+            assert options.conformance_kernel_timeout == 2.5
+        """
+    )
+    # The value of an option that pytest does not know is taken for a path, beside which it looks for a conftest.py.
+    (pytester.mkdir("elsewhere") / "one.py").write_text(TORCH_KERNELS)
+    (pytester.path / "elsewhere" / "two.py").write_text(TORCH_KERNELS.replace("def ", "def other_"))
+    (pytester.path / "elsewhere" / "conftest.py").write_text("raise RuntimeError('not a folder of tests')")
+    options = ["--kernels", "elsewhere/one.py", "--kernels=elsewhere/two.py", "--only-user-kernels", "--kernel-timeout", "2.5"]
+    pytester.runpytest_inprocess(test, *options).assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize("where", ["plugin", "conftest"])
+def test_an_option_of_another_plugin_stays_its_own(pytester: pytest.Pytester, where: str) -> None:
+    pytester.makepyfile(**{"owner" if where == "plugin" else "conftest": OWNER})
+    pytester.makepyfile(
+        """
+        def test_options(pytestconfig):
+            options = pytestconfig.option
+            assert (options.kernels, options.presets) == ("theirs", True)
+            assert (options.conformance_kernels, options.conformance_presets) == ([], "")
+            assert options.conformance_kernel_memory == 3
+        """
+    )
+    pytester.syspathinsert()
+    plugins = ["-p", "owner"] if where == "plugin" else []
+    options = ["--kernels", "theirs", "--presets", "--kernel-memory=3"]
+    pytester.runpytest_inprocess(*plugins, *options).assert_outcomes(passed=1)
+
+
+def test_markers_of_the_harness_s_own_tests_are_not_registered_elsewhere(pytester: pytest.Pytester) -> None:
+    listed = pytester.runpytest_inprocess("--markers").stdout.str()
+    for marker in ("compile_only", "interpret", "device", "full_size"):
+        assert f"@pytest.mark.{marker}:" in listed
+    assert "@pytest.mark.browser" not in listed
+    assert "@pytest.mark.slow" not in listed
 
 
 def test_the_plugin_costs_other_test_runs_nothing(tmp_path: Path) -> None:
