@@ -22,15 +22,15 @@ def attention(dims: Dims) -> Any:
 
     from kernels.qwen3 import fragments
 
-    B, H, D, S, NKV = dims.B, dims.H, dims.D, dims.S, dims.NKV
+    B, Q, D, S, NKV = dims.B, dims.NH * dims.D, dims.D, dims.S, dims.NKV
 
     @pypto.frontend.jit()
     def attention(
-        q: pypto.Tensor([B, H], pypto.DT_BF16),
+        q: pypto.Tensor([B, Q], pypto.DT_BF16),
         seq_lens: pypto.Tensor([B], pypto.DT_INT32),
         k_cache: pypto.Tensor([B * NKV * S, D], pypto.DT_BF16),
         v_cache: pypto.Tensor([B * NKV * S, D], pypto.DT_BF16),
-        out: pypto.Tensor([B, H], pypto.DT_BF16),
+        out: pypto.Tensor([B, Q], pypto.DT_BF16),
     ):
         fragments.attend(q, seq_lens, k_cache, v_cache, out, dims)
 

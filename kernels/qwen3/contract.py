@@ -71,7 +71,7 @@ LAYER_WEIGHTS = (
     read("wv", "L*H NKV*D", bf16),
     read("q_norm_weight", "L D", f32),
     read("k_norm_weight", "L D", f32),
-    read("wo", "L*H H", bf16),
+    read("wo", "L*NH*D H", bf16),
     read("w_gate", "L*H I", bf16),
     read("w_up", "L*H I", bf16),
     read("w_down", "L*I H", bf16),
@@ -230,7 +230,7 @@ PAGED_ATTENTION = _stage(
 O_PROJ = _stage(
     "o_proj",
     "attn @ wo + residual",
-    (read("attn", "B H", bf16), read("wo", "H H", bf16), read("residual", "B H", bf16), write("out", "B H", f32)),
+    (read("attn", "B NH*D", bf16), read("wo", "NH*D H", bf16), read("residual", "B H", bf16), write("out", "B H", f32)),
     regimes=(*_VALUE_REGIMES, "cancel"),
     profiles=_profiles("branch"),
 )

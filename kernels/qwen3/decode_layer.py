@@ -25,18 +25,18 @@ def decode_layer(dims: Dims) -> Any:
     from kernels.qwen3 import fragments
 
     B, H, D, I, S = dims.B, dims.H, dims.D, dims.I, dims.S  # noqa: E741  the contract's symbol
-    NKV, KV = dims.NKV, dims.NKV * dims.D
+    NKV, Q, KV = dims.NKV, dims.NH * dims.D, dims.NKV * dims.D
 
     @pypto.frontend.jit()
     def decode_layer(
         hidden_states: pypto.Tensor([B, H], pypto.DT_BF16),
         input_rms_weight: pypto.Tensor([1, H], pypto.DT_FP32),
-        wq: pypto.Tensor([H, H], pypto.DT_BF16),
+        wq: pypto.Tensor([H, Q], pypto.DT_BF16),
         wk: pypto.Tensor([H, KV], pypto.DT_BF16),
         wv: pypto.Tensor([H, KV], pypto.DT_BF16),
         q_norm_weight: pypto.Tensor([1, D], pypto.DT_FP32),
         k_norm_weight: pypto.Tensor([1, D], pypto.DT_FP32),
-        wo: pypto.Tensor([H, H], pypto.DT_BF16),
+        wo: pypto.Tensor([Q, H], pypto.DT_BF16),
         w_gate: pypto.Tensor([H, I], pypto.DT_BF16),
         w_up: pypto.Tensor([H, I], pypto.DT_BF16),
         w_down: pypto.Tensor([I, H], pypto.DT_BF16),

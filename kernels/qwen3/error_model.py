@@ -81,7 +81,7 @@ def attention(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds
         profile,
         want_correlation=True,
     )
-    flat = estimate.reshape(dims.B, dims.H)
+    flat = estimate.reshape(dims.B, dims.NH * dims.D)
     return {"out": Bounds(flat.value, flat.variance, flat.worst, correlation=estimate.correlation)}
 
 
@@ -160,7 +160,7 @@ def _layer(
         dims.scale,
         profile,
         _new_rows(bounds.rounding(k_row, profile), bounds.rounding(v_row, profile), layout),
-    ).reshape(tokens, dims.H)
+    ).reshape(tokens, dims.NH * dims.D)
     residual = _output_projection(bounds.rounding(attn, profile), weights["wo"], hidden, profile)
     residual = bounds.optional_rounding(residual, profile, "residual", tie_prone=True)
     gate, up = bounds.norm_and_projections(

@@ -242,7 +242,7 @@ class LayerWeights:
     wv: Tensor  # [L*H, NKV*D] bf16
     q_norm_weight: Tensor  # [L, D] fp32
     k_norm_weight: Tensor  # [L, D] fp32
-    wo: Tensor  # [L*H, H] bf16
+    wo: Tensor  # [L*NH*D, H] bf16
     w_gate: Tensor  # [L*H, I] bf16
     w_up: Tensor  # [L*H, I] bf16
     w_down: Tensor  # [L*I, H] bf16
@@ -281,11 +281,11 @@ def before_attention(
 
     A valid shape of fewer rows than ``dims.B`` passes on to them.
     """
-    B, H, KV = dims.B, dims.H, dims.NKV * dims.D
+    B, H, Q, KV = dims.B, dims.H, dims.NH * dims.D, dims.NKV * dims.D
     set_vector_tiles(B, H)
     hidden = pypto.cast(hidden_states, pypto.DT_FP32)
     x = pypto.cast(rms_norm(hidden, layer_rows(weights.input_rms_weight, layer), dims.eps), pypto.DT_BF16)
-    set_cube_tiles(B, H, H)
+    set_cube_tiles(B, H, Q)
     q = pypto.matmul(x, layer_rows(weights.wq, layer, H), pypto.DT_FP32)
     set_cube_tiles(B, H, KV)
     k = pypto.matmul(x, layer_rows(weights.wk, layer, H), pypto.DT_FP32)
@@ -294,14 +294,14 @@ def before_attention(
 
 
 def after_attention(attended: Tensor, hidden_states: Tensor, weights: LayerWeights, dims: Dims, layer: Scalar = 0) -> Tensor:
-    """A layer from its output projection on: ``attended`` and ``hidden_states``, both ``[B, H]`` bf16, to the next ones, bf16.
+    """A layer from its output projection on: ``attended [B, NH*D]`` and ``hidden_states [B, H]`` bf16 to the next ones, bf16.
 
     A valid shape of fewer rows than ``dims.B`` passes on to it.
     """
-    B, H, I = dims.B, dims.H, dims.I  # noqa: E741  the contract's symbol
+    B, H, I, Q = dims.B, dims.H, dims.I, dims.NH * dims.D  # noqa: E741  the contract's symbol
     set_vector_tiles(B, H)
-    set_cube_tiles(B, H, H)
-    projected = pypto.matmul(attended, layer_rows(weights.wo, layer, H), pypto.DT_FP32)
+    set_cube_tiles(B, Q, H)
+    projected = pypto.matmul(attended, layer_rows(weights.wo, layer, Q), pypto.DT_FP32)
     residual = pypto.add(projected, pypto.cast(hidden_states, pypto.DT_FP32))
     y = pypto.cast(rms_norm(residual, layer_rows(weights.post_rms_weight, layer), dims.eps), pypto.DT_BF16)
     set_cube_tiles(B, H, I)
@@ -341,7 +341,7 @@ def decode_layer(
     write_current_rows(k, pypto.cast(v, pypto.DT_BF16), seq_lens, k_cache, v_cache, dims, layer)
 
     # Loops run after what stands before them, so every new row is in the cache when attention reads it.
-    attended = pypto.tensor([dims.B, dims.H], pypto.DT_BF16, "attended")
+    attended = pypto.tensor([dims.B, dims.NH * dims.D], pypto.DT_BF16, "attended")
     attend(q, seq_lens, k_cache, v_cache, attended, dims, layer)
     return after_attention(attended, hidden_states, weights, dims, layer)
 
@@ -472,7 +472,7 @@ def paged_decode_layer(
     reads.
     """
     q, k, v = before_attention(first_rows(hidden_states, batch, dims.B), weights, dims, layer)
-    set_vector_tiles(dims.B, dims.H)
+    set_vector_tiles(dims.B, dims.NH * dims.D)
     q, k = pypto.fillpad(q), pypto.fillpad(k)
     q = norm_heads(q, layer_rows(weights.q_norm_weight, layer), dims)
     k = norm_heads(k, layer_rows(weights.k_norm_weight, layer), dims)
@@ -484,9 +484,9 @@ def paged_decode_layer(
     write_slots(k, v, slot_mapping, batch, cache, dims, layer)
 
     # Loops run one after another, so every new row is in the cache when attention reads it.
-    attended = pypto.tensor([dims.B, dims.H], pypto.DT_BF16, "attended")
+    attended = pypto.tensor([dims.B, dims.NH * dims.D], pypto.DT_BF16, "attended")
     for b in pypto.loop(batch, name="SEQUENCE", idx_name="b"):
-        queried = pypto.view(q, [1, dims.H], [b, 0])
+        queried = pypto.view(q, [1, dims.NH * dims.D], [b, 0])
         pypto.assemble(attend_pages(queried, b, cache, dims, layer), [b, 0], attended)
     return after_attention(first_rows(attended, batch, dims.B), first_rows(hidden_states, batch, dims.B), weights, dims, layer)
 
@@ -620,7 +620,7 @@ def attend_tile(query: Tensor, tile: Tile, mask: Tensor, cache: PagedCache, dims
         attend_block(queries, keys, values, valid, maximum, total, weighted, many, visible)
 
     result = pypto.cast(pypto.div(weighted, total), pypto.DT_BF16)
-    attended = pypto.tensor([tokens, dims.H], pypto.DT_BF16, "attended")
+    attended = pypto.tensor([tokens, dims.NH * dims.D], pypto.DT_BF16, "attended")
     set_vector_tiles(tokens, dims.D)
     for head in range(dims.NH):
         pypto.assemble(pypto.view(result, [tokens, dims.D], [head * tokens, 0]), [0, head * dims.D], attended)

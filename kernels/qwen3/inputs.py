@@ -178,7 +178,7 @@ def attention(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source
     on_values = regime if regime in ("small", "outlier", "heavy_tail", "constant", "big") else "normal"
     k_cache = _history(source, "k_cache", dims, valid, 1.0, GARBAGE_KEY)
     v_cache = _history(source, "v_cache", dims, valid, 1.0, GARBAGE_VALUE, on_values)
-    q = source.normal("q", (dims.B, dims.H))
+    q = source.normal("q", (dims.B, dims.NH * dims.D))
     if regime == "big":
         q = q * 40
     elif regime in ("small", "heavy_tail", "mixed_rows"):
@@ -226,11 +226,12 @@ def _needle_positions(dims: Dims, seq_lens: tuple[int, ...], source: Source) -> 
 
 
 def o_proj(dims: Dims, seq_lens: tuple[int, ...], regime: str, source: Source) -> Inputs:
-    wo = _weight(source, "wo", dims.H, dims.H)
-    attn = _activations(source, "attn", (dims.B, dims.H), regime).to(BF16)
+    attended = dims.NH * dims.D
+    wo = _weight(source, "wo", attended, dims.H)
+    attn = _activations(source, "attn", (dims.B, attended), regime).to(BF16)
     residual = _activations(source, "residual", (dims.B, dims.H), regime).to(BF16)
     if regime == "cancel":
-        attn = source.grid("attn", (dims.B, dims.H), 1.0)
+        attn = source.grid("attn", (dims.B, attended), 1.0)
         residual = -EXACT.matmul(attn.double(), wo).to(BF16)
     return {"attn": attn, "wo": wo, "residual": residual}
 
@@ -262,7 +263,7 @@ def _layer_weights(dims: Dims, regime: str, source: Source) -> Inputs:
         "q_norm_weight": _norm_weight(source, "q_norm_weight", (L, D)),
         "k_norm_weight": _norm_weight(source, "k_norm_weight", (L, D)),
         # Attention averages values and so shrinks them; wo makes up for it.
-        "wo": _weight(source, "wo", H, H, 2 * small, L),
+        "wo": _weight(source, "wo", dims.NH * D, H, 2 * small, L),
         "w_gate": w_gate,
         "w_up": _weight(source, "w_up", H, dims.I, 1.0, L),
         "w_down": w_down,

@@ -19,16 +19,16 @@ def o_proj(dims: Dims) -> Any:
 
     from kernels.qwen3 import fragments
 
-    B, H = dims.B, dims.H
+    B, H, Q = dims.B, dims.H, dims.NH * dims.D
 
     @pypto.frontend.jit()
     def o_proj(
-        attn: pypto.Tensor([B, H], pypto.DT_BF16),
-        wo: pypto.Tensor([H, H], pypto.DT_BF16),
+        attn: pypto.Tensor([B, Q], pypto.DT_BF16),
+        wo: pypto.Tensor([Q, H], pypto.DT_BF16),
         residual: pypto.Tensor([B, H], pypto.DT_BF16),
         out: pypto.Tensor([B, H], pypto.DT_FP32),
     ):
-        fragments.set_cube_tiles(B, H, H)
+        fragments.set_cube_tiles(B, Q, H)
         fragments.set_vector_tiles(B, H)
         projected = pypto.matmul(attn, wo, pypto.DT_FP32)
         out[:] = pypto.add(projected, pypto.cast(residual, pypto.DT_FP32))

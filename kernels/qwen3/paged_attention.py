@@ -29,19 +29,19 @@ def paged_attention(dims: Dims) -> Any:
 
     from kernels.qwen3 import fragments
 
-    H, D, ROWS = dims.H, dims.D, dims.NB * dims.NKV * dims.BS
+    Q, D, ROWS = dims.NH * dims.D, dims.D, dims.NB * dims.NKV * dims.BS
 
     @pypto.frontend.jit()
     def paged_attention(
-        q: pypto.Tensor([pypto.DYNAMIC, H], pypto.DT_BF16),
+        q: pypto.Tensor([pypto.DYNAMIC, Q], pypto.DT_BF16),
         seq_lens: pypto.Tensor([pypto.DYNAMIC], pypto.DT_INT32),
         block_table: pypto.Tensor([pypto.DYNAMIC], pypto.DT_INT32),
         k_cache: pypto.Tensor([ROWS, D], pypto.DT_BF16),
         v_cache: pypto.Tensor([ROWS, D], pypto.DT_BF16),
-        out: pypto.Tensor([pypto.DYNAMIC, H], pypto.DT_BF16),
+        out: pypto.Tensor([pypto.DYNAMIC, Q], pypto.DT_BF16),
     ):
         cache = fragments.PagedCache(seq_lens, block_table, k_cache, v_cache)
         for b in pypto.loop(q.shape[0], name="SEQUENCE", idx_name="b"):
-            pypto.assemble(fragments.attend_pages(pypto.view(q, [1, H], [b, 0]), b, cache, dims), [b, 0], out)
+            pypto.assemble(fragments.attend_pages(pypto.view(q, [1, Q], [b, 0]), b, cache, dims), [b, 0], out)
 
     return paged_attention

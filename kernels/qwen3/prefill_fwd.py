@@ -33,18 +33,18 @@ def prefill_fwd(dims: Dims) -> Any:
     from kernels.qwen3 import fragments
 
     B, H, D, I, S, L, V = dims.B, dims.H, dims.D, dims.I, dims.S, dims.L, dims.V  # noqa: E741  the contract's symbol
-    KV, ROWS = dims.NKV * dims.D, dims.L * dims.NB * dims.NKV * dims.BS
+    Q, KV, ROWS = dims.NH * dims.D, dims.NKV * dims.D, dims.L * dims.NB * dims.NKV * dims.BS
 
     @pypto.frontend.jit()
     def prefill_fwd(
         hidden_states: pypto.Tensor([pypto.DYNAMIC, H], pypto.DT_BF16),
         input_rms_weight: pypto.Tensor([L, H], pypto.DT_FP32),
-        wq: pypto.Tensor([L * H, H], pypto.DT_BF16),
+        wq: pypto.Tensor([L * H, Q], pypto.DT_BF16),
         wk: pypto.Tensor([L * H, KV], pypto.DT_BF16),
         wv: pypto.Tensor([L * H, KV], pypto.DT_BF16),
         q_norm_weight: pypto.Tensor([L, D], pypto.DT_FP32),
         k_norm_weight: pypto.Tensor([L, D], pypto.DT_FP32),
-        wo: pypto.Tensor([L * H, H], pypto.DT_BF16),
+        wo: pypto.Tensor([L * Q, H], pypto.DT_BF16),
         w_gate: pypto.Tensor([L * H, I], pypto.DT_BF16),
         w_up: pypto.Tensor([L * H, I], pypto.DT_BF16),
         w_down: pypto.Tensor([L * I, H], pypto.DT_BF16),

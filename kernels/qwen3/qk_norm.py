@@ -20,15 +20,15 @@ def qk_norm(dims: Dims) -> Any:
 
     from kernels.qwen3 import fragments
 
-    B, H, D, KV = dims.B, dims.H, dims.D, dims.NKV * dims.D
+    B, D, Q, KV = dims.B, dims.D, dims.NH * dims.D, dims.NKV * dims.D
 
     @pypto.frontend.jit()
     def qk_norm(
-        q: pypto.Tensor([B, H], pypto.DT_FP32),
+        q: pypto.Tensor([B, Q], pypto.DT_FP32),
         k: pypto.Tensor([B, KV], pypto.DT_FP32),
         q_norm_weight: pypto.Tensor([1, D], pypto.DT_FP32),
         k_norm_weight: pypto.Tensor([1, D], pypto.DT_FP32),
-        q_out: pypto.Tensor([B, H], pypto.DT_FP32),
+        q_out: pypto.Tensor([B, Q], pypto.DT_FP32),
         k_out: pypto.Tensor([B, KV], pypto.DT_FP32),
     ):
         q_out[:] = fragments.norm_heads(q, q_norm_weight, dims)

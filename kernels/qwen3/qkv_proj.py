@@ -20,19 +20,19 @@ def qkv_proj(dims: Dims) -> Any:
 
     from kernels.qwen3 import fragments
 
-    B, H, KV = dims.B, dims.H, dims.NKV * dims.D
+    B, H, Q, KV = dims.B, dims.H, dims.NH * dims.D, dims.NKV * dims.D
 
     @pypto.frontend.jit()
     def qkv_proj(
         x: pypto.Tensor([B, H], pypto.DT_BF16),
-        wq: pypto.Tensor([H, H], pypto.DT_BF16),
+        wq: pypto.Tensor([H, Q], pypto.DT_BF16),
         wk: pypto.Tensor([H, KV], pypto.DT_BF16),
         wv: pypto.Tensor([H, KV], pypto.DT_BF16),
-        q: pypto.Tensor([B, H], pypto.DT_FP32),
+        q: pypto.Tensor([B, Q], pypto.DT_FP32),
         k: pypto.Tensor([B, KV], pypto.DT_FP32),
         v: pypto.Tensor([B, KV], pypto.DT_FP32),
     ):
-        fragments.set_cube_tiles(B, H, H)
+        fragments.set_cube_tiles(B, H, Q)
         q[:] = pypto.matmul(x, wq, pypto.DT_FP32)
         fragments.set_cube_tiles(B, H, KV)
         k[:] = pypto.matmul(x, wk, pypto.DT_FP32)

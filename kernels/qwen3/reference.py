@@ -104,7 +104,7 @@ def attend(q: Tensor, layout: Layout, k_cache: Tensor, v_cache: Tensor, *, dims:
             exponentials = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
             denominator = a.unrounded(exponentials.sum(-1, keepdim=True), "softmax denominator")
             weights = a.optional(exponentials / denominator, "probabilities", sequence=b)
-            rows[token] = (weights @ values[:, :length]).reshape(dims.H)
+            rows[token] = (weights @ values[:, :length]).flatten()
     return a.round(torch.stack(rows), "attention")
 
 

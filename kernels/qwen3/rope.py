@@ -20,16 +20,16 @@ def rope(dims: Dims) -> Any:
 
     from kernels.qwen3 import fragments
 
-    B, H, D, S, KV = dims.B, dims.H, dims.D, dims.S, dims.NKV * dims.D
+    B, D, S, Q, KV = dims.B, dims.D, dims.S, dims.NH * dims.D, dims.NKV * dims.D
 
     @pypto.frontend.jit()
     def rope(
-        q: pypto.Tensor([B, H], pypto.DT_FP32),
+        q: pypto.Tensor([B, Q], pypto.DT_FP32),
         k: pypto.Tensor([B, KV], pypto.DT_FP32),
         seq_lens: pypto.Tensor([B], pypto.DT_INT32),
         rope_cos: pypto.Tensor([S, D], pypto.DT_FP32),
         rope_sin: pypto.Tensor([S, D], pypto.DT_FP32),
-        q_out: pypto.Tensor([B, H], pypto.DT_BF16),
+        q_out: pypto.Tensor([B, Q], pypto.DT_BF16),
         k_out: pypto.Tensor([B, KV], pypto.DT_BF16),
     ):
         cos, sin = fragments.rope_rows(rope_cos, rope_sin, seq_lens, dims)

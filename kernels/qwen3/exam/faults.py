@@ -128,7 +128,7 @@ def q_weight_for_k(fragments: Any) -> None:
     right, of_queries = fragments.norm_heads, [None]
 
     def norm_heads(x: Tensor, weight: Tensor, dims: Dims) -> Tensor:
-        if x.shape[1] == dims.H:
+        if x.shape[1] == dims.NH * dims.D:
             of_queries[0] = weight
         return right(x, of_queries[0], dims)
 
@@ -141,7 +141,7 @@ def q_norm_missing(fragments: Any) -> None:
     right = fragments.norm_heads
 
     def norm_heads(x: Tensor, weight: Tensor, dims: Dims) -> Tensor:
-        return x if x.shape[1] == dims.H else right(x, weight, dims)
+        return x if x.shape[1] == dims.NH * dims.D else right(x, weight, dims)
 
     fragments.norm_heads = norm_heads
 
@@ -152,7 +152,7 @@ def k_norm_missing(fragments: Any) -> None:
     right = fragments.norm_heads
 
     def norm_heads(x: Tensor, weight: Tensor, dims: Dims) -> Tensor:
-        return right(x, weight, dims) if x.shape[1] == dims.H else x
+        return right(x, weight, dims) if x.shape[1] == dims.NH * dims.D else x
 
     fragments.norm_heads = norm_heads
 
@@ -227,7 +227,7 @@ def k_not_rotated(fragments: Any) -> None:
     pypto, right = fragments.pypto, fragments.rotate
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor, dims: Dims) -> Tensor:
-        if x.shape[1] == dims.H:
+        if x.shape[1] == dims.NH * dims.D:
             return right(x, cos, sin, dims)
         fragments.set_vector_tiles(dims.B, x.shape[1])
         return pypto.cast(x, pypto.DT_BF16)
@@ -600,7 +600,7 @@ def k_and_v_exchanged(
 def _project(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims, product: Any) -> None:
     """The right output projection but for its ``product(attn, wo)``."""
     pypto = fragments.pypto
-    fragments.set_cube_tiles(dims.B, dims.H, dims.H)
+    fragments.set_cube_tiles(dims.B, dims.NH * dims.D, dims.H)
     fragments.set_vector_tiles(dims.B, dims.H)
     out[:] = pypto.add(product(attn, wo), pypto.cast(residual, pypto.DT_FP32))
 
@@ -615,14 +615,14 @@ def weight_transposed(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor
 @exam.computes("o_proj", kind="precision", name="bf16_accumulation")
 def bf16_sums(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """The sum over K is kept in bf16 from tile to tile."""
-    tiles = list(range(dims.H // 32))
+    tiles = list(range(dims.NH * dims.D // 32))
     _project(fragments, attn, wo, residual, out, dims, lambda a, w: _by_k_tiles(fragments, a, w, tiles, _in_bf16(fragments)))
 
 
 @exam.computes("o_proj", kind="value")
 def last_k_tile_missing(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """The last 32 of the products over K are left out."""
-    tiles = list(range(dims.H // 32 - 1))
+    tiles = list(range(dims.NH * dims.D // 32 - 1))
     _project(fragments, attn, wo, residual, out, dims, lambda a, w: _by_k_tiles(fragments, a, w, tiles))
 
 
@@ -630,7 +630,7 @@ def last_k_tile_missing(fragments: Any, attn: Tensor, wo: Tensor, residual: Tens
 def bf16_result(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """The sum with the residual is rounded to bf16, as if the residual stream were."""
     pypto = fragments.pypto
-    fragments.set_cube_tiles(dims.B, dims.H, dims.H)
+    fragments.set_cube_tiles(dims.B, dims.NH * dims.D, dims.H)
     fragments.set_vector_tiles(dims.B, dims.H)
     summed = pypto.add(pypto.matmul(attn, wo, pypto.DT_FP32), pypto.cast(residual, pypto.DT_FP32))
     out[:] = _in_bf16(fragments)(summed)
@@ -640,7 +640,7 @@ def bf16_result(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out:
 def residual_missing(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """The residual is not added."""
     pypto = fragments.pypto
-    fragments.set_cube_tiles(dims.B, dims.H, dims.H)
+    fragments.set_cube_tiles(dims.B, dims.NH * dims.D, dims.H)
     out[:] = pypto.matmul(attn, wo, pypto.DT_FP32)
 
 
@@ -648,7 +648,7 @@ def residual_missing(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor,
 def column_tile_unwritten(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """The last 16 columns are not written."""
     pypto, used = fragments.pypto, dims.H - 16
-    fragments.set_cube_tiles(dims.B, dims.H, dims.H)
+    fragments.set_cube_tiles(dims.B, dims.NH * dims.D, dims.H)
     fragments.set_vector_tiles(dims.B, dims.H)
     summed = pypto.add(pypto.matmul(attn, wo, pypto.DT_FP32), pypto.cast(residual, pypto.DT_FP32))
     pypto.assemble(pypto.view(summed, [dims.B, used], [0, 0]), [0, 0], out)
@@ -949,7 +949,7 @@ def _attend_in_turn(fragments: Any, q: Tensor, cache: Any, out: Tensor, dims: Di
     """The right attention of so many sequences."""
     pypto = fragments.pypto
     for b in pypto.loop(sequences, name="SEQUENCE", idx_name="b"):
-        queried = pypto.view(q, [1, dims.H], [b, 0])
+        queried = pypto.view(q, [1, dims.NH * dims.D], [b, 0])
         pypto.assemble(fragments.attend_pages(queried, b, cache, dims), [b, 0], out)
 
 
@@ -973,12 +973,12 @@ def padding_not_cleared(fragments: Any, x: Tensor, weight: Tensor, out: Tensor, 
 @exam.computes("o_proj", kind="unwritten", lane="compile_only", name="padding_not_cleared")
 def k_not_cleared(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """K is padded to twice its depth, and nothing clears the activations' padding."""
-    pypto = fragments.pypto
-    fragments.set_vector_tiles(2 * dims.H, dims.H)
-    padded = pypto.tensor([dims.B, 2 * dims.H], pypto.DT_BF16, "padded")
+    pypto, depth = fragments.pypto, 2 * dims.NH * dims.D
+    fragments.set_vector_tiles(depth, dims.H)
+    padded = pypto.tensor([dims.B, depth], pypto.DT_BF16, "padded")
     pypto.assemble(pypto.mul(attn, 1.0), [0, 0], padded)
     deep = pypto.concat([wo, wo], 0)
-    fragments.set_cube_tiles(dims.B, 2 * dims.H, dims.H)
+    fragments.set_cube_tiles(dims.B, depth, dims.H)
     product = pypto.matmul(padded, deep, pypto.DT_FP32)
     fragments.set_vector_tiles(dims.B, dims.H)
     out[:] = pypto.add(product, pypto.cast(residual, pypto.DT_FP32))
@@ -992,7 +992,7 @@ def accumulator_half_cleared(fragments: Any, attn: Tensor, wo: Tensor, residual:
     fragments.set_vector_tiles(dims.B, dims.H)
     total = pypto.tensor([dims.B, dims.H], pypto.DT_FP32, "total")
     pypto.assemble(pypto.full([dims.B, dims.H // 2], 0.0, pypto.DT_FP32), [0, 0], total)
-    for tile in pypto.loop(dims.H // depth, name="DEPTH", idx_name="tile"):
+    for tile in pypto.loop(dims.NH * dims.D // depth, name="DEPTH", idx_name="tile"):
         part = pypto.view(attn, [dims.B, depth], [0, tile * depth])
         total[:] = pypto.add(total, pypto.matmul(part, pypto.view(wo, [depth, dims.H], [tile * depth, 0]), pypto.DT_FP32))
     out[:] = pypto.add(total, pypto.cast(residual, pypto.DT_FP32))

@@ -23,7 +23,7 @@ def _program(dims: Dims, fault: str) -> Any:
     from kernels.qwen3 import fragments
 
     B, H, D, I, S, L = dims.B, dims.H, dims.D, dims.I, dims.S, dims.L  # noqa: E741  the contract's symbol
-    NKV, KV = dims.NKV, dims.NKV * dims.D
+    NKV, Q, KV = dims.NKV, dims.NH * dims.D, dims.NKV * dims.D
     trips = max(L - 1, 1) if fault == "last_layer_dropped" else L
 
     # PyPTO parses the text below and decides the comparisons with `fault` while it traces: one branch is left of each.
@@ -31,12 +31,12 @@ def _program(dims: Dims, fault: str) -> Any:
     def decode_fwd_layers(
         hidden_states: pypto.Tensor([B, H], pypto.DT_BF16),
         input_rms_weight: pypto.Tensor([L, H], pypto.DT_FP32),
-        wq: pypto.Tensor([L * H, H], pypto.DT_BF16),
+        wq: pypto.Tensor([L * H, Q], pypto.DT_BF16),
         wk: pypto.Tensor([L * H, KV], pypto.DT_BF16),
         wv: pypto.Tensor([L * H, KV], pypto.DT_BF16),
         q_norm_weight: pypto.Tensor([L, D], pypto.DT_FP32),
         k_norm_weight: pypto.Tensor([L, D], pypto.DT_FP32),
-        wo: pypto.Tensor([L * H, H], pypto.DT_BF16),
+        wo: pypto.Tensor([L * Q, H], pypto.DT_BF16),
         w_gate: pypto.Tensor([L * H, I], pypto.DT_BF16),
         w_up: pypto.Tensor([L * H, I], pypto.DT_BF16),
         w_down: pypto.Tensor([L * I, H], pypto.DT_BF16),

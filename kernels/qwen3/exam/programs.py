@@ -36,15 +36,15 @@ def qkv_proj(dims: Dims) -> Any:
 
     from kernels.qwen3 import fragments
 
-    B, H, KV = dims.B, dims.H, dims.NKV * dims.D
+    B, H, Q, KV = dims.B, dims.H, dims.NH * dims.D, dims.NKV * dims.D
 
     @pypto.frontend.jit()
     def qkv_proj(
         x: pypto.Tensor([B, H], pypto.DT_BF16),
-        wq: pypto.Tensor([H, H], pypto.DT_BF16),
+        wq: pypto.Tensor([H, Q], pypto.DT_BF16),
         wk: pypto.Tensor([H, KV], pypto.DT_BF16),
         wv: pypto.Tensor([H, KV], pypto.DT_BF16),
-        q: pypto.Tensor([B, H], pypto.DT_FP32),
+        q: pypto.Tensor([B, Q], pypto.DT_FP32),
         k: pypto.Tensor([B, KV], pypto.DT_FP32),
         v: pypto.Tensor([B, KV], pypto.DT_FP32),
     ):
@@ -82,12 +82,12 @@ def o_proj(dims: Dims) -> Any:
 
     from kernels.qwen3 import fragments
 
-    B, H = dims.B, dims.H
+    B, H, Q = dims.B, dims.H, dims.NH * dims.D
 
     @pypto.frontend.jit()
     def o_proj(
-        attn: pypto.Tensor([B, H], pypto.DT_BF16),
-        wo: pypto.Tensor([H, H], pypto.DT_BF16),
+        attn: pypto.Tensor([B, Q], pypto.DT_BF16),
+        wo: pypto.Tensor([Q, H], pypto.DT_BF16),
         residual: pypto.Tensor([B, H], pypto.DT_BF16),
         out: pypto.Tensor([B, H], pypto.DT_FP32),
     ):
@@ -125,16 +125,16 @@ def paged_attention(dims: Dims) -> Any:
 
     from kernels.qwen3 import fragments
 
-    H, D, ROWS = dims.H, dims.D, dims.NB * dims.NKV * dims.BS
+    Q, D, ROWS = dims.NH * dims.D, dims.D, dims.NB * dims.NKV * dims.BS
 
     @pypto.frontend.jit()
     def paged_attention(
-        q: pypto.Tensor([pypto.DYNAMIC, H], pypto.DT_BF16),
+        q: pypto.Tensor([pypto.DYNAMIC, Q], pypto.DT_BF16),
         seq_lens: pypto.Tensor([pypto.DYNAMIC], pypto.DT_INT32),
         block_table: pypto.Tensor([pypto.DYNAMIC], pypto.DT_INT32),
         k_cache: pypto.Tensor([ROWS, D], pypto.DT_BF16),
         v_cache: pypto.Tensor([ROWS, D], pypto.DT_BF16),
-        out: pypto.Tensor([pypto.DYNAMIC, H], pypto.DT_BF16),
+        out: pypto.Tensor([pypto.DYNAMIC, Q], pypto.DT_BF16),
     ):
         fragments.compute(q, fragments.PagedCache(seq_lens, block_table, k_cache, v_cache), out, dims)
 

@@ -118,7 +118,7 @@ def deferred_input_norm(fragments: Any) -> None:
         mean_square = pypto.sum(pypto.mul(pypto.mul(x, x), 1.0 / dims.H), -1, True)
         root = pypto.sqrt(pypto.add(mean_square, dims.eps))
         weighted = pypto.cast(pypto.mul(x, fragments.layer_rows(weights.input_rms_weight, layer)), pypto.DT_BF16)
-        fragments.set_cube_tiles(dims.B, dims.H, dims.H)
+        fragments.set_cube_tiles(dims.B, dims.H, dims.NH * dims.D)
         q, k, v = (
             pypto.div(pypto.matmul(weighted, fragments.layer_rows(weight, layer, dims.H), pypto.DT_FP32), root)
             for weight in (weights.wq, weights.wk, weights.wv)
@@ -299,7 +299,7 @@ def k_in_four_parts(
 def k_in_eight_parts(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """The product is the sum of eight, added to the residual at the end."""
     pypto = fragments.pypto
-    fragments.set_cube_tiles(dims.B, dims.H, dims.H)
+    fragments.set_cube_tiles(dims.B, dims.NH * dims.D, dims.H)
     fragments.set_vector_tiles(dims.B, dims.H)
     out[:] = pypto.add(pypto.cast(residual, pypto.DT_FP32), _by_k_parts(fragments, attn, wo, 8))
 
@@ -308,7 +308,7 @@ def k_in_eight_parts(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor,
 def branch_rounded(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """The product is rounded to bf16 before the residual is added."""
     pypto = fragments.pypto
-    fragments.set_cube_tiles(dims.B, dims.H, dims.H)
+    fragments.set_cube_tiles(dims.B, dims.NH * dims.D, dims.H)
     fragments.set_vector_tiles(dims.B, dims.H)
     product = pypto.matmul(attn, wo, pypto.DT_BF16)
     out[:] = pypto.add(pypto.cast(product, pypto.DT_FP32), pypto.cast(residual, pypto.DT_FP32))
@@ -318,10 +318,10 @@ def branch_rounded(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, o
 def column_by_column(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """A loop makes 64 columns of the result a trip."""
     pypto = fragments.pypto
-    fragments.set_cube_tiles(dims.B, dims.H, 64)
+    fragments.set_cube_tiles(dims.B, dims.NH * dims.D, 64)
     fragments.set_vector_tiles(dims.B, 64)
     for tile in pypto.loop(dims.H // 64, name="COLUMNS", idx_name="tile"):
-        product = pypto.matmul(attn, pypto.view(wo, [dims.H, 64], [0, tile * 64]), pypto.DT_FP32)
+        product = pypto.matmul(attn, pypto.view(wo, [dims.NH * dims.D, 64], [0, tile * 64]), pypto.DT_FP32)
         carried = pypto.cast(pypto.view(residual, [dims.B, 64], [0, tile * 64]), pypto.DT_FP32)
         pypto.assemble(pypto.add(product, carried), [0, tile * 64], out)
 
@@ -404,10 +404,10 @@ def roundings_of_hugging_face(fragments: Any) -> None:
         return right_gated(_rounded(fragments, gate), _rounded(fragments, up))
 
     def after_attention(attended: Tensor, hidden_states: Tensor, weights: Any, dims: Dims, layer: Scalar = 0) -> Tensor:
-        B, H, I = dims.B, dims.H, dims.I  # noqa: E741  the contract's symbol
+        B, H, I, Q = dims.B, dims.H, dims.I, dims.NH * dims.D  # noqa: E741  the contract's symbol
         fragments.set_vector_tiles(B, H)
-        fragments.set_cube_tiles(B, H, H)
-        projected = pypto.matmul(attended, fragments.layer_rows(weights.wo, layer, H), pypto.DT_FP32)
+        fragments.set_cube_tiles(B, Q, H)
+        projected = pypto.matmul(attended, fragments.layer_rows(weights.wo, layer, Q), pypto.DT_FP32)
         hidden = pypto.cast(hidden_states, pypto.DT_FP32)
         residual = _rounded(fragments, pypto.add(_rounded(fragments, projected), hidden))
         weight = fragments.layer_rows(weights.post_rms_weight, layer)
