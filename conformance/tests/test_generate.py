@@ -33,8 +33,8 @@ NEW = 16
 #: Three prompts: one token alone, one that ends with a page of four, one over several pages.
 PROMPTS = [[7], [1, 2, 3, 4], [20, 3, 21, 3, 90, 17, 44, 20, 3, 21, 11]]
 SMALL = Qwen3Dims(B=3, NH=4, NKV=2, D=16, I=64, V=96, L=3, S=40, BS=4, NB=1)
-#: An odd number of heads of which five share one KV head, and a context that no page divides.
-ODD = Qwen3Dims(B=3, NH=15, NKV=3, D=8, I=100, V=250, L=2, S=38, BS=8, NB=1, eps=1e-5, theta=1e4)
+#: An odd number of heads of which five share one KV head, a hidden size below NH * D, and a context that no page divides.
+ODD = Qwen3Dims(B=3, NH=15, NKV=3, D=8, H=72, I=100, V=250, L=2, S=38, BS=8, NB=1, eps=1e-5, theta=1e4)
 
 
 def opened(folder: Path, dims: Dims, *, exact: bool, pages: int | None = None) -> Model:
@@ -427,7 +427,7 @@ def test_a_kernel_of_the_users_takes_the_place_of_the_contract(folder: Path, ker
 
 def test_the_bundled_pypto_kernels_give_the_references_tokens(folder: Path) -> None:
     """Every driver through PyPTO's interpreter. The margins of this seed are all beyond the error bound: nothing can be a tie."""
-    random_checkpoint(folder / "two_layers", SMALL.replace(L=2), seed=6)
+    random_checkpoint(folder / "two_layers", SMALL.replace(L=2, H=48), seed=6)
     arguments = ["--checkpoint", "two_layers", "--page-size", "4", "--prompt", "7", "--prompt", "1,2,3,4,5", "--new", "3"]
     done = CliRunner().invoke(main, [*arguments, "--driver", "all", "--executor", "interpret", "--prefill-chunk", "4"])
     assert done.exit_code == 0, done.output

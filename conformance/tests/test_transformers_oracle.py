@@ -38,8 +38,8 @@ BS, S = 8, 40
 
 _COMMON = {"B": len(PROMPTS), "S": S, "BS": BS, "NB": 1}
 GEOMETRIES = {
-    "two_heads_share": Qwen3Dims(NH=4, NKV=2, D=64, I=96, V=300, L=2, **_COMMON),
-    "odd_heads": Qwen3Dims(NH=15, NKV=3, D=16, I=200, V=250, L=3, eps=1e-5, **_COMMON),
+    "as_0_6b": Qwen3Dims(NH=4, NKV=2, D=64, H=128, I=384, V=300, L=2, **_COMMON),
+    "odd_heads": Qwen3Dims(NH=15, NKV=3, D=16, H=144, I=200, V=250, L=3, eps=1e-5, **_COMMON),
     "all_share": Qwen3Dims(NH=5, NKV=1, D=16, I=100, V=130, L=4, theta=1e4, **_COMMON),
 }
 

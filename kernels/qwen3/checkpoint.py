@@ -35,6 +35,7 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 
 #: The contract's symbols for the sizes in a configuration.
 _SIZES = {
+    "H": "hidden_size",
     "NH": "num_attention_heads",
     "NKV": "num_key_value_heads",
     "D": "head_dim",
@@ -62,7 +63,7 @@ def layer_tensors(dims: Dims) -> dict[str, tuple[str, tuple[int, ...]]]:
         "wv": ("self_attn.v_proj.weight", (dims.NKV * D, H)),
         "q_norm_weight": ("self_attn.q_norm.weight", (D,)),
         "k_norm_weight": ("self_attn.k_norm.weight", (D,)),
-        "wo": ("self_attn.o_proj.weight", (H, H)),
+        "wo": ("self_attn.o_proj.weight", (H, dims.NH * D)),
         "w_gate": ("mlp.gate_proj.weight", (I, H)),
         "w_up": ("mlp.up_proj.weight", (I, H)),
         "w_down": ("mlp.down_proj.weight", (H, I)),
@@ -218,7 +219,7 @@ def _dims_of(path: Path) -> tuple[Dims, bool]:
         raise UsageError(f"{path}: expected an object as rope_parameters, found {rope!r}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     sizes = {symbol: number(key) for symbol, key in _SIZES.items()}
-    H, NH, D, layer_types = number("hidden_size"), sizes["NH"], sizes["D"], config.get("layer_types")
+    layer_types = config.get("layer_types")
     beyond_the_contract = {
         "rope scaling": (rope_type, rope_type == "default"),
         "attention_bias": (config.get("attention_bias"), not config.get("attention_bias")),
@@ -230,9 +231,6 @@ def _dims_of(path: Path) -> tuple[Dims, bool]:
     for key, (value, expressible) in beyond_the_contract.items():
         if not expressible:
             raise UsageError(f"{path}: the contract has no place for {key}, found {value!r}; use a checkpoint without it")
-    if H != NH * D:
-        product = f"num_attention_heads * head_dim = {NH} * {D} = {NH * D}"
-        raise UsageError(f"{path}: the contract's hidden size is {product}, found hidden_size {H}; such a model does not fit")
     theta = number("rope_theta", rope if "rope_theta" in rope else config, whole=False)
     eps = number("rms_norm_eps", whole=False)
     try:

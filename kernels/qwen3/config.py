@@ -1,9 +1,12 @@
 """The axes of Qwen3 models, and the dimensions of some.
 
-``qwen3_14b`` is the public Qwen3-14B configuration; ``tiny`` is small enough for an interpreter; ``awkward`` has an odd number
-of heads of which five share one KV head, as there, a small head, lengths no page divides, and a hidden size, an intermediate size
-and a vocabulary that no tile divides. Its ``G`` is not its ``NKV``: in ``tiny`` they are equal, and a kernel that takes KV head
-``h // NKV`` for ``h // G`` is right there. ``B``, ``L``, ``NB`` and ``T`` are upper limits: a case draws them.
+``qwen3_*`` are the published dense models, from their public configurations; ``tiny`` is small enough for an interpreter. So are
+``narrow`` and ``awkward``: an odd number of heads of which five share one KV head, as in Qwen3-14B, a small head, lengths no page
+divides, and a hidden size, an intermediate size and a vocabulary that no tile divides. Their ``G`` is not their ``NKV``: in
+``tiny`` they are equal, and a kernel that takes KV head ``h // NKV`` for ``h // G`` is right there. ``narrow`` differs from
+``awkward`` in its hidden size, which is not ``NH * D`` but less, as in Qwen3-0.6B, 4B and 32B.
+
+``B``, ``L``, ``NB`` and ``T`` are upper limits: a case draws them.
 """
 
 from __future__ import annotations
@@ -77,8 +80,23 @@ class Qwen3Dims(Dims):
         return super().replace(**changes)
 
 
+
+def _published(*, H: int, NH: int, I: int, L: int) -> Qwen3Dims:  # noqa: E741  the contract's symbol
+    """A published model, served in pages of 128 tokens: what all sizes have in common is here."""
+    return Qwen3Dims(B=16, NH=NH, NKV=8, D=128, H=H, I=I, V=151936, L=L, S=4096, BS=128, NB=520, T=256)
+
+
 TINY = Qwen3Dims(B=16, NH=4, NKV=2, D=64, I=512, V=512, L=8, S=128, BS=16, NB=136, T=64)
 AWKWARD = Qwen3Dims(B=16, NH=15, NKV=3, D=16, I=360, V=500, L=3, S=76, BS=8, NB=168, T=40)
-QWEN3_14B = Qwen3Dims(B=16, NH=40, NKV=8, D=128, I=17408, V=151936, L=40, S=4096, BS=128, NB=520, T=256)
 
-PRESETS: dict[str, Qwen3Dims] = {"tiny": TINY, "awkward": AWKWARD, "qwen3_14b": QWEN3_14B}
+PRESETS: dict[str, Qwen3Dims] = {
+    "tiny": TINY,
+    "narrow": AWKWARD.replace(H=144),
+    "awkward": AWKWARD,
+    "qwen3_0_6b": _published(H=1024, NH=16, I=3072, L=28),
+    "qwen3_1_7b": _published(H=2048, NH=16, I=6144, L=28),
+    "qwen3_4b": _published(H=2560, NH=32, I=9728, L=36),
+    "qwen3_8b": _published(H=4096, NH=32, I=12288, L=36),
+    "qwen3_14b": _published(H=5120, NH=40, I=17408, L=40),
+    "qwen3_32b": _published(H=5120, NH=64, I=25600, L=64),
+}
