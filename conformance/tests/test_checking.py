@@ -188,7 +188,7 @@ def test_seeds_that_make_no_sense_are_refused(seed: object) -> None:
     ("keywords", "message"),
     [
         ({"stage": "rmsnorm"}, "unknown stage 'rmsnorm'; known are rms_norm, qkv_proj"),
-        ({"dims": "huge"}, "unknown preset 'huge'; known are tiny, awkward, qwen3_14b"),
+        ({"dims": "huge"}, "unknown preset 'huge'; known are tiny, narrow, awkward, qwen3_0_6b, qwen3_1_7b"),
         ({"dims": {"Q": 3}}, "unknown dimension 'Q'; known are B"),
         ({"dims": {"B": 0}}, "dimension B must be a positive whole number, found 0"),
         ({"dims": ["B", 3]}, "dims is a preset's name or a dict such as {'B': 3, 'S': 64}, found ['B', 3]"),

@@ -309,7 +309,7 @@ class PagedCache(RuleBasedStateMachine):
         sequences = list(self.history)
         dims = DIMS.replace(B=len(sequences))
         inputs = {
-            "q": Source("paged_cache").normal(f"q/{self.steps}", (dims.B, dims.H)).to(BF16),
+            "q": Source("paged_cache").normal(f"q/{self.steps}", (dims.B, dims.NH * dims.D)).to(BF16),
             "seq_lens": torch.tensor([self.pool.length(sequence) for sequence in sequences], dtype=torch.int32),
             "block_table": self.pool.block_table(sequences, dims.MB),
             **self.caches,

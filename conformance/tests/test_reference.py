@@ -37,7 +37,7 @@ def rotated(x: Tensor, positions: Tensor, dims: conformance.Dims) -> Tensor:
     return torch.cat([turned.real, turned.imag], -1)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "awkward"])
+@pytest.mark.parametrize("preset", ["tiny", "narrow"])
 @pytest.mark.parametrize("regime", ["normal", "small", "outlier"])
 def test_rms_norm(preset: str, regime: str) -> None:
     case = case_of(f"rms_norm:{preset}:B=5:{regime}:1")
@@ -46,26 +46,26 @@ def test_rms_norm(preset: str, regime: str) -> None:
 
 
 def test_qkv_proj_and_o_proj_and_mlp() -> None:
-    case = case_of("qkv_proj:awkward:B=3:normal:1")
+    case = case_of("qkv_proj:narrow:B=3:normal:1")
     for name in ("q", "k", "v"):
         assert_same(exact(case)[name], F.linear(case.inputs["x"].double(), case.inputs["w" + name].double().T))
-    case = case_of("o_proj:awkward:B=3:normal:1")
+    case = case_of("o_proj:narrow:B=3:normal:1")
     attn, wo, residual = (case.inputs[name].double() for name in ("attn", "wo", "residual"))
     assert_same(exact(case)["out"], F.linear(attn, wo.T) + residual)
-    case = case_of("mlp:awkward:B=3:normal:1")
+    case = case_of("mlp:narrow:B=3:normal:1")
     x, gate, up, down = (case.inputs[name].double() for name in ("x", "w_gate", "w_up", "w_down"))
     assert_same(exact(case)["out"], F.linear(F.silu(x @ gate) * (x @ up), down.T))
 
 
 def test_qk_norm() -> None:
-    case = case_of("qk_norm:awkward:B=3:heavy_tail:1")
+    case = case_of("qk_norm:narrow:B=3:heavy_tail:1")
     for name in ("q", "k"):
         heads = case.inputs[name].double().reshape(case.dims.B, -1, case.dims.D)
         expected = F.rms_norm(heads, (case.dims.D,), case.inputs[f"{name}_norm_weight"][0].double(), case.dims.eps)
         assert_same(exact(case)[f"{name}_out"], expected.flatten(1))
 
 
-@pytest.mark.parametrize("preset", ["tiny", "awkward"])
+@pytest.mark.parametrize("preset", ["tiny", "narrow"])
 def test_rope(preset: str) -> None:
     case = case_of(f"rope:{preset}:B=4,seq_lens=1+2+17+76:normal:1")
     for name in ("q", "k"):
@@ -76,7 +76,7 @@ def test_rope(preset: str) -> None:
 
 
 def test_kv_write_writes_the_slots_and_nothing_else() -> None:
-    case = case_of("kv_write:awkward:B=3,NB=14,seq_lens=8+9+76:normal:1")
+    case = case_of("kv_write:narrow:B=3,NB=14,seq_lens=8+9+76:normal:1")
     dims = case.dims
     results = case.stage.reference(case.inputs, dims, CONTRACT)
     for name in ("k", "v"):
@@ -90,7 +90,7 @@ def test_kv_write_writes_the_slots_and_nothing_else() -> None:
 @pytest.mark.parametrize("regime", ["normal", "needle", "big", "length_one"])
 def test_attention(regime: str) -> None:
     lengths = "1+1+1" if regime == "length_one" else "1+17+76"
-    case = case_of(f"attention:awkward:B=3,seq_lens={lengths}:{regime}:1")
+    case = case_of(f"attention:narrow:B=3,seq_lens={lengths}:{regime}:1")
     assert_same(exact(case)["out"], attention(case))
 
 
@@ -99,11 +99,11 @@ def attention(case: Case) -> Tensor:
     keys, values = (case.inputs[f"{name}_cache"].double().view(dims.B, dims.NKV, dims.S, dims.D) for name in ("k", "v"))
     query = case.inputs["q"].double().view(dims.B, dims.NH, 1, dims.D)
     seen = torch.arange(dims.S) < case.inputs["seq_lens"].view(-1, 1, 1, 1)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=True).reshape(dims.B, dims.H)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=True).reshape(dims.B, dims.NH * dims.D)
 
 
 @pytest.mark.parametrize(
-    "text", ["decode_layer:tiny:B=3,seq_lens=1+17+128:normal:1", "decode_fwd_layers:awkward:B=2,L=3,seq_lens=9+76:normal:1"]
+    "text", ["decode_layer:tiny:B=3,seq_lens=1+17+128:normal:1", "decode_fwd_layers:narrow:B=2,L=3,seq_lens=9+76:normal:1"]
 )
 def test_layers(text: str) -> None:
     case = case_of(text)
@@ -124,7 +124,7 @@ def test_layers(text: str) -> None:
         attended = F.scaled_dot_product_attention(
             q.unsqueeze(2), caches[0][layer], caches[1][layer], attn_mask=seen, enable_gqa=True
         )
-        hidden = attended.reshape(dims.B, dims.H) @ weight["wo"] + hidden
+        hidden = attended.reshape(dims.B, dims.NH * dims.D) @ weight["wo"] + hidden
         y = F.rms_norm(hidden, (dims.H,), weight["post_rms_weight"][0], dims.eps)
         hidden = F.silu(y @ weight["w_gate"]) * (y @ weight["w_up"]) @ weight["w_down"] + hidden
     found = exact(case)
@@ -151,7 +151,7 @@ def gathered(case: Case, name: str, layer: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("regime", ["normal", "needle", "big"])
-@pytest.mark.parametrize("preset", ["tiny", "awkward"])
+@pytest.mark.parametrize("preset", ["tiny", "narrow"])
 def test_paged_attention(preset: str, regime: str) -> None:
     case = case_of(f"paged_attention:{preset}:B=4,NB=30,seq_lens=1+16+17+76:{regime}:1")
     dims = case.dims
@@ -159,11 +159,11 @@ def test_paged_attention(preset: str, regime: str) -> None:
     seen = torch.arange(dims.MB * dims.BS) < case.inputs["seq_lens"].view(-1, 1, 1, 1)
     keys, values = gathered(case, "k_cache"), gathered(case, "v_cache")
     expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=True)
-    assert_same(exact(case)["out"], expected.reshape(dims.B, dims.H))
+    assert_same(exact(case)["out"], expected.reshape(dims.B, dims.NH * dims.D))
 
 
 @pytest.mark.parametrize("regime", ["normal", "small"])
-@pytest.mark.parametrize("preset", ["tiny", "awkward"])
+@pytest.mark.parametrize("preset", ["tiny", "narrow"])
 def test_lm_head(preset: str, regime: str) -> None:
     case = case_of(f"lm_head:{preset}:B=3:{regime}:1")
     assert_same(exact(case)["logits"], head_of(case, case.inputs["hidden"].double()))
@@ -176,7 +176,7 @@ def head_of(case: Case, hidden: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("regime", ["normal", "ties", "near_ties", "edges", "negative", "big", "constant"])
 def test_greedy_sample(regime: str) -> None:
-    case = case_of(f"greedy_sample:awkward:B=6:{regime}:1")
+    case = case_of(f"greedy_sample:narrow:B=6:{regime}:1")
     logits = case.inputs["logits"]
     lowest = [row.index(max(row)) for row in logits.tolist()]  # the first of equals
     assert exact(case)["token_ids"].tolist() == lowest == logits.numpy().argmax(-1).tolist()
@@ -203,9 +203,9 @@ def as_contiguous(case: Case) -> dict[str, Tensor]:
     ("text", "contiguous"),
     [
         ("paged_decode_layer:tiny:B=3,NB=12,seq_lens=1+17+128:normal:2", "decode_layer"),
-        ("paged_decode_layer:awkward:B=3,NB=20,seq_lens=8+76+9:needle:1", "decode_layer"),
+        ("paged_decode_layer:narrow:B=3,NB=20,seq_lens=8+76+9:needle:1", "decode_layer"),
         ("paged_decode_fwd:tiny:B=3,L=2,NB=12,seq_lens=1+17+128:normal:2", "decode_fwd"),
-        ("paged_decode_fwd:awkward:B=2,L=3,NB=20,seq_lens=16+76:small:1", "decode_fwd"),
+        ("paged_decode_fwd:narrow:B=2,L=3,NB=20,seq_lens=16+76:small:1", "decode_fwd"),
     ],
 )
 def test_a_step_over_pages_is_the_step_over_contiguous_histories(text: str, contiguous: str) -> None:
@@ -232,7 +232,7 @@ def test_a_step_over_pages_is_the_step_over_contiguous_histories(text: str, cont
 
 
 @pytest.mark.parametrize(
-    "text", ["decode_fwd:tiny:B=3,L=2,seq_lens=1+17+128:normal:1", "decode_fwd:awkward:B=2,L=3,seq_lens=9+76:small:1"]
+    "text", ["decode_fwd:tiny:B=3,L=2,seq_lens=1+17+128:normal:1", "decode_fwd:narrow:B=2,L=3,seq_lens=9+76:small:1"]
 )
 def test_a_whole_step_is_its_layers_and_the_head(text: str) -> None:
     case = case_of(text)
@@ -244,8 +244,8 @@ def test_a_whole_step_is_its_layers_and_the_head(text: str) -> None:
 
 PREFILLS = (
     "prefill_layer:tiny:B=3,NB=13,seq_lens=5+33+128,chunk_lens=5+18+1:normal:1",
-    "prefill_layer:awkward:B=4,NB=20,seq_lens=8+76+9+17,chunk_lens=1+13+9+10:mixed_rows:2",
-    "prefill_layer:awkward:B=2,NB=20,seq_lens=40+24,chunk_lens=16+8:needle:3",
+    "prefill_layer:narrow:B=4,NB=20,seq_lens=8+76+9+17,chunk_lens=1+13+9+10:mixed_rows:2",
+    "prefill_layer:narrow:B=2,NB=20,seq_lens=40+24,chunk_lens=16+8:needle:3",
 )
 
 
@@ -279,7 +279,7 @@ def test_a_chunk_is_its_tokens_one_after_another(text: str) -> None:
 
 
 def test_a_prefill_of_one_token_a_sequence_is_a_decode_step() -> None:
-    case = case_of("prefill_fwd:awkward:B=3,L=2,NB=20,seq_lens=1+17+76,chunk_lens=1+1+1:normal:1")
+    case = case_of("prefill_fwd:narrow:B=3,L=2,NB=20,seq_lens=1+17+76,chunk_lens=1+1+1:normal:1")
     order = case.inputs["chunk_offsets"].long()
     assert order.tolist() != [0, 1, 2]
     packed = {name: case.inputs[name][order] for name in ("hidden_states", "slot_mapping")}
@@ -324,7 +324,7 @@ def test_a_prefill_in_two_chunks_is_one_prefill() -> None:
 def test_fp32_and_float64_agree_up_to_rounding(stage: str) -> None:
     from conformance.cases.space import Space, stratified_keys
 
-    case = make_case(next(stratified_keys(Space.of(conformance.stages()[stage], "awkward"), 1)))
+    case = make_case(next(stratified_keys(Space.of(conformance.stages()[stage], "narrow"), 1)))
     single, double = (case.stage.reference(case.inputs, case.dims, arithmetic) for arithmetic in (SINGLE, CONTRACT))
     for name in (argument.name for argument in case.stage.outputs):
         assert single[name].dtype == torch.float32
