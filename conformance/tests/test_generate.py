@@ -21,11 +21,11 @@ from conformance.contract.stage import Tensors
 from conformance.faults.kernels import HUGGING_FACE_LIKE, Choices, random_choices, torch_kernel
 from conformance.lanes.eager import run_eager
 from conformance.tests.transformers_models import qwen3_model
-from kernels.qwen3.agreement import Oracle
-from kernels.qwen3.checkpoint import Checkpoint, random_checkpoint
 from kernels.qwen3.config import Qwen3Dims
-from kernels.qwen3.drivers import DRIVERS, Driver, Executor, Model, ReferenceExecutor, Request, StageError
-from kernels.qwen3.generate import main
+from kernels.qwen3.generation.agreement import Oracle
+from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
+from kernels.qwen3.generation.command import main
+from kernels.qwen3.generation.drivers import DRIVERS, Driver, Executor, Model, ReferenceExecutor, Request, StageError
 
 Tensor = torch.Tensor
 
@@ -453,7 +453,7 @@ def test_where_a_pypto_kernel_differs_it_is_shown_to_be_a_tie(folder: Path) -> N
 def test_a_file_that_cannot_be_written_is_refused_before_work_starts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, target: str, reason: str
 ) -> None:
-    monkeypatch.setattr("kernels.qwen3.generate._opened", None)
+    monkeypatch.setattr("kernels.qwen3.generation.command._opened", None)
     done = run("--json", target)
     assert done.exit_code == 2, done.output
     assert done.stderr == f"generate: cannot write {target}: {reason}\n"

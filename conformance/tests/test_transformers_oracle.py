@@ -23,8 +23,8 @@ from conformance.contract.registry import stages
 from conformance.numerics.arithmetic import CONTRACT, EXACT
 from conformance.tests.transformers_models import qwen3_model, wide_steps
 from kernels.qwen3 import reference
-from kernels.qwen3.checkpoint import Checkpoint
 from kernels.qwen3.config import Qwen3Dims
+from kernels.qwen3.generation.checkpoint import Checkpoint
 from kernels.qwen3.layout import Layout
 
 Tensor = torch.Tensor

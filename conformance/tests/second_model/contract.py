@@ -11,7 +11,11 @@ import math
 import torch
 
 from conformance.cases.source import Source
-from conformance.contract import Model, Stage, Tensors, read, write
+from conformance.contract.registry import Model
+from conformance.contract.stage import Stage
+from conformance.contract.stage import Tensors
+from conformance.contract.arguments import read
+from conformance.contract.arguments import write
 from conformance.contract.dims import Dims, axis
 from conformance.numerics import bounds
 from conformance.numerics.arithmetic import Arithmetic

@@ -24,7 +24,7 @@ from conformance.numerics import bounds
 from conformance.numerics.arithmetic import EXACT
 from conformance.numerics.ulp import spacing
 from kernels.qwen3 import error_model, reference
-from kernels.qwen3.drivers import Model, Request
+from kernels.qwen3.generation.drivers import Model, Request
 
 Tensor = torch.Tensor
 

@@ -25,9 +25,9 @@ from conformance.errors import UnavailableError, UsageError
 from conformance.lanes.process import KernelProcess, Limits
 from conformance.numerics.arithmetic import CONTRACT, EXACT
 from kernels.qwen3 import reference
-from kernels.qwen3.checkpoint import Checkpoint
+from kernels.qwen3.generation.checkpoint import Checkpoint
+from kernels.qwen3.generation.paging import PagePool
 from kernels.qwen3.inputs import GARBAGE_KEY, GARBAGE_VALUE
-from kernels.qwen3.paging import PagePool
 from kernels.qwen3.reference import LAYER_WEIGHTS
 
 Tensor = torch.Tensor

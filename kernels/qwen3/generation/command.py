@@ -1,4 +1,4 @@
-"""``python -m kernels.qwen3.generate``: prompts through prefill and greedy decode, by any driver on any executor, verified.
+"""``python -m kernels.qwen3.generation``: prompts through prefill and greedy decode, by any driver on any executor, verified.
 
 Exit codes are those of the ``conformance`` command: 0 every token is the fp64 reference's or a tie within the error bound; 1 one
 is not, or a kernel failed; 2 usage; 3 something that had to run could not.
@@ -22,12 +22,12 @@ from conformance.cli import FINDINGS, PASSED, Command, read_dims
 from conformance.contract.dims import Dims
 from conformance.contract.registry import preset_named
 from conformance.errors import UsageError
+from kernels.qwen3.contract import MODEL
 from conformance.lanes.process import Limits
 from conformance.running.session import is_interactive
-from kernels.qwen3.agreement import Agreement, Oracle
-from kernels.qwen3.checkpoint import Checkpoint, random_checkpoint
-from kernels.qwen3.contract import MODEL
-from kernels.qwen3.drivers import (
+from kernels.qwen3.generation.agreement import Agreement, Oracle
+from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
+from kernels.qwen3.generation.drivers import (
     DRIVERS,
     EXECUTORS,
     Driver,
@@ -275,7 +275,3 @@ def _write_json(path: Path, executor: str, dims: Dims, runs: list[_Run]) -> None
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
-
-
-if __name__ == "__main__":
-    main()
