@@ -25,7 +25,10 @@ from kernels.qwen3.config import Qwen3Dims
 from kernels.qwen3.generation.agreement import Oracle
 from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
 from kernels.qwen3.generation.command import main
-from kernels.qwen3.generation.drivers import DRIVERS, Driver, Executor, Model, ReferenceExecutor, Request, StageError
+from kernels.qwen3.generation.drivers import DRIVERS, Driver
+from kernels.qwen3.generation.executors import Executor, ReferenceExecutor, StageError
+from kernels.qwen3.generation.model import LoadedModel
+from kernels.qwen3.generation.requests import Request
 
 Tensor = torch.Tensor
 
@@ -37,17 +40,17 @@ SMALL = Qwen3Dims(B=3, NH=4, NKV=2, D=16, I=64, V=96, L=3, S=40, BS=4, NB=1)
 ODD = Qwen3Dims(B=3, NH=15, NKV=3, D=8, H=72, I=100, V=250, L=2, S=38, BS=8, NB=1, eps=1e-5, theta=1e4)
 
 
-def opened(folder: Path, dims: Dims, *, exact: bool, pages: int | None = None) -> Model:
+def opened(folder: Path, dims: Dims, *, exact: bool, pages: int | None = None) -> LoadedModel:
     checkpoint = Checkpoint.open(folder, B=dims.B, BS=dims.BS)
     served = checkpoint.dims if pages is None else checkpoint.dims.replace(NB=pages)
-    return Model.of(dataclasses.replace(checkpoint, dims=served), exact=exact)
+    return LoadedModel.of(dataclasses.replace(checkpoint, dims=served), exact=exact)
 
 
 @pytest.fixture
-def random_model(tmp_path: Path) -> Callable[..., Model]:
+def random_model(tmp_path: Path) -> Callable[..., LoadedModel]:
     """A model with random weights, by its dimensions and seed."""
 
-    def make(dims: Dims, seed: int = 0, *, exact: bool = False, pages: int | None = None) -> Model:
+    def make(dims: Dims, seed: int = 0, *, exact: bool = False, pages: int | None = None) -> LoadedModel:
         folder = tmp_path / f"model-{seed}"
         if not folder.exists():
             random_checkpoint(folder, dims, seed)
@@ -113,7 +116,7 @@ def test_every_driver_gives_the_tokens_of_transformers(tmp_path: Path, dims: Dim
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("name", DRIVERS)
-def test_a_driver_keeps_to_the_contract(random_model: Callable[..., Model], name: str, exact: bool) -> None:
+def test_a_driver_keeps_to_the_contract(random_model: Callable[..., LoadedModel], name: str, exact: bool) -> None:
     """Shapes and dtypes of every call, the right stages, never the pool's last page; a sequence ends with its end token."""
     executor = Watched(exact=exact)
     model = random_model(ODD, exact=exact)
@@ -137,7 +140,7 @@ def test_a_driver_keeps_to_the_contract(random_model: Callable[..., Model], name
     assert len(early[1]) <= 4
 
 
-def test_continuous_batching_admits_as_places_and_pages_come_free(random_model: Callable[..., Model]) -> None:
+def test_continuous_batching_admits_as_places_and_pages_come_free(random_model: Callable[..., LoadedModel]) -> None:
     prompts = [[5] * 9, [1], [2, 3], [4] * 6, [90, 8, 7], [6], [11, 12, 13, 14, 15], [60] * 4]
     alone = [
         tokens_of(Driver("fused", random_model(SMALL, exact=True), ReferenceExecutor(exact=True)).generate([prompt], 6))[0]
@@ -161,7 +164,7 @@ def test_continuous_batching_admits_as_places_and_pages_come_free(random_model: 
     assert tokens_of(Driver("chunked", model, ReferenceExecutor(exact=True)).generate(prompts, 6, end=end)) == expected
 
 
-def test_one_token_needs_no_decode_step(random_model: Callable[..., Model]) -> None:
+def test_one_token_needs_no_decode_step(random_model: Callable[..., LoadedModel]) -> None:
     for name in DRIVERS:
         executor = Watched()
         requests = Driver(name, random_model(SMALL), executor).generate([[1, 2], [3]], 1)
@@ -175,7 +178,7 @@ def test_one_token_needs_no_decode_step(random_model: Callable[..., Model]) -> N
 # What differs from the reference
 
 
-def test_in_bf16_every_difference_is_a_tie_within_the_bound(random_model: Callable[..., Model]) -> None:
+def test_in_bf16_every_difference_is_a_tie_within_the_bound(random_model: Callable[..., LoadedModel]) -> None:
     model = random_model(SMALL, seed=0)
     oracle = Oracle(model)
     for name in DRIVERS:
@@ -190,7 +193,7 @@ def test_in_bf16_every_difference_is_a_tie_within_the_bound(random_model: Callab
         assert "a tie within the error bound" in str(tie)
 
 
-def test_bounds_of_whole_histories_hold_for_logits_of_single_steps(random_model: Callable[..., Model]) -> None:
+def test_bounds_of_whole_histories_hold_for_logits_of_single_steps(random_model: Callable[..., LoadedModel]) -> None:
     """All logits, not only those of chosen tokens: within what is allowed, and not a tenth of it."""
     model, executor = random_model(ODD), Watched()
     requests = Driver("paged", model, executor).generate([PROMPTS[2]], NEW)
@@ -255,7 +258,7 @@ def at_random(stage: str) -> Choices:
     [("host_loop", at_random), ("fused", as_hugging_face), ("chunked", at_random), ("paged", as_hugging_face)],
 )
 def test_no_legal_kernel_is_called_wrong(
-    random_model: Callable[..., Model], name: str, choices: Callable[[str], Choices]
+    random_model: Callable[..., LoadedModel], name: str, choices: Callable[[str], Choices]
 ) -> None:
     model = random_model(SMALL)
     requests = Driver(name, model, TorchKernels(choices), prefill_chunk=6).generate(PROMPTS, NEW)
@@ -279,14 +282,14 @@ def test_no_legal_kernel_is_called_wrong(
         ("host_loop", "greedy_sample", "compared_in_bf16"),
     ],
 )
-def test_a_fault_is_not_called_a_tie(random_model: Callable[..., Model], name: str, stage: str, fault: str) -> None:
+def test_a_fault_is_not_called_a_tie(random_model: Callable[..., LoadedModel], name: str, stage: str, fault: str) -> None:
     model = random_model(SMALL)
     kernels = TorchKernels(lambda stage: Choices(), stage, fault)
     agreement = Oracle(model).judge(Driver(name, model, kernels, prefill_chunk=6).generate(PROMPTS, 8))
     assert agreement.wrong > 0
 
 
-def test_a_float64_executor_is_forgiven_nothing(random_model: Callable[..., Model]) -> None:
+def test_a_float64_executor_is_forgiven_nothing(random_model: Callable[..., LoadedModel]) -> None:
     """What is a tie for bf16 is wrong where nothing was rounded."""
     rounded = Driver("fused", random_model(SMALL), ReferenceExecutor(exact=False)).generate(PROMPTS, NEW)
     agreement = Oracle(random_model(SMALL, exact=True)).judge(rounded)
@@ -320,7 +323,7 @@ class Broken(ReferenceExecutor):
     ],
 )
 def test_what_is_no_logit_or_no_token_ends_the_run(
-    random_model: Callable[..., Model], stage: str, change: Callable[[Tensor], object], message: str
+    random_model: Callable[..., LoadedModel], stage: str, change: Callable[[Tensor], object], message: str
 ) -> None:
     with pytest.raises(StageError, match=message):
         Driver("fused", random_model(SMALL), Broken(stage, change)).generate(PROMPTS, 4)

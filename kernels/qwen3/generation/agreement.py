@@ -24,7 +24,8 @@ from conformance.numerics import bounds
 from conformance.numerics.arithmetic import EXACT
 from conformance.numerics.ulp import spacing
 from kernels.qwen3 import error_model, reference
-from kernels.qwen3.generation.drivers import Model, Request
+from kernels.qwen3.generation.model import LoadedModel
+from kernels.qwen3.generation.requests import Request
 
 Tensor = torch.Tensor
 
@@ -91,7 +92,7 @@ class Agreement:
 class Oracle:
     """The exact logits of whole sequences of a model; kept, since drivers that agree ask for the same ones."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: LoadedModel) -> None:
         self._model = model
         self._known: dict[tuple[tuple[int, ...], ...], Tensor] = {}
 
@@ -182,7 +183,7 @@ class _Whole:
     places: list[Tensor]
 
     @classmethod
-    def of(cls, model: Model, requests: Sequence[Request], counts: Sequence[int]) -> _Whole:
+    def of(cls, model: LoadedModel, requests: Sequence[Request], counts: Sequence[int]) -> _Whole:
         """With a page for each sequence."""
         histories = [[*request.prompt, *request.tokens[: count - 1]] for request, count in zip(requests, counts, strict=True)]
         lengths = torch.tensor([len(history) for history in histories])

@@ -27,17 +27,10 @@ from conformance.lanes.process import Limits
 from conformance.running.session import is_interactive
 from kernels.qwen3.generation.agreement import Agreement, Oracle
 from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
-from kernels.qwen3.generation.drivers import (
-    DRIVERS,
-    EXECUTORS,
-    Driver,
-    Executor,
-    Model,
-    Request,
-    StageError,
-    open_executor,
-    requests_for,
-)
+from kernels.qwen3.generation.drivers import DRIVERS, Driver
+from kernels.qwen3.generation.executors import EXECUTORS, Executor, StageError, open_executor
+from kernels.qwen3.generation.model import LoadedModel
+from kernels.qwen3.generation.requests import Request, requests_for
 
 _DRIVERS = "; ".join(f"{name}: {plan.summary}" for name, plan in DRIVERS.items())
 _EXECUTORS = "; ".join(f"{name}: {summary}" for name, summary in EXECUTORS.items())
@@ -96,7 +89,7 @@ def main(
         served = _served(opened.dims, ids, new, end, context, pages)
         running = open_executor(executor, locations, timeout)
         stack.callback(running.close)
-        model = Model.of(dataclasses.replace(opened, dims=served), exact=running.exact)
+        model = LoadedModel.of(dataclasses.replace(opened, dims=served), exact=running.exact)
         oracle = Oracle(model) if verify else None
         runs = [_run(name, model, running, oracle, ids, new, end, chunk, prefill_chunk) for name in names]
     agree = _compared(runs)
@@ -122,7 +115,7 @@ class _Run:
 
 def _run(
     name: str,
-    model: Model,
+    model: LoadedModel,
     executor: Executor,
     oracle: Oracle | None,
     prompts: list[list[int]],

@@ -1,284 +1,30 @@
-"""Generation step by step: drivers, which turn stages into tokens, and executors, which answer one stage at a time.
+"""Drivers, which generate tokens step by step: prefill, then greedy decode, layer by layer or fused, contiguous or paged.
 
-A driver keeps what lies between two dispatches (caches, pages, which sequences are served) and computes nothing that a kernel
-computes; an executor computes a stage and keeps nothing. So every driver runs on every executor.
+A driver keeps what lies between two dispatches (caches, pages, which sequences are running) and computes nothing that a kernel
+computes; an executor (``executors.py``) computes a stage and keeps nothing. So every driver runs on every executor.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from conformance.cases.case import Case
-from conformance.cases.key import CaseKey
+from conformance.numerics.arithmetic import EXACT
 from conformance.contract.dims import Dims
-from conformance.contract.kernel import Kernel
-from conformance.contract.loading import bundled_kernels, find_kernel, kernels_in, load_module
-from conformance.contract.registry import stage_named
-from conformance.contract.stage import Tensors, layer_of
-from conformance.errors import UnavailableError, UsageError
-from conformance.lanes.process import KernelProcess, Limits
-from conformance.numerics.arithmetic import CONTRACT, EXACT
+from conformance.contract.stage import Tensors
+from conformance.contract.stage import layer_of
+from conformance.errors import UsageError
 from kernels.qwen3 import reference
-from kernels.qwen3.generation.checkpoint import Checkpoint
+from kernels.qwen3.generation.executors import Executor, StageError
+from kernels.qwen3.generation.model import LoadedModel
 from kernels.qwen3.generation.paging import PagePool
+from kernels.qwen3.generation.requests import Request, requests_for
 from kernels.qwen3.inputs import GARBAGE_KEY, GARBAGE_VALUE
-from kernels.qwen3.reference import LAYER_WEIGHTS
 
 Tensor = torch.Tensor
-
-
-class StageError(Exception):
-    """A stage's kernel gave no answer that generation can go on with; the message is one line that begins with the stage."""
-
-
-# Executors
-
-
-class Executor(Protocol):
-    """Computes stages; what it is given it only reads."""
-
-    #: Whether it computes in float64 without any rounding, on weights and caches in float64.
-    exact: bool
-
-    def run(self, stage: str, dims: Dims, inputs: Tensors) -> dict[str, Tensor]:
-        """Every output of a stage by name, the updated caches among them; ``inputs`` may hold more than the stage takes.
-
-        Raises ``StageError`` if its kernel fails.
-        """
-
-    def close(self) -> None:
-        """Give back what the executor holds."""
-
-
-class ReferenceExecutor:
-    """The torch references: in float64 throughout, or (``exact=False``) with the contract's rounding points and dtypes."""
-
-    def __init__(self, *, exact: bool) -> None:
-        self.exact = exact
-
-    def run(self, stage: str, dims: Dims, inputs: Tensors) -> dict[str, Tensor]:
-        """Every output; float64 if exact, of the contract's dtypes otherwise. Token ids are int32 either way."""
-        contract = stage_named(stage)
-        results = contract.reference(inputs, dims, EXACT if self.exact else CONTRACT)
-        dtypes = {argument.name: argument.dtype for argument in contract.outputs}
-        wide = {name for name, dtype in dtypes.items() if self.exact and dtype.is_floating_point}
-        return {name: result if name in wide else result.to(dtypes[name]) for name, result in results.items()}
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class KernelExecutor:
-    """Kernels, each in a worker process of its own that is started at its stage's first call.
-
-    ``lane`` is that of PyPTO kernels; torch kernels run in theirs, ``eager``. A stage without a kernel goes to ``rest``.
-    """
-
-    exact = False
-
-    def __init__(
-        self, kernels: Mapping[str, Kernel], lane: str, *, rest: Executor | None = None, seconds: float = Limits.seconds
-    ) -> None:
-        self._kernels = kernels
-        self._lane = lane
-        self._rest = rest
-        self._limits = Limits(seconds=seconds)
-        self._processes: dict[str, KernelProcess] = {}
-
-    def run(self, stage: str, dims: Dims, inputs: Tensors) -> dict[str, Tensor]:
-        """What the kernel left in the stage's outputs.
-
-        Raises ``StageError`` if it raised, crashed, took too long, or changed what is not its to change, ``UnavailableError``
-        where its lane cannot run, ``UsageError`` if there is no kernel or if it does not take these dimensions.
-        """
-        kernel = self._kernels.get(stage)
-        if kernel is None:
-            if self._rest is None:
-                raise UsageError(f"there is no kernel of stage {stage}: give one with --kernels FILE.py")
-            return self._rest.run(stage, dims, inputs)
-        refusal = kernel.refusal(dims)
-        if refusal is not None:
-            raise UsageError(refusal)
-        if stage not in self._processes:
-            lane = "eager" if kernel.toolchain == "torch" else self._lane
-            self._processes[stage] = KernelProcess(kernel, lane, limits=self._limits)
-        case = Case(CaseKey(stage, "generate", "generate", 0), kernel.stage, dims, dict(inputs))
-        outcome = self._processes[stage].run(case, "none")
-        if outcome.status == "unavailable":
-            raise UnavailableError(f"the {self._lane} executor cannot run here: {outcome.message}")
-        who = f"{stage}: kernel {kernel.name}"
-        if outcome.status != "ok":
-            place = f" ({outcome.location})" if outcome.location else ""
-            how = {"raised": "raised", "timed_out": "took too long:"}.get(outcome.status, "crashed:")
-            raise StageError(" ".join(f"{who} {how} {outcome.message}{place}".split()))
-        for name, count in outcome.changed_inputs.items():
-            raise StageError(f"{who} changed {count} elements of {name}, which is an input")
-        for name, where in outcome.guard_damage.items():
-            raise StageError(f"{who} wrote outside {name}: {where}")
-        return outcome.outputs
-
-    def close(self) -> None:
-        """End the worker processes; closing twice is harmless."""
-        for process in self._processes.values():
-            process.close()
-        self._processes.clear()
-
-
-EXECUTORS: dict[str, str] = {
-    "reference": "the fp64 reference, nothing rounded",
-    "contract": "the reference with the contract's bf16 roundings",
-    "interpret": "PyPTO kernels through PyPTO's interpreter",
-    "eager": "torch kernels of --kernels; where they have none, the contract",
-    "device": "PyPTO kernels on an NPU",
-}
-
-
-def open_executor(name: str, locations: Sequence[str] = (), seconds: float = Limits.seconds) -> Executor:
-    """The executor of that name; its kernels are those of ``locations`` (``FILE.py`` or ``FILE.py:NAME``), then the bundled ones.
-
-    ``seconds`` limits one call of a kernel. Raises ``UsageError`` for an unknown name and for kernels that do not go with it,
-    ``UnavailableError`` for a device that is not there.
-    """
-    if name not in EXECUTORS:
-        raise UsageError(f"unknown executor {name!r}; known are {', '.join(EXECUTORS)}")
-    if name in ("reference", "contract"):
-        if locations:
-            raise UsageError(f"the {name} executor runs no kernels: --kernels goes with interpret, eager or device")
-        return ReferenceExecutor(exact=name == "reference")
-    own = _kernels_of(locations)
-    if name == "eager":
-        if not own:
-            raise UsageError("the eager executor runs torch kernels of yours: name their file with --kernels FILE.py")
-        for kernel in own.values():
-            if kernel.toolchain != "torch":
-                raise UsageError(f"kernel {kernel.name} is a {kernel.toolchain} one, and eager runs torch kernels: use interpret")
-        return KernelExecutor(own, "eager", rest=ReferenceExecutor(exact=False), seconds=seconds)
-    if name == "device":
-        from conformance.toolchains.npu import find_npu
-
-        # Said before a model is read, which takes a while.
-        npu = find_npu()
-        if not npu.usable:
-            raise UnavailableError(f"the device executor cannot run here: {npu.reason}")
-    bundled = {kernel.stage_name: kernel for kernel in bundled_kernels()}
-    return KernelExecutor({**bundled, **own}, name, seconds=seconds)
-
-
-def _kernels_of(locations: Iterable[str]) -> dict[str, Kernel]:
-    """The kernels of a user's files, by stage."""
-    found: dict[str, Kernel] = {}
-    for location in locations:
-        # A file's name may hold a colon; what follows one after ".py" is a kernel's name.
-        path, separator, name = location.rpartition(".py:")
-        file = path + ".py" if separator else location
-        kernels = kernels_in(load_module(Path(file) if file.endswith(".py") else file))
-        if separator:
-            kernels = [find_kernel(kernels, name, file)]
-        if not kernels:
-            raise UsageError(f"{file} defines no kernel: decorate one with @conformance.kernel(STAGE)")
-        for kernel in kernels:
-            if kernel.stage_name in found:
-                names = f"{found[kernel.stage_name].name} and {kernel.name}"
-                raise UsageError(f"two kernels of stage {kernel.stage_name}, {names}: choose one with --kernels FILE.py:NAME")
-            found[kernel.stage_name] = kernel
-    return found
-
-
-# The model and its sequences
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A model to be served, read once.
-
-    ``weights`` are those of all layers, the head's and the RoPE tables, by the contract's names; ``embedding`` is ``[V, H]``.
-    ``dims.B`` is the largest batch, ``dims.NB`` the pages of the paged driver's pool.
-    """
-
-    dims: Dims
-    weights: Tensors
-    embedding: Tensor
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, *, exact: bool) -> Model:
-        """Read a checkpoint: in the contract's dtypes, or, for an exact executor, all of it in float64."""
-        dtype = torch.float64 if exact else None
-        weights = checkpoint.weights(dtype=dtype) | checkpoint.rope_tables()
-        return cls(checkpoint.dims, weights, checkpoint.embed_tokens(dtype))
-
-    @property
-    def exact(self) -> bool:
-        """Whether the weights are in float64, for an exact executor."""
-        return self.embedding.dtype == torch.float64
-
-    def layers(self, first: int, count: int) -> dict[str, Tensor]:
-        """The weights with those of ``count`` layers only; row slices, nothing is copied."""
-        return {
-            name: layer_of(tensor, first, self.dims.L, count) if name in LAYER_WEIGHTS else tensor
-            for name, tensor in self.weights.items()
-        }
-
-
-@dataclasses.dataclass
-class Request:
-    """A prompt and what has been generated from it: ``new`` tokens at most, fewer if ``end`` comes up, which is then the last."""
-
-    number: int
-    prompt: tuple[int, ...]
-    new: int
-    end: int | None = None
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    #: Places in ``tokens`` where the one sampled was not the largest logit's, and which that was.
-    missampled: dict[int, int] = dataclasses.field(default_factory=dict)
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing more is to be generated."""
-        return len(self.tokens) == self.new or (self.end is not None and self.tokens[-1:] == [self.end])
-
-    @property
-    def length(self) -> int:
-        """All its tokens so far: ``seq_lens`` of the step that takes the latest one."""
-        return len(self.prompt) + len(self.tokens)
-
-    @property
-    def most_rows(self) -> int:
-        """How many cache rows it may come to need; the last token is not fed back."""
-        return len(self.prompt) + self.new - 1
-
-
-def requests_for(prompts: Iterable[Sequence[int]], new: int, dims: Dims, end: int | None = None) -> list[Request]:
-    """A request for each prompt; raises ``UsageError`` for what the model cannot serve."""
-    if new < 1:
-        raise UsageError(f"the number of new tokens must be positive, found {new}")
-    requests = [Request(number, tuple(prompt), new, end) for number, prompt in enumerate(prompts)]
-    if not requests:
-        raise UsageError("there is no prompt: give at least one")
-    for request in requests:
-        what = f"prompt {request.number}"
-        if not request.prompt:
-            raise UsageError(f"{what} is empty: a prompt has at least one token")
-        if len(request.prompt) + new > dims.S:
-            raise UsageError(f"{what} has {len(request.prompt)} tokens, and {new} new ones go beyond the context of {dims.S}")
-        for token in request.prompt:
-            _require_token(what, token, dims)
-    if end is not None:
-        _require_token("the end token", end, dims)
-    return requests
-
-
-def _require_token(what: str, token: int, dims: Dims) -> None:
-    if not 0 <= token < dims.V:
-        raise UsageError(f"{what}: token {token} is outside the vocabulary, 0 to {dims.V - 1}")
-
-
-# Drivers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,7 +96,7 @@ class Driver:
     def __init__(
         self,
         name: str,
-        model: Model,
+        model: LoadedModel,
         executor: Executor,
         *,
         chunk: int | None = None,
