@@ -22,7 +22,7 @@ from conformance.faults.kernels import HUGGING_FACE_LIKE, Choices, random_choice
 from conformance.lanes.eager import run_eager
 from conformance.tests.transformers_models import qwen3_model
 from kernels.qwen3.config import Qwen3Dims
-from kernels.qwen3.generation.agreement import Oracle
+from kernels.qwen3.generation.agreement import TokenVerifier
 from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
 from kernels.qwen3.generation.command import main
 from kernels.qwen3.generation.drivers import DRIVERS, Driver
@@ -105,13 +105,13 @@ def test_every_driver_gives_the_tokens_of_transformers(tmp_path: Path, dims: Dim
     ]
     assert len(set(map(tuple, expected))) == len(PROMPTS)
     model = opened(tmp_path, dims, exact=True)
-    oracle = Oracle(model)
+    verifier = TokenVerifier(model)
     for name in DRIVERS:
-        chunk = 2 if name == "chunked" else None
-        driver = Driver(name, model, ReferenceExecutor(exact=True), chunk=chunk, prefill_chunk=3 if dims is ODD else None)
+        options = {"layers_per_dispatch": 2 if name == "chunked" else None, "prefill_chunk": 3 if dims is ODD else None}
+        driver = Driver(name, model, ReferenceExecutor(exact=True), **options)
         requests = driver.generate(PROMPTS, NEW)
         assert tokens_of(requests) == expected, name
-        assert str(oracle.judge(requests)) == "48 tokens: 48 as the fp64 reference, 0 ties within the error bound, 0 wrong"
+        assert str(verifier.judge(requests)) == "48 tokens: 48 as the fp64 reference, 0 ties within the error bound, 0 wrong"
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -133,7 +133,7 @@ def test_a_driver_keeps_to_the_contract(random_model: Callable[..., LoadedModel]
             assert torch.equal(owned, -(-seq_lens // dims.BS))
             assert int(table.max()) < dims.NB - 1
     end = plain[1][3]
-    early = tokens_of(Driver(name, model, Watched(exact=exact)).generate(PROMPTS, 8, end=end))
+    early = tokens_of(Driver(name, model, Watched(exact=exact)).generate(PROMPTS, 8, end_token=end))
     for whole, short in zip(plain, early, strict=True):
         stop = whole.index(end) + 1 if end in whole else len(whole)
         assert short == whole[:stop]
@@ -151,7 +151,7 @@ def test_continuous_batching_admits_as_places_and_pages_come_free(random_model: 
     # Eight pages to hand out: the first prompt may come to need four, so that it is pages that some must wait for.
     model, executor = random_model(SMALL, exact=True, pages=9), Watched(exact=True)
     driver = Driver("paged", model, executor)
-    assert tokens_of(driver.generate(prompts, 6, end=end)) == expected
+    assert tokens_of(driver.generate(prompts, 6, end_token=end)) == expected
     assert driver.pool is not None
     assert driver.pool.free_pages == driver.pool.pages - 1 == 8
     batches = executor.sizes("paged_decode_fwd")
@@ -161,7 +161,7 @@ def test_continuous_batching_admits_as_places_and_pages_come_free(random_model: 
     assert "prefill_fwd" in stages[stages.index("paged_decode_fwd") :]
     assert sum(driver.pool.pages_for(len(prompt) + len(tokens) - 1) for prompt, tokens in zip(prompts, expected, strict=True)) > 8
     # On a contiguous cache the same prompts are served group by group.
-    assert tokens_of(Driver("chunked", model, ReferenceExecutor(exact=True)).generate(prompts, 6, end=end)) == expected
+    assert tokens_of(Driver("chunked", model, ReferenceExecutor(exact=True)).generate(prompts, 6, end_token=end)) == expected
 
 
 def test_one_token_needs_no_decode_step(random_model: Callable[..., LoadedModel]) -> None:
@@ -180,10 +180,10 @@ def test_one_token_needs_no_decode_step(random_model: Callable[..., LoadedModel]
 
 def test_in_bf16_every_difference_is_a_tie_within_the_bound(random_model: Callable[..., LoadedModel]) -> None:
     model = random_model(SMALL, seed=0)
-    oracle = Oracle(model)
+    verifier = TokenVerifier(model)
     for name in DRIVERS:
         requests = Driver(name, model, ReferenceExecutor(exact=False)).generate(PROMPTS, NEW)
-        agreement = oracle.judge(requests)
+        agreement = verifier.judge(requests)
         assert agreement.wrong == 0, agreement.differences
         assert agreement.ties == 1  # this seed has one: without any the test would show nothing
         (tie,) = agreement.differences
@@ -203,7 +203,7 @@ def test_bounds_of_whole_histories_hold_for_logits_of_single_steps(random_model:
     follow = Followed(watched, requests[0].tokens)
     Driver("fused", exact_model, follow).generate([PROMPTS[2]], NEW)
     exact = torch.cat([inputs["logits"] for stage, _, inputs in watched.calls if stage == "greedy_sample"])
-    allowed = Oracle(model).allowances(requests, [NEW], NEW)[0]
+    allowed = TokenVerifier(model).allowances(requests, [NEW], NEW)[0]
     share = (found - exact).abs() / allowed
     assert found.shape == exact.shape == allowed.shape == (NEW, ODD.V)
     assert 0.15 < float(share.max()) < 1
@@ -262,7 +262,7 @@ def test_no_legal_kernel_is_called_wrong(
 ) -> None:
     model = random_model(SMALL)
     requests = Driver(name, model, TorchKernels(choices), prefill_chunk=6).generate(PROMPTS, NEW)
-    agreement = Oracle(model).judge(requests)
+    agreement = TokenVerifier(model).judge(requests)
     assert agreement.wrong == 0, agreement.differences
 
 
@@ -285,14 +285,14 @@ def test_no_legal_kernel_is_called_wrong(
 def test_a_fault_is_not_called_a_tie(random_model: Callable[..., LoadedModel], name: str, stage: str, fault: str) -> None:
     model = random_model(SMALL)
     kernels = TorchKernels(lambda stage: Choices(), stage, fault)
-    agreement = Oracle(model).judge(Driver(name, model, kernels, prefill_chunk=6).generate(PROMPTS, 8))
+    agreement = TokenVerifier(model).judge(Driver(name, model, kernels, prefill_chunk=6).generate(PROMPTS, 8))
     assert agreement.wrong > 0
 
 
 def test_a_float64_executor_is_forgiven_nothing(random_model: Callable[..., LoadedModel]) -> None:
     """What is a tie for bf16 is wrong where nothing was rounded."""
     rounded = Driver("fused", random_model(SMALL), ReferenceExecutor(exact=False)).generate(PROMPTS, NEW)
-    agreement = Oracle(random_model(SMALL, exact=True)).judge(rounded)
+    agreement = TokenVerifier(random_model(SMALL, exact=True)).judge(rounded)
     assert (agreement.ties, agreement.wrong) == (0, 1)
 
 
@@ -456,7 +456,7 @@ def test_where_a_pypto_kernel_differs_it_is_shown_to_be_a_tie(folder: Path) -> N
 def test_a_file_that_cannot_be_written_is_refused_before_work_starts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, target: str, reason: str
 ) -> None:
-    monkeypatch.setattr("kernels.qwen3.generation.command._opened", None)
+    monkeypatch.setattr("kernels.qwen3.generation.command._open_checkpoint", None)
     done = run("--json", target)
     assert done.exit_code == 2, done.output
     assert done.stderr == f"generate: cannot write {target}: {reason}\n"

@@ -111,7 +111,7 @@ class HandsOutASharedPage(PagePool):
 
     @property
     def free_pages(self) -> int:
-        return self.pages - 1 - len({page for sequence in self._held for page in self.pages_of(sequence)})
+        return self.pages - 1 - len({page for sequence in self._sequences for page in self.pages_of(sequence)})
 
     def append(self, sequence: int, tokens: int = 1) -> list[PageCopy]:
         copies = super().append(sequence, tokens)
@@ -127,7 +127,7 @@ class ForgetsToCopy(PagePool):
 class FreesSharedPages(PagePool):
     def finish(self, sequence: int) -> None:
         for page in self.pages_of(sequence):
-            self._holders[page] = 1
+            self._reference_counts[page] = 1
         super().finish(sequence)
 
 
@@ -136,7 +136,7 @@ class LosesPages(PagePool):
 
     def fork(self, sequence: int, tokens: int | None = None) -> int:
         forked = super().fork(sequence, tokens)
-        self._holders[self.pages_of(forked)[0]] += 1
+        self._reference_counts[self.pages_of(forked)[0]] += 1
         return forked
 
 

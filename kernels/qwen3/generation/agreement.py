@@ -1,8 +1,8 @@
 """Whether generated tokens are the reference's, and where one is not, whether rounding can be the reason.
 
-Every sequence is followed by its own tokens: one pass of the fp64 reference over the whole of it gives the exact logits of each
-new token given those before, so that a token that differs is counted once and not in all that follow. There the error model of
-the same pass says how far the two logits can be off in a correct bf16 kernel.
+Teacher forcing: one prefill of the fp64 reference over a whole sequence, prompt and generated tokens, gives the exact logits at
+every position given the tokens before it, so that a token that differs is counted once and not in all that follow. The error
+model of the same prefill says how far two logits can be off in a correct bf16 kernel.
 
 The bound is that of every legal kernel, so tokens alone prove little where the reference itself is nearly undecided: at ``tiny``
 with two layers it decides about three tokens in five. Faults smaller than that are for ``conformance check`` to find.
@@ -89,20 +89,20 @@ class Agreement:
         return f"{self.tokens} tokens: {same} as the fp64 reference, {ties}, {self.wrong} wrong"
 
 
-class Oracle:
-    """The exact logits of whole sequences of a model; kept, since drivers that agree ask for the same ones."""
+class TokenVerifier:
+    """Verifies generated tokens against the exact logits of a model; these are kept, since drivers that agree need the same."""
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
-        self._known: dict[tuple[tuple[int, ...], ...], Tensor] = {}
+        self._exact_logits: dict[tuple[tuple[int, ...], ...], Tensor] = {}
 
     def judge(self, requests: Sequence[Request]) -> Agreement:
         """Compare every new token of some sequences with the reference's."""
-        self._learn(requests)
+        self._compute_logits(requests)
         found: list[Difference] = []
         margins = []
         for request in requests:
-            logits = self._known[_key(request)]
+            logits = self._exact_logits[_key(request)]
             largest = logits.topk(min(2, logits.shape[-1]), -1).values
             margins.append(tuple((largest[:, 0] - largest[:, -1]).tolist()))
             (expected,) = reference.greedy_sample(logits, dims=self._model.dims, a=EXACT)
@@ -113,36 +113,37 @@ class Oracle:
                     margin = float(logits[place, right] - logits[place, token])
                     found.append(Difference(kind, request.number, place, len(request.prompt) + place, token, right, margin))
         tokens = sum(len(request.tokens) for request in requests)
-        return Agreement(tokens, self._told_apart(found, requests, tokens), tuple(margins))
+        return Agreement(tokens, self._classified(found, requests, tokens), tuple(margins))
 
-    def _learn(self, requests: Sequence[Request]) -> None:
-        """One pass over all sequences that are not known yet."""
-        new = list({_key(request): request for request in requests if _key(request) not in self._known}.values())
+    def _compute_logits(self, requests: Sequence[Request]) -> None:
+        """The exact logits of all sequences that have none yet, in one prefill."""
+        new = list({_key(request): request for request in requests if _key(request) not in self._exact_logits}.values())
         if not new:
             return
-        whole = _Whole.of(self._model, new, [len(request.tokens) for request in new])
-        _, _, hidden = reference.stacked_layers(dims=whole.dims, a=EXACT, **whole.inputs)
+        prefill = _TeacherForcedPrefill.of(self._model, new, [len(request.tokens) for request in new])
+        _, _, hidden = reference.stacked_layers(dims=prefill.dims, a=EXACT, **prefill.inputs)
         head = {name: self._model.weights[name] for name in ("final_norm_weight", "lm_head_weight")}
-        for request, rows in zip(new, whole.places, strict=True):
-            (self._known[_key(request)],) = reference.lm_head(hidden[rows], **head, dims=whole.dims, a=EXACT)
+        for request, rows in zip(new, prefill.predecessors, strict=True):
+            (self._exact_logits[_key(request)],) = reference.lm_head(hidden[rows], **head, dims=prefill.dims, a=EXACT)
 
-    def _told_apart(self, found: list[Difference], requests: Sequence[Request], tokens: int) -> tuple[Difference, ...]:
-        """The differences with what is allowed, those within it called ties."""
-        last: dict[int, int] = {}
+    def _classified(self, found: list[Difference], requests: Sequence[Request], tokens: int) -> tuple[Difference, ...]:
+        """The differences with the allowed error of each; those within it become ties."""
+        last_place: dict[int, int] = {}
         for difference in found:
             if difference.kind == "wrong":
-                last[difference.sequence] = difference.place
-        concerned = [request for request in requests if request.number in last]
-        allowed = self.allowances(concerned, [last[request.number] + 1 for request in concerned], tokens) if concerned else {}
-        told = []
+                last_place[difference.sequence] = difference.place
+        concerned = [request for request in requests if request.number in last_place]
+        counts = [last_place[request.number] + 1 for request in concerned]
+        allowed = self.allowances(concerned, counts, tokens) if concerned else {}
+        classified = []
         for difference in found:
             if difference.kind == "wrong":
                 errors = allowed[difference.sequence][difference.place]
                 most = float(errors[difference.token] + errors[difference.expected])
                 kind: Kind = "tie" if difference.margin <= most else "wrong"
                 difference = dataclasses.replace(difference, kind=kind, allowed=most)
-            told.append(difference)
-        return tuple(told)
+            classified.append(difference)
+        return tuple(classified)
 
     def allowances(self, requests: Sequence[Request], counts: Sequence[int], tokens: int) -> dict[int, Tensor]:
         """How far a correct kernel's logits can be off, ``[count, V]`` for the first ``counts`` new tokens of each.
@@ -152,16 +153,16 @@ class Oracle:
         if self._model.exact:
             noise = {}
             for request in requests:
-                logits = self._known[_key(request)]
+                logits = self._exact_logits[_key(request)]
                 noise[request.number] = FLOAT64_NOISE * logits.abs().amax(-1, keepdim=True).expand_as(logits)
             return noise
-        whole = _Whole.of(self._model, requests, counts)
+        prefill = _TeacherForcedPrefill.of(self._model, requests, counts)
         most = [torch.zeros(())] * len(requests)
         for profile in stage_named("prefill_fwd").profiles:
-            hidden = error_model.prefill_fwd(whole.inputs, whole.dims, profile)["out"]
-            for index, rows in enumerate(whole.places):
+            hidden = error_model.prefill_fwd(prefill.inputs, prefill.dims, profile)["out"]
+            for index, rows in enumerate(prefill.predecessors):
                 last = bounds.rounding(hidden[rows], profile)
-                estimate = error_model.head(last, self._model.weights, whole.dims, profile)
+                estimate = error_model.head(last, self._model.weights, prefill.dims, profile)
                 likely = kappa(tokens * estimate.value.shape[-1]) * estimate.variance.sqrt()
                 errors = torch.minimum(likely, estimate.worst.nan_to_num(torch.inf))
                 errors += spacing(estimate.value, torch.float32) * (0.5 * HALF_ULP_SLACK) + FLUSHED
@@ -174,17 +175,17 @@ def _key(request: Request) -> tuple[tuple[int, ...], ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Whole:
-    """One prefill of whole sequences, each up to the token before its ``counts``-th new one, without the head."""
+class _TeacherForcedPrefill:
+    """The arguments of a prefill of whole sequences, each up to the token before its ``counts``-th new one; no LM head."""
 
     dims: Dims
     inputs: Tensors
-    #: The tokens after which the new ones come: ``[count]`` for each sequence.
-    places: list[Tensor]
+    #: Indices of the packed tokens that the new ones follow: ``[count]`` for each sequence.
+    predecessors: list[Tensor]
 
     @classmethod
-    def of(cls, model: LoadedModel, requests: Sequence[Request], counts: Sequence[int]) -> _Whole:
-        """With a page for each sequence."""
+    def of(cls, model: LoadedModel, requests: Sequence[Request], counts: Sequence[int]) -> _TeacherForcedPrefill:
+        """On a paged cache with a page for each sequence."""
         histories = [[*request.prompt, *request.tokens[: count - 1]] for request, count in zip(requests, counts, strict=True)]
         lengths = torch.tensor([len(history) for history in histories])
         ends = lengths.cumsum(0)
@@ -202,5 +203,5 @@ class _Whole:
             "k_cache": cache,
             "v_cache": cache,
         }
-        places = [torch.arange(int(end) - count, int(end)) for end, count in zip(ends, counts, strict=True)]
-        return cls(dims, inputs, places)
+        predecessors = [torch.arange(int(end) - count, int(end)) for end, count in zip(ends, counts, strict=True)]
+        return cls(dims, inputs, predecessors)

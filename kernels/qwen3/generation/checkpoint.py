@@ -134,17 +134,17 @@ class Checkpoint:
             rows, columns = (shape[1], shape[0]) if len(shape) == 2 else (1, shape[0])
             stacked = torch.empty(layers * rows, columns, dtype=_dtype_for(shape, dtype))
             for layer in range(layers):
-                stored = self._read(f"model.layers.{first_layer + layer}.{suffix}", stacked.dtype)
+                stored = self._read_rounded(f"model.layers.{first_layer + layer}.{suffix}", stacked.dtype)
                 stacked[layer * rows : (layer + 1) * rows] = stored.T if len(shape) == 2 else stored
             result[name] = stacked
         if head:
-            result["final_norm_weight"] = self._copied(FINAL_NORM, (self.dims.H,), dtype).unsqueeze(0)
-            result["lm_head_weight"] = self._copied(EMBEDDING if self.tied else HEAD, (self.dims.V, self.dims.H), dtype)
+            result["final_norm_weight"] = self._read_copy(FINAL_NORM, (self.dims.H,), dtype).unsqueeze(0)
+            result["lm_head_weight"] = self._read_copy(EMBEDDING if self.tied else HEAD, (self.dims.V, self.dims.H), dtype)
         return result
 
     def embed_tokens(self, dtype: torch.dtype | None = None) -> Tensor:
         """The embedding of every token, ``[V, H]``; bf16 unless a ``dtype`` is given."""
-        return self._copied(EMBEDDING, (self.dims.V, self.dims.H), dtype)
+        return self._read_copy(EMBEDDING, (self.dims.V, self.dims.H), dtype)
 
     def rope_tables(self) -> dict[str, Tensor]:
         """``rope_cos`` and ``rope_sin``, fp32 ``[S, D]``."""
@@ -160,12 +160,12 @@ class Checkpoint:
                 "set it to false if the head is to count, or remove the head"
             )
 
-    def _copied(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    def _read_copy(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
         # A copy: what safetensors returns is the mapped file, and would change or fail with it.
         result = torch.empty(shape, dtype=_dtype_for(shape, dtype))
-        return result.copy_(self._read(name, result.dtype))
+        return result.copy_(self._read_rounded(name, result.dtype))
 
-    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _read_rounded(self, name: str, dtype: torch.dtype) -> Tensor:
         """One tensor, rounded at most once."""
         stored = self._stored(name)
         if stored.dtype == torch.float64 and dtype == torch.bfloat16:
@@ -220,7 +220,7 @@ def _dims_of(path: Path) -> tuple[Dims, bool]:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     sizes = {symbol: number(key) for symbol, key in _SIZES.items()}
     layer_types = config.get("layer_types")
-    beyond_the_contract = {
+    unsupported = {
         "rope scaling": (rope_type, rope_type == "default"),
         "attention_bias": (config.get("attention_bias"), not config.get("attention_bias")),
         "hidden_act": (config.get("hidden_act"), config.get("hidden_act", "silu") == "silu"),
@@ -228,7 +228,7 @@ def _dims_of(path: Path) -> tuple[Dims, bool]:
         "layer_types": (layer_types, layer_types in (None, ["full_attention"] * sizes["L"])),
         "quantization_config": (config.get("quantization_config"), not config.get("quantization_config")),
     }
-    for key, (value, expressible) in beyond_the_contract.items():
+    for key, (value, expressible) in unsupported.items():
         if not expressible:
             raise UsageError(f"{path}: the contract has no place for {key}, found {value!r}; use a checkpoint without it")
     theta = number("rope_theta", rope if "rope_theta" in rope else config, whole=False)
@@ -261,13 +261,13 @@ def _headers(folder: Path) -> dict[Path, _Header]:
             raise UsageError(f"{index}: expected the name of a file in the same folder, found {name!r}")
         if not path.exists():
             held = [tensor for tensor, shard in weight_map.items() if shard == name]
-            raise UsageError(f"{path}: this shard is named by {INDEX} but absent; it holds {_listed(held)}")
+            raise UsageError(f"{path}: this shard is named by {INDEX} but absent; it holds {_names(held)}")
     headers = {path: _header(path) for path in shards.values()}
     for tensor, shard in weight_map.items():
         path = shards[shard]
         if tensor not in headers[path]:
             unnamed = [name for name in headers[path] if name not in weight_map]
-            raise UsageError(f"{path}: expected {tensor}, which {INDEX} says it holds; not there{_likely(tensor, unnamed)}")
+            raise UsageError(f"{path}: expected {tensor}, which {INDEX} says it holds; not there{_suggestion(tensor, unnamed)}")
     for path, header in headers.items():
         for tensor in header:
             if weight_map.get(tensor) != path.name:
@@ -297,13 +297,13 @@ def _check_tensors(headers: Mapping[Path, _Header], dims: Dims, tied: bool) -> N
     missing = [name for name in expected if name not in found]
     if missing:
         where = next(iter(headers)) if len(headers) == 1 else next(iter(headers)).parent / INDEX
-        hint = _likely(missing[0], unknown)
+        hint = _suggestion(missing[0], unknown)
         if missing == [HEAD]:
             hint = f": {CONFIG} says tie_word_embeddings is false"
-        raise UsageError(f"{where}: expected {len(expected)} tensors, {_listed(missing)} missing{hint}")
+        raise UsageError(f"{where}: expected {len(expected)} tensors, {_names(missing)} missing{hint}")
     if unknown:
         path = found[unknown[0]][0]
-        raise UsageError(f"{path}: the contract has no place for {_listed(unknown)}, and without it results would differ")
+        raise UsageError(f"{path}: the contract has no place for {_names(unknown)}, and without it results would differ")
     for name, shape in allowed.items():
         if name not in found:
             continue
@@ -314,11 +314,11 @@ def _check_tensors(headers: Mapping[Path, _Header], dims: Dims, tied: bool) -> N
             raise UsageError(f"{path}: {name} has dtype {dtype}; expected one of {', '.join(_DTYPES)}")
 
 
-def _listed(names: list[str]) -> str:
+def _names(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _likely(name: str, candidates: Iterable[str]) -> str:
+def _suggestion(name: str, candidates: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f"; found {close[0]}, which is no Qwen3 name: rename it?" if close else ""
 

@@ -25,7 +25,7 @@ from conformance.errors import UsageError
 from kernels.qwen3.contract import MODEL
 from conformance.lanes.process import Limits
 from conformance.running.session import is_interactive
-from kernels.qwen3.generation.agreement import Agreement, Oracle
+from kernels.qwen3.generation.agreement import Agreement, TokenVerifier
 from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
 from kernels.qwen3.generation.drivers import DRIVERS, Driver
 from kernels.qwen3.generation.executors import EXECUTORS, Executor, StageError, open_executor
@@ -76,23 +76,23 @@ def main(
     json_path: Path | None,
 ) -> None:
     """Generate greedily from prompts of token ids, driver by driver, and say of every token whether it is the reference's."""
-    names = list(DRIVERS) if driver == "all" else [driver]
+    driver_names = list(DRIVERS) if driver == "all" else [driver]
     for option, value, needed in (("--chunk", chunk, "chunked"), ("--pages", pages, "paged")):
-        if value is not None and needed not in names:
+        if value is not None and needed not in driver_names:
             raise UsageError(f"{option} goes with the {needed} driver")
     if json_path is not None:
         _require_writable(json_path)
     ids = [_token_ids(text) for text in prompts]
     with contextlib.ExitStack() as stack:
-        places = min(max(len(ids), 1), MODEL.largest_batch) if batch is None else batch
-        opened = stack.enter_context(_opened(checkpoint, seed, dims, places, page_size))
-        served = _served(opened.dims, ids, new, end, context, pages)
+        places = min(max(len(ids), 1), LARGEST_BATCH) if batch is None else batch
+        opened = stack.enter_context(_open_checkpoint(checkpoint, seed, dims, places, page_size))
+        served = _served_dims(opened.dims, ids, new, end, context, pages)
         running = open_executor(executor, locations, timeout)
         stack.callback(running.close)
         model = LoadedModel.of(dataclasses.replace(opened, dims=served), exact=running.exact)
-        oracle = Oracle(model) if verify else None
-        runs = [_run(name, model, running, oracle, ids, new, end, chunk, prefill_chunk) for name in names]
-    agree = _compared(runs)
+        verifier = TokenVerifier(model) if verify else None
+        runs = [_run(name, model, running, verifier, ids, new, end, chunk, prefill_chunk) for name in driver_names]
+    agree = _report_driver_differences(runs)
     if json_path is not None:
         _write_json(json_path, executor, served, runs)
     sys.exit(PASSED if agree and all(run.ok for run in runs) else FINDINGS)
@@ -117,15 +117,15 @@ def _run(
     name: str,
     model: LoadedModel,
     executor: Executor,
-    oracle: Oracle | None,
+    verifier: TokenVerifier | None,
     prompts: list[list[int]],
-    new: int,
-    end: int | None,
-    chunk: int | None,
+    max_new_tokens: int,
+    end_token: int | None,
+    layers_per_dispatch: int | None,
     prefill_chunk: int | None,
 ) -> _Run:
     """Generate with one driver and print what came of it."""
-    done, total = 0, new * len(prompts)
+    done, total = 0, max_new_tokens * len(prompts)
 
     def progress(count: int) -> None:
         nonlocal done
@@ -133,11 +133,16 @@ def _run(
         click.echo(f"\r\033[K{name} {done}/{total} tokens", nl=False, err=True)
 
     driver = Driver(
-        name, model, executor, chunk=chunk, prefill_chunk=prefill_chunk, progress=progress if is_interactive() else None
+        name,
+        model,
+        executor,
+        layers_per_dispatch=layers_per_dispatch,
+        prefill_chunk=prefill_chunk,
+        progress=progress if is_interactive() else None,
     )
     began = time.monotonic()
     try:
-        requests = driver.generate(prompts, new, end)
+        requests = driver.generate(prompts, max_new_tokens, end_token)
         run = _Run(name, requests, time.monotonic() - began)
     except StageError as error:
         run = _Run(name, [], time.monotonic() - began, error=str(error))
@@ -150,39 +155,39 @@ def _run(
     click.echo(f"{name}: {sum(len(request.tokens) for request in run.requests)} tokens in {run.seconds:.1f} s")
     for request in run.requests:
         click.echo(f"  prompt {request.number} ({len(request.prompt)} tokens): {','.join(map(str, request.tokens))}")
-    if oracle is None:
+    if verifier is None:
         return run
-    agreement = oracle.judge(run.requests)
+    agreement = verifier.judge(run.requests)
     for difference in agreement.differences:
         click.echo(f"  {difference}")
     click.echo(f"  {agreement}")
     return dataclasses.replace(run, agreement=agreement)
 
 
-def _compared(runs: list[_Run]) -> bool:
+def _report_driver_differences(runs: list[_Run]) -> bool:
     """Say whether drivers gave the same tokens; false if they did not and nothing explains why."""
     ended = [run for run in runs if run.error is None]
     if len(ended) < 2:
         return True
-    parted = []
+    differing = []
     first = ended[0]
     for run in ended[1:]:
         for one, other in zip(first.requests, run.requests, strict=True):
             if one.tokens != other.tokens:
                 pairs = enumerate(zip(one.tokens, other.tokens, strict=False))
                 place = next((place for place, (left, right) in pairs if left != right), min(len(one.tokens), len(other.tokens)))
-                parted.append(f"{run.driver} from {first.driver} in prompt {one.number} at new token {place}")
-    if not parted:
+                differing.append(f"{run.driver} from {first.driver} in prompt {one.number} at new token {place}")
+    if not differing:
         click.echo(f"{len(ended)} drivers: identical tokens")
         return True
     # Up to where two drivers part they have the same history, so that one of them differs from the reference there.
     explained = all(run.agreement is not None for run in ended)
-    click.echo(f"{len(ended)} drivers differ{', for the reasons above' if explained else ''}: {'; '.join(parted)}")
+    click.echo(f"{len(ended)} drivers differ{', for the reasons above' if explained else ''}: {'; '.join(differing)}")
     return explained
 
 
 @contextlib.contextmanager
-def _opened(
+def _open_checkpoint(
     checkpoint: Path | None, seed: int | None, dims: str | None, batch: int, page_size: int | None
 ) -> Iterator[Checkpoint]:
     """The checkpoint that is named, or a random one that lasts as long as it is read."""
@@ -194,13 +199,13 @@ def _opened(
         yield Checkpoint.open(checkpoint, B=batch, BS=128 if page_size is None else page_size)
         return
     assert seed is not None
-    wanted = _dims(dims or "tiny")
+    wanted = _model_dims(dims or "tiny")
     with tempfile.TemporaryDirectory() as folder:
         random_checkpoint(folder, wanted, seed)
         yield Checkpoint.open(folder, B=batch, BS=wanted.BS if page_size is None else page_size)
 
 
-def _served(
+def _served_dims(
     dims: Dims, prompts: Sequence[Sequence[int]], new: int, end: int | None, context: int | None, pages: int | None
 ) -> Dims:
     """The dimensions that are served: the context, and pages for it; raises ``UsageError`` for what cannot be."""
@@ -214,7 +219,7 @@ def _served(
     return served.replace(NB=served.B * served.MB + 1 if pages is None else pages)
 
 
-def _dims(text: str) -> Dims:
+def _model_dims(text: str) -> Dims:
     """A preset's name, or ``L=2,S=64`` as overrides of tiny (``preset=NAME`` among them): those of a model."""
     wanted = read_dims(text, "L=2,S=64")
     if isinstance(wanted, str):

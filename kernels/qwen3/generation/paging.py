@@ -33,7 +33,7 @@ class OutOfPagesError(UsageError):
 
 
 @dataclasses.dataclass
-class _Held:
+class _Sequence:
     """What one sequence holds: its tokens so far, and its pages in order."""
 
     length: int
@@ -55,8 +55,8 @@ class PagePool:
         self.page_size = _positive("page_size", page_size)
         # Taken from the end, so the highest come first: a block table is not the identity by accident.
         self._free = list(range(pages - 1))
-        self._holders = [0] * pages
-        self._held: dict[int, _Held] = {}
+        self._reference_counts = [0] * pages
+        self._sequences: dict[int, _Sequence] = {}
         self._next = 0
 
     @property
@@ -74,7 +74,7 @@ class PagePool:
 
     def admit(self, tokens: int) -> int:
         """A new sequence with room for ``tokens`` tokens; its length is ``tokens``. Raises ``OutOfPagesError``."""
-        return self._add(_Held(tokens, self._take(self.pages_for(tokens))))
+        return self._add(_Sequence(tokens, self._allocate(self.pages_for(tokens))))
 
     def append(self, sequence: int, tokens: int = 1) -> list[PageCopy]:
         """Lengthen a sequence by ``tokens`` tokens; raises ``OutOfPagesError``.
@@ -82,19 +82,19 @@ class PagePool:
         If its last page is shared and only partly filled, the sequence gets another in its place: the caller makes the copies
         that are returned (``copy_pages``), in the order of the calls, before it writes any row.
         """
-        held = self._of(sequence)
-        length = held.length + _positive("tokens", tokens)
-        more = self.pages_for(length) - len(held.pages)
-        partly = held.length % self.page_size != 0
-        copied = partly and self._is_shared(held.pages[-1])
-        taken = self._take(more + copied)
+        entry = self._entry(sequence)
+        length = entry.length + _positive("tokens", tokens)
+        more = self.pages_for(length) - len(entry.pages)
+        partly = entry.length % self.page_size != 0
+        copied = partly and self._is_shared(entry.pages[-1])
+        taken = self._allocate(more + copied)
         copies = []
         if copied:
-            copies.append(PageCopy(held.pages[-1], taken.pop(0)))
-            held.pages[-1] = copies[0].target
+            copies.append(PageCopy(entry.pages[-1], taken.pop(0)))
+            entry.pages[-1] = copies[0].target
             self._release(copies[0].source)
-        held.pages += taken
-        held.length = length
+        entry.pages += taken
+        entry.length = length
         return copies
 
     def fork(self, sequence: int, tokens: int | None = None) -> int:
@@ -103,39 +103,39 @@ class PagePool:
         Neither writes to a page while both hold it, so the rows of those tokens must have been written before. Raises
         ``UsageError`` if the sequence is shorter than ``tokens``.
         """
-        held = self._of(sequence)
-        length = held.length if tokens is None else _positive("tokens", tokens)
-        if length > held.length:
-            raise UsageError(f"sequence {sequence} has {held.length} tokens: cannot fork its first {length}")
-        shared = held.pages[: self.pages_for(length)]
+        entry = self._entry(sequence)
+        length = entry.length if tokens is None else _positive("tokens", tokens)
+        if length > entry.length:
+            raise UsageError(f"sequence {sequence} has {entry.length} tokens: cannot fork its first {length}")
+        shared = entry.pages[: self.pages_for(length)]
         for page in shared:
-            self._holders[page] += 1
-        return self._add(_Held(length, shared))
+            self._reference_counts[page] += 1
+        return self._add(_Sequence(length, shared))
 
     def finish(self, sequence: int) -> None:
         """Forget a sequence and free the pages that no other holds. Their contents stay until someone writes to them."""
-        for page in self._of(sequence).pages:
+        for page in self._entry(sequence).pages:
             self._release(page)
-        del self._held[sequence]
+        del self._sequences[sequence]
 
     def length(self, sequence: int) -> int:
         """How many tokens a sequence has room for: its ``seq_lens`` entry."""
-        return self._of(sequence).length
+        return self._entry(sequence).length
 
     def pages_of(self, sequence: int) -> list[int]:
         """The pages of a sequence, in order."""
-        return list(self._of(sequence).pages)
+        return list(self._entry(sequence).pages)
 
     def slots(self, sequence: int, first: int, last: int) -> list[int]:
         """The cache slots of the positions ``first`` up to ``last``, ``last`` itself left out: entries of ``slot_mapping``.
 
         Raises ``UsageError`` unless ``0 <= first <= last <= length``.
         """
-        held = self._of(sequence)
-        if not 0 <= first <= last <= held.length:
-            raise UsageError(f"sequence {sequence} has the positions 0 up to {held.length}, asked for {first} up to {last}")
+        entry = self._entry(sequence)
+        if not 0 <= first <= last <= entry.length:
+            raise UsageError(f"sequence {sequence} has the positions 0 up to {entry.length}, asked for {first} up to {last}")
         size = self.page_size
-        return [held.pages[position // size] * size + position % size for position in range(first, last)]
+        return [entry.pages[position // size] * size + position % size for position in range(first, last)]
 
     def block_table(self, sequences: Sequence[int], MB: int) -> torch.Tensor:
         """The pages of each sequence in order, ``-1`` past its last: ``[len(sequences) * MB]`` int32.
@@ -144,40 +144,40 @@ class PagePool:
         """
         table = torch.full((len(sequences), MB), -1, dtype=torch.int32)
         for row, sequence in enumerate(sequences):
-            pages = self._of(sequence).pages
+            pages = self._entry(sequence).pages
             if len(pages) > MB:
                 raise UsageError(f"sequence {sequence} has {len(pages)} pages, more than the {MB} of a block table's row")
             table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
         return table.view(-1)
 
-    def _of(self, sequence: int) -> _Held:
-        if sequence not in self._held:
+    def _entry(self, sequence: int) -> _Sequence:
+        if sequence not in self._sequences:
             what = "is finished" if isinstance(sequence, int) and 0 <= sequence < self._next else "was never admitted"
-            known = ", ".join(map(str, self._held)) or "none"
+            known = ", ".join(map(str, self._sequences)) or "none"
             raise UsageError(f"sequence {sequence} {what}; live sequences: {known}")
-        return self._held[sequence]
+        return self._sequences[sequence]
 
-    def _add(self, held: _Held) -> int:
+    def _add(self, entry: _Sequence) -> int:
         sequence = self._next
         self._next += 1
-        self._held[sequence] = held
+        self._sequences[sequence] = entry
         return sequence
 
-    def _take(self, count: int) -> list[int]:
+    def _allocate(self, count: int) -> list[int]:
         if count > len(self._free):
             raise OutOfPagesError(count, len(self._free))
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
-            self._holders[page] = 1
+            self._reference_counts[page] = 1
         return taken
 
     def _release(self, page: int) -> None:
-        self._holders[page] -= 1
-        if self._holders[page] == 0:
+        self._reference_counts[page] -= 1
+        if self._reference_counts[page] == 0:
             self._free.append(page)
 
     def _is_shared(self, page: int) -> bool:
-        return self._holders[page] > 1
+        return self._reference_counts[page] > 1
 
 
 def copy_pages(cache: torch.Tensor, copies: Iterable[PageCopy], dims: Dims) -> None:
