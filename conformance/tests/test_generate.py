@@ -107,8 +107,9 @@ def test_every_driver_gives_the_tokens_of_transformers(tmp_path: Path, dims: Dim
     model = opened(tmp_path, dims, exact=True)
     verifier = TokenVerifier(model)
     for name in DRIVERS:
-        options = {"layers_per_dispatch": 2 if name == "chunked" else None, "prefill_chunk": 3 if dims is ODD else None}
-        driver = Driver(name, model, ReferenceExecutor(exact=True), **options)
+        layers, prefill_chunk = 2 if name == "chunked" else None, 3 if dims is ODD else None
+        executor = ReferenceExecutor(exact=True)
+        driver = Driver(name, model, executor, layers_per_dispatch=layers, prefill_chunk=prefill_chunk)
         requests = driver.generate(PROMPTS, NEW)
         assert tokens_of(requests) == expected, name
         assert str(verifier.judge(requests)) == "48 tokens: 48 as the fp64 reference, 0 ties within the error bound, 0 wrong"
