@@ -16,9 +16,9 @@ from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey, take_rows
 from conformance.cases.space import Space, stratified_keys
 from conformance.cases.strategies import keys
+from conformance.contract.arguments import Argument
 from conformance.contract.registry import models, preset_named, stage_named
 from conformance.contract.stage import layer_of
-from conformance.contract.arguments import Argument
 from conformance.errors import UsageError
 from conformance.lanes.buffers import same_bits
 from kernels.qwen3.layout import Layout, contiguous

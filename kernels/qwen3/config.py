@@ -80,7 +80,6 @@ class Qwen3Dims(Dims):
         return super().replace(**changes)
 
 
-
 def _published(*, H: int, NH: int, I: int, L: int) -> Qwen3Dims:  # noqa: E741  the contract's symbol
     """A published model, served in pages of 128 tokens: what all sizes have in common is here."""
     return Qwen3Dims(B=16, NH=NH, NKV=8, D=128, H=H, I=I, V=151936, L=L, S=4096, BS=128, NB=520, T=256)

@@ -11,12 +11,10 @@ import math
 import torch
 
 from conformance.cases.source import Source
-from conformance.contract.registry import Model
-from conformance.contract.stage import Stage
-from conformance.contract.stage import Tensors
-from conformance.contract.arguments import read
-from conformance.contract.arguments import write
+from conformance.contract.arguments import read, write
 from conformance.contract.dims import Dims, axis
+from conformance.contract.registry import Model
+from conformance.contract.stage import Stage, Tensors
 from conformance.numerics import bounds
 from conformance.numerics.arithmetic import Arithmetic
 from conformance.numerics.bounds import Bounds, Profile

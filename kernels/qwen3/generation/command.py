@@ -22,9 +22,9 @@ from conformance.cli import FINDINGS, PASSED, Command, read_dims
 from conformance.contract.dims import Dims
 from conformance.contract.registry import preset_named
 from conformance.errors import UsageError
-from kernels.qwen3.contract import MODEL
 from conformance.lanes.process import Limits
 from conformance.running.session import is_interactive
+from kernels.qwen3.contract import MODEL
 from kernels.qwen3.generation.agreement import Agreement, TokenVerifier
 from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
 from kernels.qwen3.generation.drivers import DRIVERS, Driver
@@ -84,7 +84,7 @@ def main(
         _require_writable(json_path)
     ids = [_token_ids(text) for text in prompts]
     with contextlib.ExitStack() as stack:
-        places = min(max(len(ids), 1), LARGEST_BATCH) if batch is None else batch
+        places = min(max(len(ids), 1), MODEL.largest_batch) if batch is None else batch
         opened = stack.enter_context(_open_checkpoint(checkpoint, seed, dims, places, page_size))
         served = _served_dims(opened.dims, ids, new, end, context, pages)
         running = open_executor(executor, locations, timeout)

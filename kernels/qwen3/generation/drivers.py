@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from conformance.numerics.arithmetic import EXACT
 from conformance.contract.dims import Dims
-from conformance.contract.stage import Tensors
-from conformance.contract.stage import layer_of
+from conformance.contract.stage import Tensors, layer_of
 from conformance.errors import UsageError
+from conformance.numerics.arithmetic import EXACT
 from kernels.qwen3 import reference
 from kernels.qwen3.generation.executors import Executor, StageError
 from kernels.qwen3.generation.model import LoadedModel

@@ -11,21 +11,16 @@ from typing import Protocol
 
 import torch
 
-from conformance.numerics.arithmetic import CONTRACT
-from conformance.numerics.arithmetic import EXACT
 from conformance.cases.case import Case
 from conformance.cases.key import CaseKey
 from conformance.contract.dims import Dims
-from conformance.contract.stage import Tensors
-from conformance.contract.registry import stage_named
 from conformance.contract.kernel import Kernel
-from conformance.contract.loading import bundled_kernels
-from conformance.contract.loading import find_kernel
-from conformance.contract.loading import kernels_in
-from conformance.contract.loading import load_module
+from conformance.contract.loading import bundled_kernels, find_kernel, kernels_in, load_module
+from conformance.contract.registry import stage_named
+from conformance.contract.stage import Tensors
 from conformance.errors import UnavailableError, UsageError
-from conformance.lanes.process import KernelProcess
-from conformance.lanes.process import Limits
+from conformance.lanes.process import KernelProcess, Limits
+from conformance.numerics.arithmetic import CONTRACT, EXACT
 
 Tensor = torch.Tensor
 

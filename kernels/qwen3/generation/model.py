@@ -7,8 +7,7 @@ import dataclasses
 import torch
 
 from conformance.contract.dims import Dims
-from conformance.contract.stage import Tensors
-from conformance.contract.stage import layer_of
+from conformance.contract.stage import Tensors, layer_of
 from kernels.qwen3.generation.checkpoint import Checkpoint
 from kernels.qwen3.reference import LAYER_WEIGHTS
 
