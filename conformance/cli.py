@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import shutil
 import signal
 import sys
 import time
@@ -26,14 +27,11 @@ if TYPE_CHECKING:
     from conformance.cases.space import Space
     from conformance.contract.kernel import Kernel
     from conformance.exam.results import Exam
-    from conformance.running.check import Judged, Report, RunPlan
+    from conformance.running.check import Judged, RunPlan
     from conformance.running.diff import Standing
     from conformance.running.session import RunLog, Subject
 
 PASSED, FINDINGS, USAGE, COULD_NOT_RUN = 0, 1, 2, 3
-
-TOLD_EVERY = 300.0
-"""Seconds between two lines of progress where nobody watches: a log that says nothing for an hour looks like a hang."""
 
 
 class Command(click.Command):
@@ -69,12 +67,9 @@ def main() -> None:
 def doctor() -> None:
     """Say what can run on this machine, and what to do about what cannot."""
     from conformance.toolchains.doctor import doctor as examine
+    from reports import inventory
 
-    for line in examine():
-        mark = "ok " if line.ok else "-- "
-        click.echo(f"{mark} {line.name:<12} {line.found}")
-        if not line.ok and line.advice:
-            click.echo(f"    {'':<12} {line.advice}")
+    click.echo(inventory.doctor(examine()))
 
 
 @main.command("list")
@@ -84,25 +79,19 @@ def list_command(locations: tuple[str, ...]) -> None:
     from conformance.contract.loading import bundled_kernels, kernels_in, load_module
     from conformance.contract.registry import stages
     from conformance.lanes.base import LANES_OF
+    from reports import inventory
 
     kernels = bundled_kernels()
     for location in locations:
         kernels += kernels_in(load_module(location))
     for name, stage in stages().items():
-        click.echo(f"{name}: {stage.summary}")
-        for line in _wrapped(", ".join(argument.describe() for argument in stage.arguments)):
-            click.echo(f"    {line}")
-        for kernel in kernels:
-            if kernel.stage.id == stage.id:
-                lanes = " ".join(LANES_OF[kernel.toolchain])
-                able = f"; {' '.join(kernel.capabilities)}" if kernel.capabilities else ""
-                click.echo(f"  - {kernel.name} ({kernel.toolchain}: {lanes}{able})")
-
-
-def _wrapped(text: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, 74, break_on_hyphens=False)
+        arguments = [argument.describe() for argument in stage.arguments]
+        of_stage = {
+            kernel.name: (kernel.toolchain, LANES_OF[kernel.toolchain], kernel.capabilities)
+            for kernel in kernels
+            if kernel.stage.id == stage.id
+        }
+        click.echo(inventory.stage_entry(name, stage.summary, arguments, of_stage))
 
 
 @main.command()
@@ -175,50 +164,34 @@ def _judge(
 ) -> int:
     """Judge the cases as they are recorded, print the report, and return the exit code."""
     from conformance.running.check import Report, capability_runs, case_runs, worker_runner
-    from conformance.running.session import is_interactive
+    from conformance.running.session import relative_source
+    from reports import check_report
+    from reports.progress import LiveProgress
+    from reports.text import number
 
     runs: list[Judged] = []
-    with worker_runner(subject.kernel, subject.lane, timeout) as run:
+    live = LiveProgress(f"{subject.kernel.name} {subject.lane}", len(keys), "cases")
+    with live, worker_runner(subject.kernel, subject.lane, timeout) as run:
         cases = case_runs(subject.kernel, keys, run, subject.lane, plan)
         proofs = capability_runs(subject.kernel, space, run, subject.lane, runs) if plan is None else iter(())
         for judged in itertools.chain(cases, proofs):
             log.judged(subject, judged)
             runs.append(judged)
-            if is_interactive():
-                _progress(subject, runs, len(keys))
-    if is_interactive():
-        click.echo("\r\033[K", nl=False, err=True)
+            live.update(
+                sum(one.check == "example" for one in runs),
+                number(sum(len(one.verdict.findings) for one in runs), "finding"),
+            )
     report = Report(subject.kernel.stage_name, subject.kernel.name, subject.lane, tuple(runs), planned=len(keys))
     click.echo(str(report))
-    _say_how_to_replay(report, subject, options)
+    again = check_report.replay_line(report, relative_source(subject.kernel), options)
+    if again:
+        click.echo(again)
     if expected_reason is not None:
         log.expected(subject, expected_reason, fixed=report.ok)
         state = "FIXED, take it off the list" if report.ok else "failed as expected"
         click.echo(f"{state}: {expected_reason}")
         return PASSED
     return PASSED if report.ok else FINDINGS
-
-
-def _progress(subject: Subject, runs: list[Judged], total: int) -> None:
-    done = sum(run.check == "example" for run in runs)
-    failed = sum(not run.verdict.ok for run in runs)
-    bar = "#" * (20 * done // max(total, 1))
-    text = f"{subject.kernel.name} {subject.lane} [{bar:<20}] {done}/{total} cases, {failed} failed"
-    click.echo(f"\r\033[K{text[:79]}", nl=False, err=True)
-
-
-def _say_how_to_replay(report: Report, subject: Subject, options: dict[str, Any]) -> None:
-    from reports.text import replay_command
-
-    if not report.findings:
-        return
-    from conformance.running.session import relative_source
-
-    worst = report.findings[0]
-    source, detector = relative_source(subject.kernel), worst.finding.detector
-    command = replay_command(report.stage, source, report.kernel, str(worst.case), subject.lane, detector, options)
-    if command:
-        click.echo(f"again: {command}")
 
 
 def _short(folder: Path) -> str:
@@ -288,6 +261,7 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
     from conformance.cases.space import Space
     from conformance.running import diff as comparison
     from conformance.running.check import chosen_keys, resolve_lane
+    from reports import diff_report
 
     if lane == "compile_only":
         raise UsageError("diff compares what kernels compute: compile_only executes nothing")
@@ -303,23 +277,9 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
     standings = [_standings(subject, dims, examples, seed, lane, timeout) for subject in (before, after)]
     found = comparison.compare_runs(*standings)
     for one in found:
-        click.echo(str(one))
-    code = comparison.exit_code(found)
-    lost = sum(len(one.lost) for one in found)
-    untested = sum(len(one.open) for one in found)
-    claims = f"{_capabilities(untested)} {'was' if untested == 1 else 'were'} not put to the test" if untested else ""
-    summary = {
-        PASSED: "nothing is lost",
-        FINDINGS: f"the new kernel has findings, and {claims}" if claims else "nothing is lost, but the new kernel has findings",
-        COULD_NOT_RUN: claims or "not everything could be judged",
-        comparison.SERVES_LESS: f"serves less: {_capabilities(lost)} lost",
-    }
-    click.echo(summary[code])
-    sys.exit(code)
-
-
-def _capabilities(count: int) -> str:
-    return "1 capability" if count == 1 else f"{count} capabilities"
+        click.echo(diff_report.render(one, colour=sys.stdout.isatty()))
+    click.echo(diff_report.conclusion(found))
+    sys.exit(comparison.exit_code(found))
 
 
 def _subject_of_diff(text: str) -> dict[str, Standing] | Kernel:
@@ -396,12 +356,13 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
     Exit code 1 if our rule rejected a legal kernel, missed a fault of a single stage, or more than 3% of those of layers; with
     --full also if a single stage's own number of examples shows a fault with less than 99%.
     """
-    import reports.exam
     from conformance.exam.efforts import EFFORTS
     from conformance.exam.pool import take
     from conformance.exam.results import write_json, write_whole
     from conformance.running.check import require_count
-    from conformance.running.session import is_interactive
+    from reports import exam_page, exam_table
+    from reports.progress import LiveProgress
+    from reports.text import number
 
     require_count(1, seed)
     if processes is not None and processes < 1:
@@ -416,20 +377,10 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
         except OSError as error:
             raise UsageError(f"cannot write to {out}: {error.strerror or error}") from error
 
-    told = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal told
-        if is_interactive():
-            click.echo(f"\r\033[K{done} of {total} parts judged", nl=False, err=True)
-        elif time.monotonic() - told >= TOLD_EVERY:
-            told = time.monotonic()
-            click.echo(f"{done} of {total} parts judged", err=True)
-
     def keep(result: Exam) -> None:
         if out is not None:
             write_json(result, out / "exam.json")
-            write_whole(out / "exam.html", reports.exam.page(result))
+            write_whole(out / "exam.html", exam_page.render(result))
 
     def keep_meanwhile(result: Exam) -> None:
         try:
@@ -438,17 +389,23 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
             click.echo(f"cannot keep the exam in {out} so far: {error.strerror or error}", err=True)
 
     lost: OSError | None = None
+    live = LiveProgress("exam", 0, "parts")
+
+    def show(done: int, planned: int, wrong: int) -> None:
+        live.update(done, f"{number(wrong, 'kernel')} judged wrongly", planned)
+
     with _interrupted_once() as ignore_interrupts:
         try:
-            result = take(
-                EFFORTS["full" if full else "quick"],
-                seed=seed,
-                stage=stage,
-                lane=lane,
-                processes=processes,
-                progress=show,
-                keep=keep_meanwhile,
-            )
+            with live:
+                result = take(
+                    EFFORTS["full" if full else "quick"],
+                    seed=seed,
+                    stage=stage,
+                    lane=lane,
+                    processes=processes,
+                    progress=show,
+                    keep=keep_meanwhile,
+                )
             ignore_interrupts()
         except KeyboardInterrupt:
             click.echo("interrupted before anything was judged", err=True)
@@ -457,9 +414,7 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
             keep(result)  # before anything is shown: it may have taken hours
         except OSError as error:
             lost = error
-    if is_interactive():
-        click.echo("\r\033[K", nl=False, err=True)
-    click.echo(reports.exam.table(result, colour=sys.stdout.isatty()))
+    click.echo(exam_table.render(result, min(100, shutil.get_terminal_size().columns), colour=sys.stdout.isatty()))
     if lost is not None:
         click.echo(f"cannot keep the exam in {out}: {lost.strerror or lost}; the table above is all that is left of it", err=True)
         sys.exit(COULD_NOT_RUN)
@@ -474,7 +429,7 @@ def report(folder: Path) -> None:
     """Build the reports of a run again from its records, and print the summary."""
     import reports
 
-    built = reports.build(folder)
+    built = reports.build(folder, colour=sys.stdout.isatty())
     click.echo(built["terminal"])
     for name, path in built.items():
         if isinstance(path, Path):

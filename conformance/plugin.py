@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from conformance.cases.profiles import SuiteProfile
     from conformance.contract.kernel import Kernel
     from conformance.running.session import ExpectedFailures, RunLog, Subject
+    from conformance.suites.live import SuiteProgress
 
 MARKERS = {
     "compile_only": "compiles kernels with PyPTO's own compiler; nothing is executed, no NPU needed",
@@ -188,12 +189,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("subject", subjects, ids=[subject.id for subject in subjects])
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Write the plan, once the selection by ``-m`` and ``-k`` is known."""
+    """Write the plan, once the selection by ``-m`` and ``-k`` is known: before xdist tells the controller of it."""
     state = session.config.stash[_STATE]
     planned = [subject for subject in map(_subject_of, session.items) if subject is not None]
     if planned and not session.config.option.collectonly and not _is_controller(session.config):
         state.open_log(planned)
+        if not hasattr(session.config, "workerinput"):
+            state.show_progress(len(session.items))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    """Begin the live line in xdist's controller."""
+    state = node.config.stash[_STATE]
+    if state.wrote_records():
+        state.show_progress(len(ids))
 
 
 def _subject_of(item: pytest.Item) -> Subject | None:
@@ -215,6 +227,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         state.log = None
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Take the live line away, however the run ended."""
+    state = config.stash.get(_STATE, None)
+    if state is not None and state.progress is not None:
+        state.progress.stop()
+
+
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     """Build the reports from the records and print the summary; say so where a lane ran nothing."""
     state = config.stash[_STATE]
@@ -222,7 +241,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         return
     import reports
 
-    built = reports.build(state.folder)
+    built = reports.build(state.folder, colour=terminalreporter.hasmarkup)
     terminalreporter.section("kernel conformance")
     terminalreporter.write_line(str(built["terminal"]))
     terminalreporter.write_line(f"kept in {state.folder}: report.html, summary.md, junit.xml")
@@ -234,6 +253,7 @@ class PluginState:
 
     config: pytest.Config
     log: RunLog | None = None
+    progress: SuiteProgress | None = None
     _kernels: list[Kernel] | None = None
     _folder: Path | None = None
     _expected: ExpectedFailures | None = None
@@ -385,6 +405,15 @@ class PluginState:
                     for overrides in sizes(kernel.stage)
                 ]
         return subjects
+
+    def show_progress(self, planned: int) -> None:
+        """Begin the live line, if there is none yet; with ``-v`` pytest names every test itself."""
+        if self.progress is None and self.config.option.verbose <= 0:
+            from conformance.running.records import RunFollower
+            from conformance.suites.live import SuiteProgress
+
+            self.progress = SuiteProgress(RunFollower(self.folder), planned)
+            self.config.pluginmanager.register(self.progress)
 
     def open_log(self, planned: list[Subject]) -> None:
         """Begin this process's records."""

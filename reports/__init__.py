@@ -6,10 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conformance.errors import UsageError
+
+if TYPE_CHECKING:
+    from reports.summary import RunSummary
 
 __all__ = ["FORMATS", "build"]
 
@@ -22,21 +27,28 @@ FORMATS: dict[str, str | None] = {
 }
 
 
-def build(folder: Path, formats: Sequence[str] = ("terminal", "markdown", "junit", "html")) -> dict[str, Path | str]:
+def build(
+    folder: Path, formats: Sequence[str] = ("terminal", "markdown", "junit", "html"), *, colour: bool = False
+) -> dict[str, Path | str]:
     """Build reports of the run in ``folder``: the text itself for ``terminal``, the path of the written file for the others.
 
-    Building again replaces them; the records are only read. Raises ``UsageError`` for an unknown format and for a folder
-    without records.
+    ``colour`` is for the terminal's. Building again replaces the files; the records are only read. Raises ``UsageError`` for an
+    unknown format and for a folder without records.
     """
     from conformance.running.records import read_run
     from reports import junit, markdown, page, terminal
-    from reports.summary import summarise
+    from reports.summarise import summarise
 
     for name in formats:
         if name not in FORMATS:
             raise UsageError(f"unknown report format {name!r}; known are {', '.join(FORMATS)}")
     summary = summarise(read_run(folder))
-    renderers = {"terminal": terminal.render, "markdown": markdown.render, "junit": junit.render, "html": page.render}
+    renderers: dict[str, Callable[[RunSummary], str]] = {
+        "terminal": functools.partial(terminal.render, colour=colour),
+        "markdown": markdown.render,
+        "junit": junit.render,
+        "html": page.render,
+    }
     built: dict[str, Path | str] = {}
     for name in formats:
         content = renderers[name](summary)

@@ -11,28 +11,28 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 
 from reports import text
-from reports.summary import Cell, Fault, Reason, RunSummary
+from reports.summary import Cell, Problem, Reason, RunSummary
 
 #: The suite of what concerns the run as a whole.
 RUN_SUITE = "run"
 
 _NAME = 300
 _MESSAGE = 1000
-_FAULTS_PER_CASE = 20
+_PROBLEMS_PER_CASE = 20
 
 
 def render(summary: RunSummary) -> str:
     """JUnit XML that is valid against the schema of Jenkins's xUnit plugin (``junit-10.xsd``); times are in seconds."""
     root = ElementTree.Element("testsuites", name="conformance")
-    faults: dict[tuple[str, str, str], list[Fault]] = {}
-    for fault in (*summary.faults, *summary.expected_faults):
-        faults.setdefault((fault.stage, fault.kernel, fault.lane), []).append(fault)
+    problems: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in (*summary.problems, *summary.expected_problems):
+        problems.setdefault((problem.stage, problem.kernel, problem.lane), []).append(problem)
     cells = summary.cells
     for lane in summary.lanes:
         members = [cell for cell in cells if cell.lane == lane]
         suite = _suite(root, lane or "(no lane)", summary)
         for cell in members:
-            _test_case(suite, cell, faults.get((cell.stage, cell.kernel, cell.lane), ()))
+            _test_case(suite, cell, problems.get((cell.stage, cell.kernel, cell.lane), ()))
         suite.set("time", _time(sum(cell.seconds for cell in members)))
         _count(suite)
     _run_suite(root, summary)
@@ -59,7 +59,7 @@ def _count(suite: ElementTree.Element) -> None:
         suite.set(attribute, str(len(suite.findall(f"testcase/{tag}"))))
 
 
-def _test_case(suite: ElementTree.Element, cell: Cell, faults: Sequence[Fault]) -> None:
+def _test_case(suite: ElementTree.Element, cell: Cell, problems: Sequence[Problem]) -> None:
     name = f"{cell.kernel or '(no kernel)'}[{cell.preset}]" if cell.preset else cell.kernel or "(no kernel)"
     test = ElementTree.SubElement(
         suite,
@@ -68,14 +68,14 @@ def _test_case(suite: ElementTree.Element, cell: Cell, faults: Sequence[Fault]) 
         name=text.one_line(name, _NAME),
         time=_time(cell.seconds),
     )
-    mine = [fault for fault in faults if cell.preset in fault.presets or not cell.preset]
+    mine = [problem for problem in problems if cell.preset in problem.presets or not cell.preset]
     if cell.status == "failed":
         message = f"{cell.failed_cases:,} of {text.number(cell.cases, 'case')} failed"
         if mine:
             message += f"; {mine[0].detector}: {text.one_line(mine[0].example.message if mine[0].example else '', 300)}"
-        body = "\n\n".join(_describe(fault) for fault in mine[:_FAULTS_PER_CASE])
-        if len(mine) > _FAULTS_PER_CASE:
-            body += f"\n\n... and {len(mine) - _FAULTS_PER_CASE:,} more faults"
+        body = "\n\n".join(_describe(problem) for problem in mine[:_PROBLEMS_PER_CASE])
+        if len(mine) > _PROBLEMS_PER_CASE:
+            body += f"\n\n... and {len(mine) - _PROBLEMS_PER_CASE:,} more problems"
         _say(test, "failure", mine[0].detector if mine else "failed", message, body)
     elif cell.status in ("could not run", "nothing ran", "cut short"):
         _say(test, "error", cell.status, f"{cell.status}: {'; '.join(cell.stopped_because)}")
@@ -103,15 +103,15 @@ def _say(test: ElementTree.Element, tag: str, kind: str, message: str, body: str
     element.text = text.clean(body, 20 * _MESSAGE) or None
 
 
-def _describe(fault: Fault) -> str:
+def _describe(problem: Problem) -> str:
     lines = [
-        f"{fault.detector}: {fault.meaning}",
-        f"{fault.failed_cases:,} of {text.number(fault.cases, 'case')} on {fault.lane}",
+        f"{problem.detector}: {problem.meaning}",
+        f"{problem.failed_cases:,} of {text.number(problem.cases, 'case')} on {problem.lane}",
     ]
-    lines += fault.measures
-    if fault.example:
-        lines.append(text.clean(fault.example.message, 2 * _MESSAGE))
-    lines.append(fault.replay or f"case key: {fault.example_case or 'none'}")
+    lines += problem.measures
+    if problem.example:
+        lines.append(text.clean(problem.example.message, 2 * _MESSAGE))
+    lines.append(problem.replay or f"case key: {problem.example_case or 'none'}")
     return "\n".join(lines)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 from reports import text
-from reports.summary import Fault, Reason, RunSummary, Status
+from reports.summary import CellStatus, Problem, Reason, RunSummary
 
 MOST_ROWS = 300
-MOST_FAULTS = 30
+MOST_PROBLEMS = 30
 MOST_REASONS = 50
 
 #: A sign beside the word, never instead of it.
@@ -27,7 +27,7 @@ _PUNCTUATION = re.compile(r"([\\`*_\[\]|~$])|^([#>+-]|\d+[.)])")
 
 
 def render(summary: RunSummary) -> str:
-    """The report in Markdown: the outcome, a table of kernels and lanes, faults worst first, and what did not run and why."""
+    """The report in Markdown: the outcome, a table of kernels and lanes, problems worst first, and what did not run and why."""
     lines = [f"## {SIGNS[summary.outcome]} Conformance: {summary.outcome}", "", escape(summary.headline), ""]
     if summary.started is not None:
         lines += [
@@ -44,12 +44,12 @@ def render(summary: RunSummary) -> str:
             name = f"**{escape(entry.kernel, 120)}** on {escape(entry.lane or 'every lane', 40)}"
             lines += [f"> ✨ Fixed: {name} no longer fails; take it off the list of expected failures", ""]
     lines += _table(summary)
-    if summary.faults:
-        lines += [f"### {text.number(len(summary.faults), 'fault')}, worst first", ""]
-        for number, fault in enumerate(summary.faults[:MOST_FAULTS], start=1):
-            lines += _fault(number, fault)
-        if len(summary.faults) > MOST_FAULTS:
-            lines += [f"… and {len(summary.faults) - MOST_FAULTS:,} more faults: see the HTML report", ""]
+    if summary.problems:
+        lines += [f"### {text.number(len(summary.problems), 'problem')}, worst first", ""]
+        for number, problem in enumerate(summary.problems[:MOST_PROBLEMS], start=1):
+            lines += _problem(number, problem)
+        if len(summary.problems) > MOST_PROBLEMS:
+            lines += [f"… and {len(summary.problems) - MOST_PROBLEMS:,} more problems: see the HTML report", ""]
     lines += _reasons("Could not run", "could not run", summary.errors)
     lines += _reasons("Planned, and not run to the end (not a pass)", "nothing ran", summary.unrun)
     lines += _reasons("Skipped", "skipped", summary.skips)
@@ -104,29 +104,28 @@ def _table(summary: RunSummary) -> list[str]:
     return lines
 
 
-def _fault(number: int, fault: Fault) -> list[str]:
-    presets = f", {', '.join(fault.presets)}" if fault.presets else ""
-    title = (
-        f"**{number}. {escape(fault.detector)}** in {escape(fault.kernel, 120)} on {escape((fault.lane or '-') + presets, 200)}"
-    )
-    lines = [f"{title}: {fault.failed_cases:,} of {text.number(fault.cases, 'case')}", ""]
-    lines += [f"- {escape(fault.meaning)}"]
-    lines += [f"- {escape(measure)}" for measure in fault.measures]
-    if fault.example and fault.example.message:
-        lines.append(f"- {escape(fault.example.message, 600)}")
-    if fault.also:
-        lines.append("- in the same cases: " + ", ".join(f"{escape(name)} in {count:,}" for name, count in fault.also))
-    if fault.machines:
-        lines.append("- seen on " + escape(", ".join(fault.machines), 300))
+def _problem(number: int, problem: Problem) -> list[str]:
+    presets = f", {', '.join(problem.presets)}" if problem.presets else ""
+    place = escape((problem.lane or "-") + presets, 200)
+    title = f"**{number}. {escape(problem.detector)}** in {escape(problem.kernel, 120)} on {place}"
+    lines = [f"{title}: {problem.failed_cases:,} of {text.number(problem.cases, 'case')}", ""]
+    lines += [f"- {escape(problem.meaning)}"]
+    lines += [f"- {escape(measure)}" for measure in problem.measures]
+    if problem.example and problem.example.message:
+        lines.append(f"- {escape(problem.example.message, 600)}")
+    if problem.also:
+        lines.append("- in the same cases: " + ", ".join(f"{escape(name)} in {count:,}" for name, count in problem.also))
+    if problem.machines:
+        lines.append("- seen on " + escape(", ".join(problem.machines), 300))
     lines.append("")
-    if fault.replay:
-        lines += _fenced(fault.replay)
+    if problem.replay:
+        lines += _fenced(problem.replay)
     else:
-        lines.append(f"No command replays it from here; case key: {escape(fault.example_case or 'none', 200)}")
+        lines.append(f"No command replays it from here; case key: {escape(problem.example_case or 'none', 200)}")
     return [*lines, ""]
 
 
-def _reasons(title: str, status: Status, reasons: tuple[Reason, ...]) -> list[str]:
+def _reasons(title: str, status: CellStatus, reasons: tuple[Reason, ...]) -> list[str]:
     if not reasons:
         return []
     lines = [f"### {SIGNS[status]} {title}", ""]

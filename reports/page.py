@@ -17,11 +17,11 @@ import jinja2
 from markupsafe import Markup
 
 from reports import text
-from reports.summary import STATUSES, Cell, Fault, Row, RunSummary, Shares
+from reports.summary import STATUSES, Cell, Problem, Row, RunSummary, Shares
 
 #: What one page shows; the rest is counted on it. Together they keep a page of any run near a megabyte at most.
 MOST_CELLS = 600
-MOST_FAULTS = 60
+MOST_PROBLEMS = 60
 MOST_REASONS = 60
 MOST_CHART_ROWS = 150
 MOST_FACTS = 150
@@ -81,8 +81,8 @@ def render(summary: RunSummary) -> str:
             hidden_kernels=hidden_kernels,
             chart=chart[:MOST_CHART_ROWS],
             hidden_chart_rows=max(0, len(chart) - MOST_CHART_ROWS),
-            fault_of=_first_fault(summary.faults[:MOST_FAULTS]),
-            limits={"faults": MOST_FAULTS, "reasons": MOST_REASONS, "facts": MOST_FACTS},
+            problem_of=_first_problem(summary.problems[:MOST_PROBLEMS]),
+            limits={"problems": MOST_PROBLEMS, "reasons": MOST_REASONS, "facts": MOST_FACTS},
         )
     )
 
@@ -164,10 +164,10 @@ def _matrix(summary: RunSummary) -> tuple[list[KernelLine], int]:
     return lines, len(kernels) - len(lines)
 
 
-def _first_fault(faults: tuple[Fault, ...]) -> dict[tuple[str, str, str], int]:
+def _first_problem(problems: tuple[Problem, ...]) -> dict[tuple[str, str, str], int]:
     numbers: dict[tuple[str, str, str], int] = {}
-    for number, fault in enumerate(faults, start=1):
-        numbers.setdefault((fault.stage, fault.kernel, fault.lane), number)
+    for number, problem in enumerate(problems, start=1):
+        numbers.setdefault((problem.stage, problem.kernel, problem.lane), number)
     return numbers
 
 

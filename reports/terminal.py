@@ -5,18 +5,15 @@ The report's own words are ASCII, so that a terminal with any encoding shows the
 
 from __future__ import annotations
 
-import io
-import textwrap
-
-from rich.cells import cell_len, set_cell_size
-from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from reports import text
-from reports.summary import Fault, Reason, Row, RunSummary
+from reports.summary import Problem, Reason, RunSummary
+from reports.text_page import TextPage
 
-#: Faults that are told one by one; the rest is counted.
-MOST_FAULTS = 20
+#: Problems that are told one by one; the rest is counted.
+MOST_PROBLEMS = 20
 MOST_ROWS = 400
 MOST_REASONS = 20
 #: Kernels whose process took as much as this, at real size, are listed with what they took.
@@ -41,8 +38,8 @@ def render(summary: RunSummary, width: int = 80, *, colour: bool = False) -> str
 
     Without ``colour`` it is plain text; with it, the same text with ANSI colours.
     """
-    page = Page(max(width, _NARROWEST))
-    page.heading(summary.outcome.upper(), f": {summary.headline}", _STYLES[summary.outcome])
+    page = TextPage(max(width, _NARROWEST))
+    page.line((summary.outcome.upper(), _STYLES[summary.outcome]), f": {summary.headline}")
     machines = text.number(summary.machine_count, "machine")
     if summary.started is not None:
         page.wrapped(
@@ -65,13 +62,15 @@ def render(summary: RunSummary, width: int = 80, *, colour: bool = False) -> str
         for cell in heavy[:MOST_ROWS]:
             name = f"{text.one_line(cell.kernel, 60)} {_short(cell.lane)} [{text.one_line(cell.preset, 40)}]"
             page.wrapped(f"{name}: {text.seconds(cell.seconds)}, {text.memory(cell.peak_memory)}", indent=2)
-    if summary.faults:
-        cases = text.number(sum(fault.failed_cases for fault in summary.faults), "case")
-        page.section(f"{text.number(len(summary.faults), 'fault')} in {cases}, worst first")
-        for number, fault in enumerate(summary.faults[:MOST_FAULTS], start=1):
-            _fault(page, number, fault)
-        if len(summary.faults) > MOST_FAULTS:
-            page.wrapped(f"... and {text.number(len(summary.faults) - MOST_FAULTS, 'more fault')}; the HTML report has them.")
+    if summary.problems:
+        cases = text.number(sum(problem.failed_cases for problem in summary.problems), "case")
+        page.section(f"{text.number(len(summary.problems), 'problem')} in {cases}, worst first")
+        for number, problem in enumerate(summary.problems[:MOST_PROBLEMS], start=1):
+            _problem(page, number, problem)
+        if len(summary.problems) > MOST_PROBLEMS:
+            page.wrapped(
+                f"... and {text.number(len(summary.problems) - MOST_PROBLEMS, 'more problem')}; the HTML report has them."
+            )
     _reasons(page, "Could not run", summary.errors, _STYLES["could not run"])
     _reasons(page, "Planned, and not run to the end (not a pass)", summary.unrun, _STYLES["nothing ran"])
     _reasons(page, "Skipped", summary.skips, _STYLES["skipped"])
@@ -90,78 +89,23 @@ def render(summary: RunSummary, width: int = 80, *, colour: bool = False) -> str
     return page.finish(colour)
 
 
-class Page:
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self._lines: list[Text] = []
-
-    def line(self, *parts: str | tuple[str, str]) -> None:
-        self._lines.append(Text.assemble(*parts))
-
-    def blank(self) -> None:
-        self._lines.append(Text())
-
-    def wrapped(self, content: str, *, indent: int = 0, style: str = "") -> None:
-        blanks = " " * indent
-        lines = textwrap.wrap(
-            content, self.width, initial_indent=blanks, subsequent_indent=blanks, break_on_hyphens=False
-        )  # counts characters: a line of wide letters may be longer than the width, and is still readable
-        for line in lines:
-            self.line((line, style))
-
-    def heading(self, word: str, rest: str, style: str) -> None:
-        first, *more = textwrap.wrap(word + rest, self.width)
-        self.line((first[: len(word)], style), first[len(word) :])
-        for line in more:
-            self.line(line)
-
-    def section(self, title: str, style: str = "bold") -> None:
-        self.blank()
-        self.line((title, style))
-
-    def command(self, command: str, indent: int) -> None:
-        """A command over as many lines as it needs, each but the last ended so that a shell reads on."""
-        blanks = " " * indent
-        if cell_len(blanks + command) <= self.width:
-            self.line((blanks + command, "bold"))
-            return
-        head, option, case = command.partition(" --case ")
-        self.line((f"{blanks}{head}{' ' + chr(92) if option else ''}", "bold"))
-        if option:
-            self.line((f"{blanks}    --case {case}", "bold"))
-
-    def finish(self, colour: bool) -> str:
-        if not colour:
-            return "\n".join(line.plain.rstrip() for line in self._lines) + "\n"
-        output = io.StringIO()
-        console = Console(
-            file=output,
-            force_terminal=True,
-            color_system="standard",
-            width=self.width,
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
-        for line in self._lines:
-            console.print(line, emoji=False)
-        return output.getvalue()
-
-
-def _table(page: Page, summary: RunSummary) -> None:
-    lane_width = min(max([len("lane"), *(cell_len(_short(row.lane)) for row in summary.rows)]), 12)
-    wanted = max(len("kernel"), *(cell_len(_name(row)) for row in summary.rows))
-    # What the numbers and the status leave: 7 for cases, 9 for findings, 7 for the share, 20 for the status, gaps.
-    name_width = min(wanted, max(page.width - lane_width - 46, 14))
-    page.line((f"{'kernel':<{name_width}} {'lane':<{lane_width}} {'cases':>7} {'findings':>8} {'worst':>7}  status", "bold"))
+def _table(page: TextPage, summary: RunSummary) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("kernel", overflow="fold", ratio=1)
+    table.add_column("lane", overflow="fold", max_width=12)
+    for title in ("cases", "findings", "worst"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("status", overflow="fold", min_width=20)
     for row in summary.rows[:MOST_ROWS]:
-        room = page.width - name_width - lane_width - 29 - len(row.status)
-        page.line(
-            f"{_fit(_name(row), name_width)} {_fit(_short(row.lane), lane_width)} "
-            f"{row.cases:>7,} {row.findings:>8,} {text.share(row.shares.worst):>7}  ",
-            (row.status, _STYLES[row.status]),
-            row.remark if len(row.remark) <= room else ", ...",
+        table.add_row(
+            Text(text.one_line(row.kernel or "(no kernel)", 60)),
+            Text(_short(row.lane)),
+            f"{row.cases:,}",
+            f"{row.findings:,}",
+            text.share_used(row.shares.worst),
+            Text.assemble((row.status, _STYLES[row.status]), row.remark),
         )
+    page.table(table)
     if len(summary.rows) > MOST_ROWS:
         page.line(f"... and {len(summary.rows) - MOST_ROWS:,} more rows; the counts above include them")
     page.wrapped(
@@ -169,48 +113,35 @@ def _table(page: Page, summary: RunSummary) -> None:
     )
 
 
-def _name(row: Row) -> str:
-    return text.one_line(row.kernel or "(no kernel)")
-
-
 def _short(lane: str) -> str:
     return text.one_line(lane or "(no lane)", 40)
 
 
-def _fit(content: str, width: int) -> str:
-    if cell_len(content) > width:
-        content = set_cell_size(content, width - 2) + ".."
-    return set_cell_size(content, width)
-
-
-def _fault(page: Page, number: int, fault: Fault) -> None:
+def _problem(page: TextPage, number: int, problem: Problem) -> None:
     page.blank()
-    lead = f"{number}. {fault.detector}"
-    first, *more = textwrap.wrap(f"{lead}: {fault.meaning}", page.width, subsequent_indent="   ")
-    page.line((first[: len(lead)], _STYLES["failed"]), first[len(lead) :])
-    for line in more:
-        page.line(line)
+    lead = f"{number}. {problem.detector}"
+    page.line((lead, _STYLES["failed"]), f": {problem.meaning}")
     indent = 3
-    presets = f", {', '.join(text.one_line(preset, 40) for preset in fault.presets)}" if fault.presets else ""
-    stage = f" (stage {text.one_line(fault.stage, 120)})" if fault.stage != fault.kernel else ""
-    page.wrapped(f"{text.one_line(fault.kernel, 120)}{stage} on {_short(fault.lane)}{presets}", indent=indent)
-    extent = f"{fault.failed_cases:,} of {text.number(fault.cases, 'case')}"
-    page.wrapped("; ".join((extent, *fault.measures)), indent=indent)
-    if fault.example:
-        page.wrapped(text.one_line(fault.example.message, 600), indent=indent)
-    if fault.also:
-        page.wrapped("in the same cases: " + ", ".join(f"{name} in {count:,}" for name, count in fault.also), indent=indent)
-    if fault.machines:
-        page.wrapped("seen on " + ", ".join(fault.machines), indent=indent)
-    if fault.replay:
-        page.command(fault.replay, indent)
+    presets = f", {', '.join(text.one_line(preset, 40) for preset in problem.presets)}" if problem.presets else ""
+    stage = f" (stage {text.one_line(problem.stage, 120)})" if problem.stage != problem.kernel else ""
+    page.wrapped(f"{text.one_line(problem.kernel, 120)}{stage} on {_short(problem.lane)}{presets}", indent=indent)
+    extent = f"{problem.failed_cases:,} of {text.number(problem.cases, 'case')}"
+    page.wrapped("; ".join((extent, *problem.measures)), indent=indent)
+    if problem.example:
+        page.wrapped(text.one_line(problem.example.message, 600), indent=indent)
+    if problem.also:
+        page.wrapped("in the same cases: " + ", ".join(f"{name} in {count:,}" for name, count in problem.also), indent=indent)
+    if problem.machines:
+        page.wrapped("seen on " + ", ".join(problem.machines), indent=indent)
+    if problem.replay:
+        page.command(problem.replay, indent)
     else:
         page.wrapped(
-            f"no command replays it from here; case key: {text.one_line(fault.example_case or 'none', 200)}", indent=indent
+            f"no command replays it from here; case key: {text.one_line(problem.example_case or 'none', 200)}", indent=indent
         )
 
 
-def _reasons(page: Page, title: str, reasons: tuple[Reason, ...], style: str) -> None:
+def _reasons(page: TextPage, title: str, reasons: tuple[Reason, ...], style: str) -> None:
     if not reasons:
         return
     page.section(title, style=style)

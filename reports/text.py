@@ -55,6 +55,15 @@ def share(value: float | None) -> str:
     return f"{mantissa}e{int(exponent)}x"
 
 
+def share_used(value: float | None) -> str:
+    """A share of the allowance in a table: ``43%``, or ``>100%`` for anything beyond it; a finding says how far beyond.
+
+    A multiple of an allowance says little of an error: where nothing but the last rounding is inexact, an error of 1.5 ULP is
+    some 100,000 times what is allowed besides it.
+    """
+    return ">100%" if value is not None and value > 1 else share(value)
+
+
 def share_in_words(value: float | None) -> str:
     """A share of the allowance in a sentence, such as ``3.2x the allowance``."""
     if value is None:
@@ -111,15 +120,20 @@ def moment(epoch_seconds: float | None) -> str:
     return datetime.datetime.fromtimestamp(epoch_seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
+def place(where: Mapping[str, int]) -> str:
+    """The names of an element's coordinates: ``row 3, head 2, lane 2``."""
+    return one_line(", ".join(f"{name.replace('_', ' ')} {coordinate}" for name, coordinate in where.items()))
+
+
 def position(argument: str | None, index: Sequence[int] | None, where: Mapping[str, int]) -> str:
     """Where in an argument: ``out[3, 130] (row 3, head 2, lane 2)``; empty if the finding has no place."""
-    place = argument or ""
+    shown = argument or ""
     if index:
-        place += f"[{', '.join(str(coordinate) for coordinate in index)}]"
+        shown += f"[{', '.join(str(coordinate) for coordinate in index)}]"
     if where:
-        names = ", ".join(f"{name.replace('_', ' ')} {coordinate}" for name, coordinate in where.items())
-        place += f" ({names})" if place else names
-    return place
+        names = place(where)
+        shown += f" ({names})" if shown else names
+    return shown
 
 
 def _dims_of(case: str) -> str:

@@ -21,7 +21,7 @@ from conformance.cases.space import Space, stratified_keys
 from conformance.contract.registry import stage_named, stages
 from conformance.exam import efforts
 from conformance.exam.efforts import Effort, chosen_subjects, number_of
-from conformance.exam.results import Cost, Exam, Standing
+from conformance.exam.results import OURS, Cost, Exam, Standing
 from conformance.exam.trials import MOST_REJECTIONS, Trial, judge_known_kernel
 from conformance.faults.catalogue import random_variant
 from conformance.faults.subject import Subject
@@ -37,14 +37,14 @@ def take(
     stage: str | None = None,
     lane: str | None = None,
     processes: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
     keep: Callable[[Exam], None] | None = None,
 ) -> Exam:
     """Judge the catalogue; what comes of it follows from ``seed``.
 
-    ``progress`` is told how many tasks are done, of how many. ``keep`` is given the exam so far as a task ends, if it was not for
-    ``KEPT_EVERY`` seconds. An exam that is interrupted (``KeyboardInterrupt``), or loses a process, returns what it has. In both,
-    a subject that was not judged to its end is an error, so that neither is a pass.
+    ``progress`` is told how many tasks are done, of how many, and how many kernels were judged wrongly. ``keep`` is given the
+    exam so far as a task ends, if it was not for ``KEPT_EVERY`` seconds. An exam that is interrupted (``KeyboardInterrupt``), or
+    loses a process, returns what it has. In both, a subject that was not judged to its end is an error, so that neither is a pass.
     """
     began = kept = time.monotonic()
     # Those of layers first, which are the longest, so that no process ends alone with one.
@@ -74,7 +74,9 @@ def take(
         for number, result in _results(tasks, workers):
             results[number] = result
             if progress is not None:
-                progress(len(results), len(tasks))
+                judged = [one for done in results.values() for one in done.standings if one.trials and not one.hidden]
+                wrong = sum(one.legal == one.caught_by(OURS) for one in judged)
+                progress(len(results), len(tasks), wrong)
             if keep is not None and time.monotonic() - kept > KEPT_EVERY:
                 kept = time.monotonic()
                 keep(so_far("the exam had not come to it"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -24,6 +23,7 @@ from conformance.judge.verdict import DETECTORS, Finding, Verdict, worst_first
 from conformance.lanes.base import LANES_OF, Outcome
 from conformance.lanes.buffers import bits
 from conformance.lanes.messages import Passes
+from reports import check_report
 
 #: Of so many examples with several sequences one is judged again with these in another order, and one with a sequence alone;
 #: prime to the number of regimes of every stage, so that all of them come up.
@@ -105,7 +105,7 @@ class Report:
         return tuple(name for name in DETECTORS if name in fired)
 
     def __str__(self) -> str:
-        return _text(self)
+        return check_report.render(self)
 
 
 def check(
@@ -362,38 +362,3 @@ def worker_runner(kernel: Kernel, lane: str, timeout: float | None = None) -> It
             return process.compile(case.dims)
 
         yield compiled if lane == "compile_only" else process.run
-
-
-def _text(report: Report, width: int = 80, most: int = 6) -> str:
-    """The report for a person: one line that says how it went, then each finding with its place, size and case key."""
-    cases = f"{report.examples} case{'s' if report.examples != 1 else ''}"
-    share = "" if report.share is None else f", at most {report.share:.2f} of the allowance used"
-    remarks = dict.fromkeys(run.outcome.message for run in report.runs if run.outcome.status == "ok" and run.outcome.message)
-    if report.ok:
-        return "\n  ".join([f"{report.kernel} ({report.stage}, {report.lane}): passed {cases}{share}", *remarks])
-    failed = sum(not run.verdict.ok for run in report.runs)
-    lines = [f"{report.kernel} ({report.stage}, {report.lane}): FAILED {failed} of {len(report.runs)} runs of {cases}"]
-    if report.examples < report.planned:
-        left = report.planned - report.examples
-        lines.append(f"  {left} cases were not tried after {MOST_LOST} runs that crashed or timed out")
-    groups: dict[tuple[str, str | None, str], list[Located]] = {}
-    for entry in report.findings:
-        # Each capability that does not hold is told by itself.
-        what = entry.finding.message if entry.finding.detector == "capability" else ""
-        groups.setdefault((entry.finding.detector, entry.finding.argument, what), []).append(entry)
-    for position, ((detector, argument, _), entries) in enumerate(groups.items()):
-        if position == most:
-            lines.append(f"  and {len(groups) - most} more kinds of findings")
-            break
-        worst = entries[0]
-        seen = report.examples if detector == "pooled_signature" else len({entry.case for entry in entries})
-        title = f"  {detector}" + (f" in {argument}" if argument else "") + f", {seen} case{'s' if seen != 1 else ''}"
-        lines.append(title)
-        lines += textwrap.wrap(worst.finding.message, width, initial_indent="    ", subsequent_indent="    ")
-        where = ", ".join(f"{label.replace('_', ' ')} {place}" for label, place in worst.finding.where.items())
-        if where:
-            lines.append(f"    at {where}")
-        lines += textwrap.wrap(
-            f"case {worst.case}", width, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False
-        )
-    return "\n".join(lines)

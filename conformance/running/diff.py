@@ -16,6 +16,7 @@ from conformance.errors import UsageError
 from conformance.running.capabilities import proven
 from conformance.running.check import Report
 from conformance.running.records import Record, read_run
+from reports import diff_report
 
 #: Exit codes of a comparison besides the command's own: something that was served before is not any more.
 SERVES_LESS = 4
@@ -50,16 +51,6 @@ class Standing:
         if capability in self.refuted:
             return "fails"
         return "yes" if capability in self.shown else "not shown"
-
-    @property
-    def verdict(self) -> str:
-        """The outcome of its cases in a few words."""
-        if not self.runs:
-            return "not judged"
-        if self.failed:
-            return f"FAILED {self.failed} of {self.runs} runs ({', '.join(self.detectors)})"
-        used = "" if self.share is None else f", at most {self.share:.2f} of the allowance used"
-        return f"passed {self.runs} runs{used}"
 
 
 def of_report(kernel: Kernel, report: Report) -> Standing:
@@ -178,38 +169,7 @@ class Comparison:
         return 3 if self.open or not self.new.runs or self.new.errors else 0
 
     def __str__(self) -> str:
-        old, new = self.old, self.new
-        lines = [f"OLD {old.kernel} ({old.stage}): {old.verdict}", f"NEW {new.kernel} ({new.stage}): {new.verdict}"]
-        if old.stage != new.stage:
-            lines.append(f"    {_changed_arguments(old.stage, new.stage)}")
-        lines += [f"    OLD could not run: {reason}" for reason in old.errors]
-        lines += [f"    NEW could not run: {reason}" for reason in new.errors]
-        rows = [(name, old.status(name), new.status(name)) for name in capability_meanings()]
-        rows = [row for row in rows if row[1:] != ("no", "no")]
-        if rows:
-            lines.append(f"  {'capability':<18}{'before':<11}{'after':<11}")
-        for name, before, after in rows:
-            mark = "LOST" if name in self.lost else "gained" if name in self.gained else ""
-            lines.append(f"  {name:<18}{before:<11}{after:<11}{mark}".rstrip())
-        if old.share is not None and new.share is not None:
-            lines.append(f"  {'allowance used':<18}{old.share:<11.2f}{new.share:<11.2f}".rstrip())
-        for name in self.lost:
-            reason = new.refuted.get(name, f"{new.kernel} does not declare it")
-            if new.status(name) in ("yes", "not shown"):
-                reason = f"variable_batch {old.capacity} -> {new.capacity}"
-            lines.append(f"lost: {name} ({capability_meanings()[name]}): {reason}")
-        lines += [f"not held: {name}: {reason}" for name, reason in new.refuted.items() if name not in self.lost]
-        lines += [f"not shown: {name}: no run put it to the test" for name in self.open]
-        return "\n".join(lines)
-
-
-def _changed_arguments(old: str, new: str) -> str:
-    known = stages()
-    names = [{argument.name for argument in known[stage].arguments} if stage in known else set() for stage in (old, new)]
-    gone, come = sorted(names[0] - names[1]), sorted(names[1] - names[0])
-    parts = [f"no longer takes {', '.join(gone)}"] if gone else []
-    parts += [f"now takes {', '.join(come)}"] if come else []
-    return f"another stage: {' and '.join(parts) or 'the same arguments'}"
+        return diff_report.render(self)
 
 
 def for_kernel(kernel: Kernel, run: dict[str, Standing], folder: str) -> dict[str, Standing]:

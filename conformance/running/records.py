@@ -107,6 +107,33 @@ class RecordWriter:
         self._file.close()
 
 
+class RunFollower:
+    """Counts what the processes of a run record, while they do."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[Path, int] = {}
+        #: Judged runs, and the findings of all of them.
+        self.runs = 0
+        self.findings = 0
+
+    def follow(self) -> None:
+        """Read what has been written since the last time. A line that is not whole yet, or no record, is left alone."""
+        for path in self._folder.glob("records-*.jsonl"):
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                whole, end, _ = file.read().rpartition(b"\n")
+            self._read[path] = self._read.get(path, 0) + len(whole) + len(end)
+            for line in whole.splitlines():
+                try:
+                    record = Record.from_json(line.decode("utf-8", "replace"))
+                except (ValueError, TypeError, AttributeError, RecursionError):
+                    continue  # the report names it
+                if record.event == "case":
+                    self.runs += 1
+                    self.findings += len(record.findings)
+
+
 @dataclasses.dataclass(frozen=True)
 class Log:
     """Every record of a run, the lines that could not be read (file name, line number, why), and the processes cut short.

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import platform
 import secrets
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -204,8 +203,3 @@ class ExpectedFailures:
                 raise UsageError(f"{self.path}: unknown lane {lane!r} of {kernel}; known are {', '.join(LANES)}")
             if kernel not in names:
                 raise UsageError(f"{self.path}: no kernel {kernel!r} is judged here; known are {', '.join(sorted(names))}")
-
-
-def is_interactive() -> bool:
-    """Whether a person watches standard error, so that a progress line helps."""
-    return sys.stderr.isatty()

@@ -24,6 +24,7 @@ from conformance.running.diff import SERVES_LESS, Comparison, Standing, Status, 
 from conformance.running.records import Record, RecordWriter
 from conformance.running.session import RunLog, Subject
 from conformance.tests.reference_kernels import SMALL, reference_kernel
+from reports import diff_report
 
 KEY = CaseKey.parse("paged_decode_layer:tiny:B=1,NB=9,seq_lens=3:normal:1")
 REASON = "paged_kv does not hold on a pool of pages in random order (element): out[0, 0] is 1, expected 2"
@@ -93,7 +94,7 @@ def test_cases_are_counted_without_the_proofs() -> None:
         ["paged_kv"], run(share=0.3), run("repeat", share=0.4), run(), refuted("paged_kv"), shown("variable_batch")
     )
     assert (standing.runs, standing.failed, standing.detectors, standing.share) == (3, 0, (), 0.4)
-    assert standing.verdict == "passed 3 runs, at most 0.40 of the allowance used"
+    assert diff_report.verdict(standing) == "passed 3 runs, at most 0.40 of the allowance used"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_cases_are_counted_without_the_proofs() -> None:
     [
         ((), "not judged"),
         ((refuted("paged_kv"),), "not judged"),
-        ((run(share=None),), "passed 1 runs"),
+        ((run(share=None),), "passed 1 run"),
         (
             (run(), run("example", WRONG, share=9.0), run("repeat", WRONG, Finding("spread", "s"), share=9.0)),
             "FAILED 2 of 3 runs (element, spread)",
@@ -109,7 +110,7 @@ def test_cases_are_counted_without_the_proofs() -> None:
     ],
 )
 def test_a_verdict_is_a_few_words(runs: tuple[Judged, ...], verdict: str) -> None:
-    assert standing_of(["paged_kv"], *runs).verdict == verdict
+    assert diff_report.verdict(standing_of(["paged_kv"], *runs)) == verdict
 
 
 RUNS = (
@@ -145,7 +146,11 @@ def test_a_kept_run_says_what_its_report_said(tmp_path: Path) -> None:
 def test_what_was_planned_and_not_judged_is_known_too(tmp_path: Path) -> None:
     kernel = reference_kernel("paged_decode_layer", ["paged_kv"], name="k")
     (standing,) = of_run(keep(tmp_path, {kernel: ()}, errors=["no compiler"])).values()
-    assert (standing.verdict, standing.status("paged_kv"), standing.errors) == ("not judged", "not shown", ("no compiler",))
+    assert (diff_report.verdict(standing), standing.status("paged_kv"), standing.errors) == (
+        "not judged",
+        "not shown",
+        ("no compiler",),
+    )
 
 
 def test_a_capacity_is_kept(tmp_path: Path) -> None:
@@ -163,7 +168,7 @@ def test_what_was_only_compiled_is_not_judged(tmp_path: Path) -> None:
     log.judged(compiled, run("compile", WRONG))
     log.end(0)
     (standing,) = of_run(tmp_path).values()
-    assert (standing.verdict, standing.failed, standing.detectors) == ("not judged", 0, ())
+    assert (diff_report.verdict(standing), standing.failed, standing.detectors) == ("not judged", 0, ())
     assert Comparison(with_status(), standing).exit_code == 3
 
 
@@ -204,7 +209,7 @@ def test_a_run_from_before_capabilities_were_recorded_declares_none(tmp_path: Pa
     writer.close()
     (standing,) = of_run(tmp_path).values()
     assert (standing.declared, standing.capacity) == ((), 16)
-    assert standing.verdict == "passed 1 runs, at most 0.50 of the allowance used"
+    assert diff_report.verdict(standing) == "passed 1 run, at most 0.50 of the allowance used"
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -290,8 +295,8 @@ def test_the_text_names_both_kernels_their_verdicts_and_the_changed_arguments() 
     old = standing_of(["paged_kv"], run(share=0.5), shown("paged_kv"), name="paged")
     new = standing_of([], run("example", WRONG, share=9.0), name="flat", stage="decode_fwd")
     lines = str(Comparison(old, new)).splitlines()
-    assert lines[0] == "OLD paged (paged_decode_layer): passed 1 runs, at most 0.50 of the allowance used"
-    assert lines[1] == "NEW flat (decode_fwd): FAILED 1 of 1 runs (element)"
+    assert lines[0] == "OLD paged (paged_decode_layer): passed 1 run, at most 0.50 of the allowance used"
+    assert lines[1] == "NEW flat (decode_fwd): FAILED 1 of 1 run (element)"
     gone, come = "block_table, out, slot_mapping", "final_norm_weight, lm_head_weight, logits"
     assert lines[2] == f"    another stage: no longer takes {gone} and now takes {come}"
     assert re.fullmatch(r"  allowance used +0\.50 +9\.00", lines[-2])

@@ -39,7 +39,7 @@ from conformance.exam.trials import Trial
 from conformance.faults.kernels import torch_kernel
 from conformance.faults.subject import Subject
 from conformance.lanes.base import Outcome
-from reports import exam as exam_report
+from reports import exam_page, exam_table
 
 #: A few cases of each kind.
 SHORT = Effort(
@@ -358,7 +358,7 @@ def test_an_exam_that_measures_fails_where_a_check_has_too_few_examples_by_defau
     measuring = dataclasses.replace(SHORT, measures=True)
     assert Exam(measuring, 0, [seldom, legal], {}).too_few_examples() == {"rms_norm": "seldom"}
     assert Exam(measuring, 0, [seldom, legal], {}).failed
-    assert "50 examples of rms_norm are too few for seldom" in exam_report.table(Exam(measuring, 0, [seldom, legal], {}))
+    assert "50 examples of rms_norm are too few for seldom" in exam_table.render(Exam(measuring, 0, [seldom, legal], {}))
     assert Exam(SHORT, 0, [seldom, legal], {}).passed  # a handful of trials says too little
 
 
@@ -449,8 +449,8 @@ def test_an_exam_cut_short_has_what_it_judged_and_is_no_pass(
     assert whole.passed
     assert not found.passed
     assert not found.failed
-    assert "could not be judged" in exam_report.table(found)
-    assert why in exam_report.page(found)
+    assert "could not be judged" in exam_table.render(found)
+    assert why in exam_page.render(found)
 
 
 @pytest.fixture
@@ -495,7 +495,7 @@ def test_an_interrupt_while_the_exam_is_kept_loses_nothing(
 
 
 def test_an_exam_that_is_interrupted_leaves_no_process_behind() -> None:
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(done: int, total: int, wrong: int) -> None:
         raise KeyboardInterrupt
 
     found = take(SHORT, stage="greedy_sample", lane="eager", processes=2, progress=interrupt)
@@ -576,7 +576,7 @@ KILLED = """
 import multiprocessing, os, signal, sys
 from conformance.exam import efforts, pool
 
-def told(done, total):
+def told(done, total, wrong):
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -677,7 +677,7 @@ def test_a_full_exam_judges_a_legal_layer_on_as_many_cases_as_a_check_puts_toget
 def test_a_legal_kernel_and_a_faulty_one_have_their_own_numbers_of_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     found = of(monkeypatch, RIGHT, GAIN, effort=dataclasses.replace(SHORT, single=Cases(2, 5, 9)))
     assert {one.name: one.trials for one in found.standings if one.name in ("gain", "right")} == {"gain": 2, "right": 5}
-    words = " ".join(exam_report.table(found).split())
+    words = " ".join(exam_table.render(found).split())
     assert "Examples of a faulty kernel: 2 to 9 of single stages" in words
     assert "Of a legal one: 5 of single stages" in words
 

@@ -22,7 +22,9 @@ from conformance.exam.results import COMPOSITE_TARGET, OURS, Cost, Exam, Standin
 from conformance.exam.rules import RULES
 from conformance.faults.subject import KINDS
 from conformance.tests.synthetic_runs import HOSTILE
-from reports import exam as report
+from reports import exam_page, exam_table
+from reports.exam_figures import lines_of, percent, showing_in_outputs, verdict
+from reports.exam_picture import picture as picture_of
 
 CLOSE = "assert_close"
 COSINE = "cosine > 0.999"
@@ -157,7 +159,7 @@ def rule_row(table: str, rule: str) -> list[str]:
 
 
 def test_terminal_tells_each_rule_by_its_numbers() -> None:
-    table = report.table(small_exam())
+    table = exam_table.render(small_exam())
     assert rule_row(table, OURS) == ["3/3", "91.6%", "0/2", "0/20", "0%", "4.00", "ms", "4.0x"]
     assert rule_row(table, CLOSE) == ["2/3", "41.6%", "1/2", "5/20", "25.0%", "1.00", "ms", "1.0x"]
     assert rule_row(table, COSINE) == ["1/3", "16.6%", "0/2", "0/20", "0%", "-", "-"]
@@ -170,7 +172,7 @@ def test_terminal_tells_each_rule_by_its_numbers() -> None:
 
 
 def test_page_tells_each_rule_by_its_numbers() -> None:
-    page = Page(report.page(small_exam()))
+    page = Page(exam_page.render(small_exam()))
     assert page.row("rules", OURS)[1:-1] == ["3/3 100%", "3/3 100%", "91.6%", "0/2", "0/20 0%", "4.00 ms 4.0x"]
     assert page.row("rules", CLOSE)[1:-1] == ["2/3 66.6%", "2/3 66.6%", "41.6%", "1/2", "5/20 25.0%", "1.00 ms 1.0x"]
     assert page.row("rules", COSINE)[1:-1] == ["1/3 33.3%", "1/3 33.3%", "16.6%", "0/2", "0/20 0%", "- -"]
@@ -189,14 +191,14 @@ def test_page_tells_each_rule_by_its_numbers() -> None:
 
 def test_an_exam_that_measures_power_states_how_many_examples_show_every_fault() -> None:
     measured = dataclasses.replace(small_exam(), effort=EFFORTS["full"])
-    page = Page(report.page(measured))
+    page = Page(exam_page.render(measured))
     needed = measured.examples_needed()
     for stage in ("rms_norm", "rope", "decode_layer"):
         expected = [str(needed[stage][0]), str(stage_named(stage).examples), needed[stage][1]]
         assert page.row("examples", stage) == [stage, *expected]
-        assert [stage, *expected] in [line.split() for line in report.table(measured).splitlines()]
-    assert "At most so many examples" in report.table(measured)
-    assert "At most so many examples" not in report.table(small_exam())
+        assert [stage, *expected] in [line.split() for line in exam_table.render(measured).splitlines()]
+    assert "At most so many examples" in exam_table.render(measured)
+    assert "At most so many examples" not in exam_table.render(small_exam())
 
 
 def test_a_fault_is_seen_only_in_one_kind_of_data_if_it_was_tried_in_all() -> None:
@@ -204,33 +206,33 @@ def test_a_fault_is_seen_only_in_one_kind_of_data_if_it_was_tried_in_all() -> No
     some_kinds = dict(list(all_kinds.items())[:2])
     exam = small_exam(fault("eps_twice", regimes=all_kinds), fault("eps_missing", regimes=some_kinds))
     assert some_kinds["small"] == [1, 1]
-    assert Page(report.page(exam)).row("regimes", "small")[-1] == "1"
+    assert Page(exam_page.render(exam)).row("regimes", "small")[-1] == "1"
 
 
 def test_rule_that_does_as_well_as_ours_is_named() -> None:
     exam = small_exam()
     for one in exam.faults:
         one.rejected[COSINE] = 1
-    assert f"Of 2 rules in use elsewhere, {COSINE} did as well on both counts." in Page(report.page(exam)).text
+    assert f"Of 2 rules in use elsewhere, {COSINE} did as well on both counts." in Page(exam_page.render(exam)).text
 
 
 def test_rules_are_also_compared_without_the_faults_that_no_output_shows() -> None:
     exam = small_exam(fault("guard_overwritten", kind="memory", detectors=["out_of_bounds"], in_outputs=0))
-    page = Page(report.page(exam))
+    page = Page(exam_page.render(exam))
     assert page.row("rules", CLOSE)[1:3] == ["2/4 50.0%", "2/3 66.6%"]
     assert f"of the other 3, ours caught 3 and the best elsewhere ({CLOSE}) 2." in page.text
-    assert "of the other 3, ours caught 3" in " ".join(report.table(exam).split())
+    assert "of the other 3, ours caught 3" in " ".join(exam_table.render(exam).split())
     seen_by_others = small_exam(
         fault("flips", kind="nondeterminism", detectors=["nondeterministic"], in_outputs=0, rejected={OURS: 4, CLOSE: 1})
     )
-    assert len(report.showing_in_outputs(seen_by_others)) == 4
+    assert len(showing_in_outputs(seen_by_others)) == 4
     missed = small_exam(dataclasses.replace(MISSED, rejected={}, detectors=[]))
-    assert len(report.showing_in_outputs(missed)) == 4
+    assert len(showing_in_outputs(missed)) == 4
 
 
 def test_rule_that_an_old_exam_did_not_measure_is_not_said_to_miss_everything() -> None:
     exam = small_exam()
-    table, page = report.table(exam), Page(report.page(exam))
+    table, page = exam_table.render(exam), Page(exam_page.render(exam))
     unmeasured = RULES[1].name
     assert f"Not measured in this exam: {unmeasured}" in " ".join(table.split())
     assert f"Not measured in this exam: {unmeasured}" in page.text
@@ -245,15 +247,19 @@ def test_rule_that_an_old_exam_did_not_measure_is_not_said_to_miss_everything() 
     ],
 )
 def test_share_says_none_and_all_only_of_none_and_all(count: int, whole: int, shown: str) -> None:
-    assert report.percent(count, whole) == shown
+    assert percent(count, whole) == shown
 
 
 def test_order_does_not_depend_on_which_process_ended_first() -> None:
     exam = small_exam(MISSED, MISSED_IN_LAYER, REJECTED, UNJUDGED, HIDDEN)
     turned = dataclasses.replace(exam, standings=exam.standings[::-1])
-    assert report.table(exam) == report.table(turned)
-    names = [row[0] for row in Page(report.page(turned)).tables["stages"]]
-    assert names == [row[0] for row in Page(report.page(exam)).tables["stages"]] == ["Stage", "rms_norm", "rope", "decode_layer"]
+    assert exam_table.render(exam) == exam_table.render(turned)
+    names = [row[0] for row in Page(exam_page.render(turned)).tables["stages"]]
+    assert (
+        names
+        == [row[0] for row in Page(exam_page.render(exam)).tables["stages"]]
+        == ["Stage", "rms_norm", "rope", "decode_layer"]
+    )
 
 
 # What is wrong is seen
@@ -270,7 +276,7 @@ def test_order_does_not_depend_on_which_process_ended_first() -> None:
 )
 def test_whatever_is_wrong_is_told_and_fails_the_exam(standing: Standing, reason: str, told: list[str]) -> None:
     exam = small_exam(standing)
-    table, page = report.table(exam, width=200), Page(report.page(exam))
+    table, page = exam_table.render(exam, width=200), Page(exam_page.render(exam))
     assert table.splitlines()[-1] == f"FAILED: {reason}"
     assert f"Failed because: {reason}." in page.text
     assert "Can the judge be trusted? ✗ failed" in page.text
@@ -280,7 +286,7 @@ def test_whatever_is_wrong_is_told_and_fails_the_exam(standing: Standing, reason
 
 
 def test_passed_exam_lists_nothing_as_missed_or_rejected() -> None:
-    table, page = report.table(small_exam()), Page(report.page(small_exam()))
+    table, page = exam_table.render(small_exam()), Page(exam_page.render(small_exam()))
     for words in ("missed", "Legal kernels that", "Could not be judged", "cannot show", "FAILED"):
         assert words not in table
     assert "Can the judge be trusted? ✓ passed" in page.text
@@ -290,7 +296,7 @@ def test_passed_exam_lists_nothing_as_missed_or_rejected() -> None:
 
 
 def test_missed_fault_is_told_with_who_saw_it_and_where_it_is_caught() -> None:
-    page = Page(report.page(small_exam(MISSED, fault("unseen"))))
+    page = Page(exam_page.render(small_exam(MISSED, fault("unseen"))))
     row = page.row("missed", "rope unseen")
     assert row[4:] == [f"{CLOSE} (rejects 25.0% of the legal runs)", "rms_norm"]
     assert ["4", "✗", "50", "✗"] in [row[1:] for row in page.tables["faults"] if row[0].startswith("unseen")]
@@ -298,14 +304,14 @@ def test_missed_fault_is_told_with_who_saw_it_and_where_it_is_caught() -> None:
 
 def test_few_missed_faults_of_layers_pass_and_are_told() -> None:
     exam = small_exam(MISSED_IN_LAYER, *(fault(f"seen_{number}", "decode_layer") for number in range(40)))
-    table = report.table(exam)
+    table = exam_table.render(exam)
     assert table.splitlines()[-1].startswith("PASSED: 43 of 44")
     assert f"Faults that {OURS} missed: 1" in table
-    assert Page(report.page(exam)).row("missed", "decode_layer unseen")
+    assert Page(exam_page.render(exam)).row("missed", "decode_layer unseen")
 
 
 def test_hidden_fault_is_listed_and_not_counted() -> None:
-    table, page = report.table(small_exam(HIDDEN), width=200), Page(report.page(small_exam(HIDDEN)))
+    table, page = exam_table.render(small_exam(HIDDEN), width=200), Page(exam_page.render(small_exam(HIDDEN)))
     assert rule_row(table, OURS)[0] == "3/3"
     assert table.splitlines()[-1].startswith("PASSED")
     assert "missed" not in table
@@ -316,7 +322,7 @@ def test_hidden_fault_is_listed_and_not_counted() -> None:
 
 
 def test_interpreted_kernels_are_lines_of_their_own() -> None:
-    page = Page(report.page(small_exam(fault("off_by_one", "rope", "indexing", lane="interpret"))))
+    page = Page(exam_page.render(small_exam(fault("off_by_one", "rope", "indexing", lane="interpret"))))
     assert page.row("stages", "rope lane interpret")[1:] == ["1", "✓", "✗", "✗"]
 
 
@@ -325,9 +331,9 @@ def test_interpreted_kernels_are_lines_of_their_own() -> None:
 )
 def test_exam_without_faults_or_without_legal_kernels_fails_and_says_why(standings: list[Standing]) -> None:
     exam = Exam(EFFORTS["full"], 0, standings, {})
-    last = report.table(exam).splitlines()[-1]
+    last = exam_table.render(exam).splitlines()[-1]
     assert re.match(r"FAILED: \w", last)
-    assert html.escape(last.removeprefix("FAILED: ")) in report.page(exam)
+    assert html.escape(last.removeprefix("FAILED: ")) in exam_page.render(exam)
 
 
 def test_every_failure_has_a_reason_and_no_pass_has_one() -> None:
@@ -336,7 +342,7 @@ def test_every_failure_has_a_reason_and_no_pass_has_one() -> None:
         extra = draw.sample([MISSED, MISSED_IN_LAYER, REJECTED, UNJUDGED, HIDDEN], draw.randrange(3))
         many = [fault(f"seen_{number}", "decode_layer") for number in range(draw.choice((0, round(1 / (1 - COMPOSITE_TARGET)))))]
         exam = small_exam(*extra, *many)
-        outcome, reasons = report.verdict(exam)
+        outcome, reasons = verdict(exam)
         assert (outcome == "passed") == exam.passed == (not reasons)
 
 
@@ -344,11 +350,11 @@ def test_unmeasured_cost_is_a_dash_everywhere() -> None:
     exam = small_exam()
     exam.costs = {name: Cost() for name in exam.costs}
     assert math.isnan(exam.score(CLOSE).milliseconds)
-    page = Page(report.page(exam))
+    page = Page(exam_page.render(exam))
     for rule in exam.costs:
-        assert rule_row(report.table(exam), rule)[-2:] == ["-", "-"]
+        assert rule_row(exam_table.render(exam), rule)[-2:] == ["-", "-"]
         assert page.row("rules", rule)[-2] == "- -"
-    assert "nan" not in report.table(exam).lower()
+    assert "nan" not in exam_table.render(exam).lower()
 
 
 # Text that is out to break a report
@@ -374,7 +380,7 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\ud800-\udfff
 
 @pytest.mark.parametrize("make", [hostile_exam, small_exam, large_exam])
 def test_page_is_well_formed_and_needs_nothing_else(make: Callable[[], Exam]) -> None:
-    content = report.page(make())
+    content = exam_page.render(make())
     page = Page(content)
     assert content.startswith("<!DOCTYPE html>")
     assert page.tags["style"] == 1
@@ -395,7 +401,7 @@ def test_page_is_well_formed_and_needs_nothing_else(make: Callable[[], Exam]) ->
 
 
 def test_hostile_text_stays_text() -> None:
-    content, table = report.page(hostile_exam()), report.table(hostile_exam())
+    content, table = exam_page.render(hostile_exam()), exam_table.render(hostile_exam())
     assert content.count("<script") == content.count("<img") == 0
     assert content.count("</style>") == 1
     assert "&lt;script&gt;window.hacked=1" in content
@@ -404,7 +410,7 @@ def test_hostile_text_stays_text() -> None:
         assert len(shown) < 200_000
         shown.encode("utf-8")
     assert max(map(len, table.splitlines()[:-1])) <= 100
-    coloured = report.table(hostile_exam(), colour=True)
+    coloured = exam_table.render(hostile_exam(), colour=True)
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == table
 
 
@@ -413,17 +419,17 @@ def test_hostile_text_stays_text() -> None:
 
 def test_whole_catalogue_makes_a_page_that_is_not_heavy() -> None:
     exam = large_exam()
-    content = report.page(exam)
+    content = exam_page.render(exam)
     assert len(content.encode()) < 1_500_000
     page = Page(content)
     assert sum(len(row) == len(exam.rules) + 2 for row in page.tables["faults"]) == 600 + len(conformance.stages())
     assert all(rule.definition in page.text for rule in RULES)
-    assert max(map(len, report.table(exam).splitlines())) <= 100
+    assert max(map(len, exam_table.render(exam).splitlines())) <= 100
     assert page.tags["circle"] == len(RULES)
 
 
 def test_names_in_the_picture_cover_neither_each_other_nor_a_dot() -> None:
-    picture = report.picture(report.lines_of(large_exam()))
+    picture = picture_of(lines_of(large_exam()))
     assert picture is not None
     boxes = []
     for dot in picture.dots:
@@ -442,5 +448,5 @@ def test_names_in_the_picture_cover_neither_each_other_nor_a_dot() -> None:
 def test_kept_exam_is_rendered_as_the_exam_itself(make: Callable[[], Exam]) -> None:
     exam = make()
     kept = Exam.from_json(json.loads(json.dumps(exam.to_json())))
-    assert report.table(kept) == report.table(exam)
-    assert report.page(kept) == report.page(exam)
+    assert exam_table.render(kept) == exam_table.render(exam)
+    assert exam_page.render(kept) == exam_page.render(exam)

@@ -13,7 +13,8 @@ import pytest
 from conformance.running.records import read_run
 from conformance.tests import synthetic_runs as runs
 from reports import page
-from reports.summary import RunSummary, summarise
+from reports.summarise import summarise
+from reports.summary import RunSummary
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((path for path in map(shutil.which, BROWSERS) if path), None)

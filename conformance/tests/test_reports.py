@@ -22,7 +22,8 @@ from conformance.running.records import Record, read_run
 from conformance.tests import synthetic_runs as runs
 from conformance.tests.synthetic_runs import case, element, end, planned, start, write
 from reports import junit, markdown, page, terminal, text
-from reports.summary import Cell, RunSummary, summarise
+from reports.summarise import summarise
+from reports.summary import Cell, RunSummary
 
 RENDERERS = {"terminal": terminal.render, "markdown": markdown.render, "junit": junit.render, "html": page.render}
 
@@ -200,7 +201,7 @@ def test_runs_of_two_machines_merge_and_a_fault_says_where(tmp_path: Path) -> No
     summary = summary_of(tmp_path)
     assert [machine.label for machine in summary.machines] == ["here", "there"]
     assert [row.lane for row in summary.rows] == ["interpret", "device"]
-    assert summary.faults[0].machines == ("there",)
+    assert summary.problems[0].machines == ("there",)
 
 
 def test_summary_does_not_depend_on_which_file_holds_what(tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_one_fault_in_forty_cases_is_one_entry_with_the_worst_example(tmp_path: 
     also = Finding("spread", "rows", argument="out", share=9.0)
     wrong[7] = case("rope", seed=7, findings=[also, element(share=1.7, index=(1, 7))])
     summary = run_of(tmp_path, *plain, *wrong)
-    (fault,) = summary.faults
+    (fault,) = summary.problems
     assert (fault.detector, fault.argument, fault.failed_cases, fault.cases) == ("element", "out", 40, 50)
     assert fault.example is not None
     assert fault.example.index == (1, 39)
@@ -251,8 +252,8 @@ def test_faults_differ_by_kernel_lane_detector_argument_and_kind_of_error(tmp_pa
         case("rope", findings=raised("FC4001: tile 16 x 36\nsee the log of process 78")),  # the same fault
         case("rope", findings=raised("ValueError: K differs")),
     )
-    assert len(summary.faults) == 7
-    assert sorted(fault.failed_cases for fault in summary.faults) == [1, 1, 1, 1, 1, 2, 2]
+    assert len(summary.problems) == 7
+    assert sorted(fault.failed_cases for fault in summary.problems) == [1, 1, 1, 1, 1, 2, 2]
 
 
 def test_faults_are_worst_first(tmp_path: Path) -> None:
@@ -265,13 +266,13 @@ def test_faults_are_worst_first(tmp_path: Path) -> None:
         case("e", findings=[Finding("crashed", "signal 11")]),
         case("f", status="failed"),
     )
-    assert [fault.kernel for fault in summary.faults] == ["e", "c", "d", "b", "a", "f"]
+    assert [fault.kernel for fault in summary.problems] == ["e", "c", "d", "b", "a", "f"]
 
 
 @pytest.mark.parametrize("name", ["my kernel", "a'b", 'a"b', "a;b", "$(b)", "中文"])
 def test_replay_command_is_quoted_for_the_shell(tmp_path: Path, name: str) -> None:
     record = case(name, findings=[element()], stage="rope", source=f"my kernels/{name}.py", case=f"rope/tiny/{name}")
-    (fault,) = run_of(tmp_path, record).faults
+    (fault,) = run_of(tmp_path, record).problems
     assert fault.replay is not None
     words = ["conformance", "check", "rope", f"my kernels/{name}.py:{name}", "--case", f"rope/tiny/{name}"]
     assert shlex.split(fault.replay) == words
@@ -281,14 +282,14 @@ def test_replay_command_is_quoted_for_the_shell(tmp_path: Path, name: str) -> No
     ("lane", "option"), [("eager", ""), ("interpret", ""), ("compile_only", "--lane compile_only "), ("device", "--lane device ")]
 )
 def test_replay_command_names_a_lane_that_is_not_the_usual_one(tmp_path: Path, lane: str, option: str) -> None:
-    (fault,) = run_of(tmp_path, case("rope", lane, findings=[element()])).faults
+    (fault,) = run_of(tmp_path, case("rope", lane, findings=[element()])).problems
     assert fault.replay == f"conformance check rope kernels/qwen3/rope.py:rope {option}--case rope:tiny:B=3:unit:0"
 
 
 @pytest.mark.parametrize(("lane", "option"), [("interpret", "--all-passes"), ("compile_only", "--lane compile_only")])
 def test_replay_command_looks_at_the_compiled_graph_where_that_was_found(tmp_path: Path, lane: str, option: str) -> None:
     found = Finding("unwritten_read", "buffer is read", "out", count=3, total=10)
-    (fault,) = run_of(tmp_path, case("rope", lane, findings=[found])).faults
+    (fault,) = run_of(tmp_path, case("rope", lane, findings=[found])).problems
     assert fault.replay is not None
     assert set(option.split()) < set(fault.replay.split())
     assert ("--all-passes" in fault.replay) == (lane == "interpret")
@@ -306,7 +307,7 @@ def test_replay_command_runs_the_whole_check_for_what_no_case_shows(tmp_path: Pa
     pooled = case("rope", findings=[found], check="pooled", case="rope:tiny:B=3:unit:0")
     write(tmp_path, [start(options=options), pooled, end()])
     summary = summary_of(tmp_path)
-    assert summary.faults[0].replay == f"conformance check rope kernels/qwen3/rope.py:rope {expected}"
+    assert summary.problems[0].replay == f"conformance check rope kernels/qwen3/rope.py:rope {expected}"
     for render in RENDERERS.values():
         assert expected in html.unescape(render(summary))
 
@@ -319,12 +320,12 @@ def test_command_in_the_terminal_can_be_pasted_although_it_takes_two_lines(tmp_p
     # The shell itself says which words it reads.
     script = f"conformance() {{ printf '%s\\n' conformance \"$@\"; }}\n{command}"
     words = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert words == shlex.split(str(summary.faults[0].replay))
+    assert words == shlex.split(str(summary.problems[0].replay))
 
 
 def test_no_command_is_shown_where_the_record_cannot_give_one(tmp_path: Path) -> None:
     summary = run_of(tmp_path, case("a", findings=[element()], source=""), case("b", findings=[element()], case="line\nbreak"))
-    assert [fault.replay for fault in summary.faults] == [None, None]
+    assert [fault.replay for fault in summary.problems] == [None, None]
     for render in RENDERERS.values():
         assert "conformance check" not in render(summary)
 
@@ -384,7 +385,7 @@ def test_expected_failure_does_not_fail_the_run_and_is_told_apart(tmp_path: Path
     assert summary.outcome == "passed"
     assert cell(summary, "rope").status == "failed as expected"
     assert cell(summary, "rope", preset="awkward").status == "passed"
-    assert (len(summary.faults), len(summary.expected_faults)) == (0, 1)
+    assert (len(summary.problems), len(summary.expected_problems)) == (0, 1)
     root = ElementTree.fromstring(junit.render(summary))
     assert (root.get("failures"), root.get("errors")) == ("0", "0")
     assert [skipped.get("type") for skipped in root.iter("skipped")] == ["failed as expected"]

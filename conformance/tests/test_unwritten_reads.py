@@ -25,7 +25,7 @@ from conformance.running.session import RunLog, Subject
 from conformance.tests.kernels_under_test import pypto_assembling
 from conformance.tests.kernels_under_test.pypto_assembling import FAULTS, LEGAL
 from conformance.toolchains import detect
-from reports.summary import summarise
+from reports.summarise import summarise
 
 needs_pypto = pytest.mark.skipif(not detect().supported, reason=detect().message)
 

@@ -23,7 +23,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.registry import preset_named
 from conformance.errors import UsageError
 from conformance.lanes.process import Limits
-from conformance.running.session import is_interactive
+from reports.progress import is_interactive
 from kernels.qwen3.contract import MODEL
 from kernels.qwen3.generation.agreement import Agreement, TokenVerifier
 from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
