@@ -412,6 +412,9 @@ class PluginState:
             from conformance.running.records import RunFollower
             from conformance.suites.live import SuiteProgress
 
+            reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+            if reporter is not None and reporter.isatty:
+                reporter.write_line("")  # xdist leaves a line about its workers open
             self.progress = SuiteProgress(RunFollower(self.folder), planned)
             self.config.pluginmanager.register(self.progress)
 

@@ -67,7 +67,8 @@ def render(report: CheckResult, width: int = 80, most: int = 6) -> str:
     if report.ok:
         used = "" if report.share is None else f", at most {report.share:.2f} of the allowance used"
         remarks = dict.fromkeys(run.outcome.message for run in report.runs if run.outcome.status == "ok" and run.outcome.message)
-        return "\n  ".join([f"{title}: passed {cases}{used}", *map(text.one_line, remarks)])
+        passed = textwrap.wrap(f"{title}: passed {cases}{used}", width, subsequent_indent="  ", break_on_hyphens=False)
+        return "\n".join([*passed, *(f"  {text.one_line(remark)}" for remark in remarks)])
     failed = sum(not run.verdict.ok for run in report.runs)
     lines = [f"{title}: FAILED {failed} of {len(report.runs)} runs of {cases}"]
     if report.examples < report.planned:

@@ -85,7 +85,7 @@ def render(comparison: Replacement, width: int = 100, *, colour: bool = False) -
     for name in comparison.lost:
         reason = new.refuted.get(name, f"{new.kernel} does not declare it")
         if new.status(name) in ("yes", "not shown"):
-            reason = f"{name} {old.capacity} -> {new.capacity}"
+            reason = f"variable_batch {old.capacity} -> {new.capacity}"
         page.whole(text.one_line(f"lost: {name} ({meanings[name]}): {reason}"))
     for name, reason in new.refuted.items():
         if name not in comparison.lost:

@@ -16,8 +16,6 @@ from reports import text
 
 #: Seconds between two plain lines: a log that says nothing for long looks like a hang.
 PLAIN_PERIOD = 60.0
-#: Seconds of the past from which the time left is told: the whole run, since its parts take very different times.
-_WHOLE_RUN = 86_400.0
 
 
 def is_interactive() -> bool:
@@ -85,12 +83,17 @@ class LiveProgress:
         now = time.monotonic()
         self._told, self._told_first = now, True
         passed = now - self._began
-        left = passed * (self._planned - self._done) / self._done if self._done else 0.0
+        left = _time_left(passed, self._done, self._planned)
         parts = [f"{self._title}: {self._done:,} of {self._planned:,} {self._unit}", self._found or "no verdict yet"]
         parts.append(f"{text.seconds(passed)} so far")
         if left:
             parts.append(f"about {text.seconds(left)} left")
         print(", ".join(parts), file=self._stream, flush=True)
+
+
+def _time_left(passed: float, done: float, planned: float) -> float:
+    """Seconds, if what is left takes as long as what is done did; 0 where nothing tells."""
+    return passed * (planned - done) / done if done else 0.0
 
 
 class _TimeLeft(ProgressColumn):
@@ -99,8 +102,8 @@ class _TimeLeft(ProgressColumn):
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        left = task.time_remaining
-        return Text("" if left is None else f"{text.seconds(left)} left", "cyan")
+        left = _time_left(task.elapsed or 0.0, task.completed, task.total or 0)
+        return Text(f"about {text.seconds(left)} left" if left else "", "cyan")
 
 
 def _live_line(stream: TextIO) -> Progress:
@@ -112,7 +115,6 @@ def _live_line(stream: TextIO) -> Progress:
         _TimeLeft(),
         console=Console(file=stream),
         refresh_per_second=4,
-        speed_estimate_period=_WHOLE_RUN,
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,

@@ -44,7 +44,8 @@ def take(
 
     ``progress`` is told how many tasks are done, of how many, and how many kernels were judged wrongly. ``keep`` is given the
     exam so far as a task ends, if it was not for ``KEPT_EVERY`` seconds. An exam that is interrupted (``KeyboardInterrupt``), or
-    loses a process, returns what it has. In both, a subject that was not judged to its end is an error, so that neither is a pass.
+    loses a process, returns what it has. In both, a subject that was not judged to its end is an error, so that neither is a
+    pass.
     """
     began = kept = time.monotonic()
     # Those of layers first, which are the longest, so that no process ends alone with one.
