@@ -23,7 +23,6 @@ from conformance.contract.dims import Dims
 from conformance.contract.registry import preset_named
 from conformance.errors import UsageError
 from conformance.lanes.process import Limits
-from reports.progress import is_interactive
 from kernels.qwen3.contract import MODEL
 from kernels.qwen3.generation.agreement import Agreement, TokenVerifier
 from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
@@ -31,6 +30,7 @@ from kernels.qwen3.generation.drivers import DRIVERS, Driver
 from kernels.qwen3.generation.executors import EXECUTORS, Executor, StageError, open_executor
 from kernels.qwen3.generation.model import LoadedModel
 from kernels.qwen3.generation.requests import Request, requests_for
+from reports.progress import is_interactive
 
 _DRIVERS = "; ".join(f"{name}: {plan.summary}" for name, plan in DRIVERS.items())
 _EXECUTORS = "; ".join(f"{name}: {summary}" for name, summary in EXECUTORS.items())
