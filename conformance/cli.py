@@ -60,7 +60,7 @@ class _Group(Command, click.Group):
 @click.group("conformance", cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pypto-kernel-conformance")
 def main() -> None:
-    """Judge Qwen3 decode kernels: is it right, and if not, where and why."""
+    """Judge kernels against their contracts: is it right, and if not, where and why."""
 
 
 @main.command()

@@ -24,7 +24,7 @@ MARKERS = {
     "compile_only": "compiles kernels with PyPTO's own compiler; nothing is executed, no NPU needed",
     "interpret": "runs kernels through PyPTO's CPU interpreter and judges the results; no NPU needed",
     "device": "runs kernels on an NPU; skipped where none is usable, unless --conformance-require-device",
-    "full_size": "runs at real Qwen3-14B geometry and needs 14 GB of memory; skipped with less",
+    "full_size": "runs at a model's real size and needs the memory that the model says; skipped with less",
 }
 
 #: Options that had no prefix once. The old spelling still works, where no other plugin has an option of that name.

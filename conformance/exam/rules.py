@@ -227,7 +227,7 @@ RULES: tuple[Rule, ...] = (
         "98% within 3e-3",
         "pypto-lib",
         "at most 2% of the elements beyond 3e-3 + 3e-3 |golden|, in fp32; NaN or infinity fails",
-        "pypto-lib models/qwen3_14b/decode_fwd.py, golden/validation.py ratio_allclose",
+        "pypto-lib, decode_fwd.py and golden/validation.py: ratio_allclose",
         _judge(partial(_outliers, tolerance=3e-3, share=0.02)),
     ),
     Rule(
@@ -241,14 +241,14 @@ RULES: tuple[Rule, ...] = (
         "98% within 5e-3",
         "pypto-lib",
         "at least 98% of the elements within rtol = atol = 5e-3; NaN and infinity are wrong elements",
-        "pypto-lib models/qwen3_14b/decode_tq_draft.py make_pass_rate_compare",
+        "pypto-lib, decode_tq_draft.py: make_pass_rate_compare",
         _judge(partial(_pass_rate, tolerance=5e-3, share=0.98)),
     ),
     Rule(
         "argmax of logits",
         "pypto-lib",
         "logits: the largest of every row at the golden's place; token ids equal; other outputs 98% within 3e-3",
-        "pypto-lib models/qwen3_14b/decode_fwd.py --validate-fwd",
+        "pypto-lib, decode_fwd.py: --validate-fwd",
         _judge(_argmax),
     ),
     Rule(
