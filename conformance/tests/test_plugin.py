@@ -41,7 +41,7 @@ AT_TINY = ("--conformance-presets", "tiny")
 
 
 #: A judgement of both kernels.
-JUDGED = ("-m", "interpret", "--only-user-kernels", "--kernels", "mine.py", "--presets", "tiny")
+JUDGED = ("-m", "interpret", "--conformance-only-user-kernels", "--conformance-kernels", "mine.py", "--conformance-presets", "tiny")
 
 Completed = subprocess.CompletedProcess[str]
 
