@@ -1,5 +1,5 @@
 # Two commands do everything, set-up included: `make check` judges the bundled kernels, `make test` tests the harness;
-# `make exam` asks how good a judge it is.
+# `make exam` asks how good a judge it is. `make test-all` adds the harness's slow tests, which the nightly runs.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ OPTIONS ?=
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: setup check test exam mutation lint clean
+.PHONY: setup check test test-all exam mutation lint clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,9 @@ check: setup
 	$(BIN)/python -m pytest conformance/suites -m "compile_only or interpret" -n $(PROCESSES) --dist worksteal -q $(OPTIONS)
 
 test: setup
+	$(BIN)/python -m pytest conformance/tests -m "not slow" -n $(PROCESSES) --dist worksteal -q
+
+test-all: setup
 	$(BIN)/python -m pytest conformance/tests -n $(PROCESSES) --dist worksteal -q
 
 # What guards the rule: known faults and legal variants, as torch kernels; `conformance exam` has some PyPTO kernels as well.
