@@ -1,4 +1,7 @@
-"""The reference against an independent one: torch's own rms_norm, attention and linear, in float64."""
+"""The reference's operations against torch's own rms_norm, attention and linear in float64, and its stages against one another.
+
+Whole layers are held against two independent ones elsewhere: ``transformers`` and, in ``test_fixtures.py``, numpy.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import torch.nn.functional as F  # noqa: N812  the name torch's documentation us
 import conformance
 from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey
-from conformance.faults.kernels import LAYER_WEIGHTS
 from conformance.numerics.arithmetic import CONTRACT, EXACT, SINGLE, RoundingSites
 from conformance.numerics.ulp import distance
 
@@ -102,38 +104,6 @@ def attention(case: Case) -> Tensor:
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen, enable_gqa=True).reshape(dims.B, dims.NH * dims.D)
 
 
-@pytest.mark.parametrize(
-    "text", ["decode_layer:tiny:B=3,seq_lens=1+17+128:normal:1", "decode_fwd_layers:narrow:B=2,L=3,seq_lens=9+76:normal:1"]
-)
-def test_layers(text: str) -> None:
-    case = case_of(text)
-    dims = case.dims
-    hidden = case.inputs["hidden_states"].double()
-    positions = case.inputs["seq_lens"] - 1
-    shape = (dims.L, dims.B, dims.NKV, dims.S, dims.D)
-    caches = [case.inputs[name].double().view(shape).clone() for name in ("k_cache", "v_cache")]
-    seen = torch.arange(dims.S) <= positions.view(-1, 1, 1, 1)
-    for layer in range(dims.L):
-        weight = {name: case.inputs[name].double().chunk(dims.L)[layer] for name in LAYER_WEIGHTS}
-        x = F.rms_norm(hidden, (dims.H,), weight["input_rms_weight"][0], dims.eps)
-        q, k, v = ((x @ weight[name]).reshape(dims.B, -1, dims.D) for name in ("wq", "wk", "wv"))
-        q = rotated(F.rms_norm(q, (dims.D,), weight["q_norm_weight"][0], dims.eps), positions, dims)
-        k = rotated(F.rms_norm(k, (dims.D,), weight["k_norm_weight"][0], dims.eps), positions, dims)
-        for cache, rows in zip(caches, (k, v), strict=True):
-            cache[layer][torch.arange(dims.B), :, positions.long()] = rows
-        attended = F.scaled_dot_product_attention(
-            q.unsqueeze(2), caches[0][layer], caches[1][layer], attn_mask=seen, enable_gqa=True
-        )
-        hidden = attended.reshape(dims.B, dims.NH * dims.D) @ weight["wo"] + hidden
-        y = F.rms_norm(hidden, (dims.H,), weight["post_rms_weight"][0], dims.eps)
-        hidden = F.silu(y @ weight["w_gate"]) * (y @ weight["w_up"]) @ weight["w_down"] + hidden
-    found = exact(case)
-    # fp32 tables, as in RoPE's own test; garbage rows past the length are as large as 1e4 and must not matter.
-    assert torch.allclose(found["out"], hidden, rtol=1e-5, atol=1e-5)
-    for name, cache in zip(("k_cache", "v_cache"), caches, strict=True):
-        assert torch.allclose(found[name], cache.reshape(-1, dims.D), rtol=1e-5, atol=1e-5)
-
-
 # -- pages, chunks and heads ----------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +179,7 @@ def as_contiguous(case: Case) -> dict[str, Tensor]:
     ],
 )
 def test_a_step_over_pages_is_the_step_over_contiguous_histories(text: str, contiguous: str) -> None:
-    """The one over contiguous caches is held against torch's own functions above."""
+    """The one over contiguous caches is held against ``transformers``, and against numpy in ``test_fixtures.py``."""
     case = case_of(text)
     dims = case.dims
     flat = with_other_inputs(case, contiguous, as_contiguous(case))
