@@ -19,7 +19,7 @@ def judged(name: str) -> Report:
     return check("decode_fwd_layers", kernel, case=CASE)
 
 
-@pytest.mark.parametrize("name", ["carry_rebound", "carry_reads_first_input"])
+@pytest.mark.parametrize("name", ["carry_rebound", pytest.param("carry_reads_first_input", marks=pytest.mark.slow)])
 def test_layers_that_read_the_first_input_are_named(name: str) -> None:
     report = judged(name)
     assert not report.ok

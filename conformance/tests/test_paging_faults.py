@@ -28,8 +28,8 @@ def test_the_kernel_that_the_faults_are_made_of_is_right() -> None:
 @pytest.mark.parametrize(
     ("name", "detector"),
     [
-        ("identity_block_table", "element"),
-        ("stale_page", "element"),
+        pytest.param("identity_block_table", "element", marks=pytest.mark.slow),
+        pytest.param("stale_page", "element", marks=pytest.mark.slow),
         ("page_of_a_freed_sequence", "not_finite"),
         ("whole_pages", "element"),
         ("minus_one_dereferenced", "raised"),
@@ -43,7 +43,7 @@ def test_reading_the_wrong_page_is_found(name: str, detector: str) -> None:
         assert "in 2 of 3 rows" in next(finding.message for finding in report.findings if finding.detector == detector)
 
 
-@pytest.mark.parametrize("name", ["slot_one_too_low", "slot_of_the_first_sequence"])
+@pytest.mark.parametrize("name", ["slot_one_too_low", pytest.param("slot_of_the_first_sequence", marks=pytest.mark.slow)])
 def test_writing_the_wrong_slot_is_found(name: str) -> None:
     report = judged("kv_write", name, WRITE)
     # The right row keeps its old contents, and a row that nobody may touch changes.
@@ -52,6 +52,7 @@ def test_writing_the_wrong_slot_is_found(name: str) -> None:
         assert "out_of_bounds" in report.detectors, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "name"), [("attention", "batch_baked_in"), ("paged_attention", "batch_in_the_loop")])
 def test_a_batch_that_is_baked_in_is_not_a_variable_batch(stage: str, name: str) -> None:
     report = judged(stage, name)
