@@ -116,7 +116,7 @@ def test_the_verdict_does_not_depend_on_the_blocks(key: str, monkeypatch: pytest
     case = make_case(CaseKey.parse(key))
     right, oracle = honest(case), Oracle(case)
     detectors: set[str] = set()
-    for seed in range(8 if case.stage.composite else 40):
+    for seed in range(5 if case.stage.composite else 20):
         outputs = damaged(right, random.Random(f"{key}/{seed}"))
         verdicts = []
         for size in (WHOLE, 37, 1000):
@@ -341,6 +341,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is measured by Linux's /proc")
 def test_a_judgement_takes_at_most_twice_the_outputs_in_memory() -> None:
     """In a process of its own, where nothing else is allocated; a tensor of known size shows that the measure is true."""
