@@ -398,13 +398,13 @@ def diff(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["diff", *arguments])
 
 
-def judged_diff(old: str, new: str) -> Result:
+def judged_diff(old: str, new: str, examples: int = 4) -> Result:
     small = ",".join(f"{name}={size}" for name, size in SMALL.items())
-    return diff(old, new, "--dims", small, "--examples", "4")
+    return diff(old, new, "--dims", small, "--examples", str(examples))
 
 
 def test_a_kernel_in_its_own_place_loses_nothing(folder: Path) -> None:
-    done = judged_diff("mine.py:paged", "mine.py:paged")
+    done = judged_diff("mine.py:paged", "mine.py:paged", 1)
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert lines[0].startswith("OLD paged (paged_decode_layer): passed ")
@@ -417,7 +417,7 @@ def test_a_kernel_in_its_own_place_loses_nothing(folder: Path) -> None:
 
 
 def test_a_contiguous_kernel_of_one_batch_in_the_place_of_a_serving_one_loses_exactly_that(folder: Path) -> None:
-    done = judged_diff("mine.py:paged", "mine.py:fixed")
+    done = judged_diff("mine.py:paged", "mine.py:fixed", 1)
     assert done.exit_code == SERVES_LESS, done.output
     lost = [line for line in done.stdout.splitlines() if line.startswith("lost: ")]
     assert lost == [
