@@ -431,7 +431,7 @@ def test_a_kernel_of_the_users_takes_the_place_of_the_contract(folder: Path, ker
 @pytest.mark.parametrize("driver", ["paged", pytest.param("all", marks=pytest.mark.slow)])
 def test_the_bundled_pypto_kernels_give_the_references_tokens(folder: Path, driver: str) -> None:
     """Through PyPTO's interpreter. The margins of this seed are all beyond the error bound: nothing can be a tie."""
-    random_checkpoint(folder / "two_layers", SMALL.replace(L=2), seed=6)
+    random_checkpoint(folder / "two_layers", SMALL.replace(L=2, H=48), seed=6)
     arguments = ["--checkpoint", "two_layers", "--page-size", "4", "--prompt", "7", "--prompt", "1,2,3,4,5", "--new", "3"]
     done = CliRunner().invoke(main, [*arguments, "--driver", driver, "--executor", "interpret", "--prefill-chunk", "4"])
     assert done.exit_code == 0, done.output

@@ -41,7 +41,15 @@ AT_TINY = ("--conformance-presets", "tiny")
 
 
 #: A judgement of both kernels.
-JUDGED = ("-m", "interpret", "--conformance-only-user-kernels", "--conformance-kernels", "mine.py", "--conformance-presets", "tiny")
+JUDGED = (
+    "-m",
+    "interpret",
+    "--conformance-only-user-kernels",
+    "--conformance-kernels",
+    "mine.py",
+    "--conformance-presets",
+    "tiny",
+)
 
 Completed = subprocess.CompletedProcess[str]
 
@@ -133,7 +141,15 @@ def test_the_device_lane_runs_with_the_interpreter_standing_in(tmp_path: Path) -
 
 def test_kernels_that_take_their_process_down_leave_the_others_results(tmp_path: Path) -> None:
     kernels = str(HERE / "kernels_under_test" / "torch_misbehaving.py")
-    options = ["--conformance-only-user-kernels", "--conformance-kernels", kernels, "--conformance-presets", "tiny", "--conformance-kernel-timeout", "3"]
+    options = [
+        "--conformance-only-user-kernels",
+        "--conformance-kernels",
+        kernels,
+        "--conformance-presets",
+        "tiny",
+        "--conformance-kernel-timeout",
+        "3",
+    ]
     done = run_pytest(tmp_path, "-m", "interpret", *options, "-k", "segfaults or sleeps or right")
     assert done.returncode == 1
     assert "2 failed, 1 passed" in done.stdout, done.stdout
