@@ -12,12 +12,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from conformance.contract.dims import Dims
 from conformance.contract.stage import Tensors
 from conformance.judge.sensitivity import Sensitivity
-from conformance.numerics.arithmetic import EXACT, Arithmetic, Disturbed, Sites, Truncating
+from conformance.numerics.arithmetic import Disturbance, Disturbed, ErrorSites
 from conformance.numerics.bounds import Bounds, rounding_variance
 from conformance.numerics.ulp import spacing
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 FACTOR = 2.0**-7
 #: Correlation from which on the rounding errors of two kernels at the same places count as the same.
 ALIKE = 0.7
+#: Tokens of disturbed references that are evaluated together: enough to make steps large, few enough for a core's cache.
+ROWS_TOGETHER = 512
+#: A shift is none up to this part of its row's largest value: float64 sums of other order differ by less.
+RESOLUTION = 2.0**-40
 #: What is added to the diagonal of the correlations before they are inverted. Without it a filter would cancel noise to more
 #: digits than a first-order model of it has.
 RIDGE = 1e-3
@@ -43,9 +48,9 @@ class Signature:
     """
 
     mistake: str
-    shifts: dict[str, torch.Tensor]
     opposite: str | None = None
     is_legal: bool = False
+    shifts: Tensors = dataclasses.field(default_factory=dict)
 
 
 def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> Iterator[Signature]:
@@ -54,43 +59,76 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
     First the mistakes that the reference has a name for, then those that the stage declares, then a factor on each output.
     """
 
-    def results(inputs: Tensors, dims: Dims, arithmetic: Arithmetic = EXACT) -> dict[str, torch.Tensor]:
+    def evaluated(arithmetic: Disturbed | ErrorSites, inputs: Tensors = case.inputs, dims: Dims = case.dims) -> Tensors:
         found = case.stage.reference(inputs, dims, arithmetic)
-        return {name: found[name] if rows is None else found[name][rows] for name, rows in judged_rows.items()}
+        return {name: arithmetic.written(found[name], rows) for name, rows in judged_rows.items()}
 
-    right = results(case.inputs, case.dims)
+    exact, contract, rounding_all = (ErrorSites(makes) for makes in ("none", "contract", "all"))
+    right = evaluated(exact)
+    # Products of several references at once may add up in another order.
+    resolution = {name: RESOLUTION * value.abs().amax(-1, keepdim=True) for name, value in right.items()}
+    evaluated(contract)
+    evaluated(rounding_all)
 
-    def shifts(wrong: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: wrong[name] - right[name] for name in right}
+    def shifts(wrong: Tensors) -> Tensors:
+        found = {name: wrong[name] - value for name, value in right.items()}
+        return {name: torch.where(shift.abs() > resolution[name], shift, 0.0) for name, shift in found.items()}
 
-    sites, after_all = Sites(rounds_all=False), Sites(rounds_all=True)
-    results(case.inputs, case.dims, sites)
-    results(case.inputs, case.dims, after_all)
-    for name in sites.ties:
+    known: list[tuple[Signature, Disturbance]] = []
+    for name in contract.rounded_values:
         tie_prone = name in case.stage.tie_prone
-        larger = None if tie_prone else f"{name} is rounded away from zero (or too large by half a ULP on average)"
-        truncated = shifts(results(case.inputs, case.dims, Truncating(name)))
-        yield Signature(f"{name} is truncated instead of rounded (or too small by half a ULP on average)", truncated, larger)
+        truncated = Signature(
+            f"{name} is truncated instead of rounded (or too small by half a ULP on average)",
+            None if tie_prone else f"{name} is rounded away from zero (or too large by half a ULP on average)",
+        )
+        known.append((truncated, (name, exact.truncation_errors(name))))
         if tie_prone:
-            for where, ties in (("", after_all.ties[name]), (", wherever they fall", after_all.even_ties(name))):
-                away = shifts(results(case.inputs, case.dims, Disturbed(name, ties)))
-                yield Signature(f"{name} is rounded with ties away from zero{where}", away, is_legal=True)
-    for name, errors in sites.errors.items():
-        yield Signature(f"{name} is rounded to bf16", shifts(results(case.inputs, case.dims, Disturbed(name, errors))))
-        others = after_all.errors[name]
-        if _unlike(errors, others):
-            what = f"{name} is rounded to bf16 (in a kernel that makes all optional roundings)"
-            yield Signature(what, shifts(results(case.inputs, case.dims, Disturbed(name, others))))
+            away = f"{name} is rounded with ties away from zero"
+            known.append((Signature(away, is_legal=True), (name, rounding_all.ties(name))))
+            anywhere = Signature(f"{away}, wherever they fall", is_legal=True)
+            known.append((anywhere, (name, rounding_all.expected_ties(name))))
+    for name in contract.unrounded_values:
+        errors, others = contract.rounding_errors(name), rounding_all.rounding_errors(name)
+        known.append((Signature(f"{name} is rounded to bf16"), (name, errors)))
+        if _is_unlike(errors, others):
+            known.append(
+                (Signature(f"{name} is rounded to bf16 (in a kernel that makes all optional roundings)"), (name, others))
+            )
+    # Disturbances of neighbouring places together: what comes before the first of them is computed once.
+    places = {name: place for place, name in enumerate(contract.names)}
+    order = sorted(range(len(known)), key=lambda number: places[known[number][1][0]])
+    tokens = max(len(values[0]) for values in contract.rounded_values.values())
+    of_known: dict[int, Tensors] = {}
+    for numbers in _batches(order, max(1, ROWS_TOGETHER // tokens)):
+        disturbances = [known[number][1] for number in numbers]
+
+        def disturbed(weights: torch.Tensor, disturbances: list[Disturbance] = disturbances) -> Tensors:
+            return evaluated(Disturbed(disturbances, weights))
+
+        found = torch.func.vmap(disturbed)(torch.eye(len(numbers), dtype=torch.float64))
+        for position, number in enumerate(numbers):
+            of_known[number] = shifts({name: value[position] for name, value in found.items()})
+    for number, (signature, _) in enumerate(known):
+        yield dataclasses.replace(signature, shifts=of_known[number])
+    none = torch.zeros(0)
     for mistake, changed in case.stage.mistakes.items():
-        yield Signature(mistake, shifts(results(*changed(case.inputs, case.dims))))
+        yield Signature(mistake, shifts=shifts(evaluated(Disturbed([], none), *changed(case.inputs, case.dims))))
     nothing = {name: torch.zeros_like(value) for name, value in right.items()}
     for name, value in right.items():
         if case.stage.argument(name).dtype.is_floating_point:
             factor = {**nothing, name: value * FACTOR}
-            yield Signature(f"{name} is too large by a constant factor", factor, f"{name} is too small by a constant factor")
+            yield Signature(
+                f"{name} is too large by a constant factor", f"{name} is too small by a constant factor", shifts=factor
+            )
 
 
-def _unlike(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+def _batches(numbers: list[int], most: int) -> list[list[int]]:
+    """As few batches of about equal size as hold at most so many each."""
+    count = -(-len(numbers) // most)
+    return [list(part) for part in np.array_split(numbers, count)] if count else []
+
+
+def _is_unlike(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     """Whether rounding errors of the same places have so little in common that one cannot stand for the other."""
     one, other = (torch.cat([part.flatten() for part in parts]) for parts in (some, others))
     if not bool(one.any()):
@@ -99,17 +137,49 @@ def _unlike(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class Directions:
+    """K weighted sums of errors, of each sequence by itself, which filters are combinations of.
+
+    ``weights`` has those of each output's judged rows, ``[K, rows, columns]`` in fp32 (of many cases they are most of what is
+    kept), ``sequences`` the sequence of each row; there are ``batch`` sequences.
+    """
+
+    weights: dict[str, torch.Tensor]
+    sequences: dict[str, torch.Tensor]
+    batch: int
+
+    def sums(self, errors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Of these errors, ``[rows, columns]`` of each output: ``[batch, K]``."""
+        return sum(
+            torch.zeros(self.batch, len(weights), dtype=torch.float64).index_add_(
+                0, self.sequences[name], torch.einsum("krc,rc->rk", weights.double(), errors[name].view(weights.shape[1:]))
+            )
+            for name, weights in self.weights.items()
+        )  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
 class Filter:
     """A weighted sum of all errors that shows one mistake: one standard deviation in correct kernels, ``expected`` in a mistaken
-    one."""
+    one. ``combination [batch, K]`` are its weights of the directions' sums."""
 
     mistake: str
-    weights: dict[str, torch.Tensor]
+    directions: Directions
+    combination: torch.Tensor
     expected: float
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Those of every error in each output's judged rows, ``[rows, columns]``."""
+        directions = self.directions
+        return {
+            name: torch.einsum("rk,krc->rc", self.combination[directions.sequences[name]].float(), weights)
+            for name, weights in directions.weights.items()
+        }
 
 
 def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) -> list[Filter]:
-    """A filter for each signature that the case shows at all, and for its opposite.
+    """A filter for each signature that the case shows at all, and for its opposite; all of the same directions.
 
     The best weights for a shift s in noise of covariance C are ``inverse(C) s``. C has a row for every element of every output:
     the weights are sought among combinations of the signatures, each over the variance of the elements, and different for each
@@ -129,53 +199,60 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
     if not bool(shown.any()):
         return []
     directions = {name: direction[shown] / largest[shown].view(-1, 1, 1) for name, direction in directions.items()}
-    owners = {name: _sequence_of_judged_rows(case, name, bounds[name], sensitivity) for name in bounds}
+    sequences = {name: _sequence_of_judged_rows(case, name, bounds[name], sensitivity) for name in bounds}
     effects = sensitivity.effects(directions)
-    covariances = effects.covariances()
     # What each direction makes of each signature, by sequence.
-    responses = torch.zeros(case.dims.batch, len(covariances[0]), len(found), dtype=torch.float64)
-    for name, owner in owners.items():
-        responses.index_add_(0, owner, torch.einsum("krc,lrc->rkl", directions[name], shifts[name]))
-    legal = list(responses[:, :, count:].unbind(2))
-    sums = []
-    for signature, response, shows in zip(found, responses.unbind(2), shown.tolist(), strict=False):
+    responses = torch.zeros(len(found), case.dims.batch, int(shown.sum()), dtype=torch.float64)
+    for name, owners in sequences.items():
+        responses.index_add_(1, owners, torch.einsum("krc,lrc->lrk", directions[name], shifts[name]))
+    mistakes, wanted = [], []
+    for signature, response, shows in zip(found, responses.unbind(0), shown.tolist(), strict=False):
         for mistake, sign in ((signature.mistake, 1), (signature.opposite, -1)):
             if mistake is not None and shows:
-                part, variance = _combination(covariances, sign * response, legal)
-                sums.append((mistake, part, float((part * sign * response).sum()), variance))
-    results = []
+                mistakes.append(mistake)
+                wanted.append(sign * response)
+    targets, legal = torch.stack(wanted), responses[count:]
+    combinations = _combinations(effects.covariances, targets, legal)
+    # What looks like the mistake and is legal is for a single case an error like others.
+    of_legal = torch.einsum("fbk,lbk->fl", combinations, legal).clamp_min(0).square().sum(1)
     # The covariances take sequences as independent, which they are not where they are rounded alike.
-    shared = effects.variances(torch.stack([part for _, part, _, _ in sums])).tolist()
-    for (mistake, part, expected, variance), with_shared in zip(sums, shared, strict=True):
-        # What looks like the mistake and is legal is for a single case an error like others.
-        deviation = math.sqrt(max(variance, with_shared) + sum(max(0.0, float((part * one).sum())) ** 2 for one in legal))
-        if 0 < deviation < math.inf:
-            unit = part / deviation
-            weights = {name: torch.einsum("rk,krc->rc", unit[owner], directions[name]) for name, owner in owners.items()}
-            # In fp32: of many cases they are most of what is kept.
-            results.append(Filter(mistake, {name: weight.float() for name, weight in weights.items()}, expected / deviation))
-    return results
+    variances = torch.maximum(effects.variances_within(combinations), effects.variances(combinations))
+    deviations = (variances + of_legal).sqrt()
+    expected = (combinations * targets).sum((1, 2)) / deviations
+    shared = Directions({name: direction.float() for name, direction in directions.items()}, sequences, case.dims.batch)
+    return [
+        Filter(mistake, shared, combination / deviation, float(amount))
+        for mistake, combination, deviation, amount in zip(mistakes, combinations, deviations, expected, strict=True)
+        if 0 < float(deviation) < math.inf
+    ]
 
 
-def _combination(covariances: torch.Tensor, response: torch.Tensor, legal: list[torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """The best weights of K directions for each sequence, ``[B, K]``, and the variance of what they sum in correct kernels.
+def _combinations(covariances: torch.Tensor, targets: torch.Tensor, legal: torch.Tensor) -> torch.Tensor:
+    """The best weights of K directions for each sequence, for each of F mistakes: ``[F, B, K]``.
 
-    ``covariances [B, K, K]`` are those of the directions in correct kernels, ``response [B, K]`` is what each makes of the
-    mistake, ``legal`` what it makes of something that a correct kernel does or not, in all sequences alike: where that looks like
-    the mistake, its sum over the sequences has to vanish.
+    ``covariances [B, K, K]`` are those of the directions in correct kernels, ``targets [F, B, K]`` is what each makes of the
+    mistakes, ``legal [., B, K]`` what it makes of things that a correct kernel does or not, in all sequences alike. One of these
+    that looks like the mistake is a nuisance: its sum over the sequences has to vanish.
     """
-    batch, count = response.shape
-    doubtful: list[torch.Tensor] = []
-    while True:
-        noise = covariances + sum((batch * one.unsqueeze(1) * one.unsqueeze(2) for one in doubtful), torch.zeros(()))
-        size = noise.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-150)
-        correlations = noise / size.unsqueeze(1) / size.unsqueeze(2) + RIDGE * torch.eye(count, dtype=torch.float64)
-        part = torch.linalg.solve(correlations, response / size) / size
-        more = [one for one in legal if float((part * one).sum()) > 0 and not any(one is other for other in doubtful)]
-        if not more:
-            break
-        doubtful += more
-    return part, float((part.unsqueeze(1) @ covariances @ part.unsqueeze(2)).sum())
+    batch, count = covariances.shape[:2]
+    combinations = torch.empty_like(targets)
+    nuisances: list[frozenset[int]] = [frozenset()] * len(targets)
+    pending = list(range(len(targets)))
+    while pending:
+        for chosen in {nuisances[number] for number in pending}:
+            members = [number for number in pending if nuisances[number] == chosen]
+            noise = covariances
+            for one in sorted(chosen):
+                noise = noise + batch * legal[one].unsqueeze(1) * legal[one].unsqueeze(2)
+            size = noise.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-150)
+            correlations = noise / size.unsqueeze(1) / size.unsqueeze(2) + RIDGE * torch.eye(count, dtype=torch.float64)
+            solved = torch.linalg.solve(correlations, (targets[members] / size).permute(1, 2, 0))
+            combinations[members] = solved.permute(2, 0, 1) / size
+        looks_like = torch.einsum("fbk,lbk->fl", combinations, legal) > 0
+        before = nuisances
+        nuisances = [known | set(torch.nonzero(like).flatten().tolist()) for known, like in zip(before, looks_like, strict=True)]
+        pending = [number for number in pending if nuisances[number] != before[number]]
+    return combinations
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:

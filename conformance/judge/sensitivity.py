@@ -24,8 +24,9 @@ PROBES = 8
 #: The same for an area that is looked at by itself: 496 pairs, so to about a sixteenth. One of no more elements than
 #: ``TOGETHER``, as a tile is, has the gradient of each of them instead.
 PROBES_OF_ONE = 32
-#: Weighted sums whose gradients are taken at a time.
+#: Weighted sums whose gradients are taken at a time, and the tokens of all of them, of a case of few.
 TOGETHER = 16
+TOKENS_TOGETHER = 512
 
 Count = TypeVar("Count", float, torch.Tensor)
 
@@ -42,21 +43,34 @@ class Effects:
     starts: list[int]
     alike: torch.Tensor
 
+    @functools.cached_property
     def covariances(self) -> torch.Tensor:
         """Of the sums, ``[B, K, K]``: each sequence by itself, as if none shared a rounding with another."""
         parts = (self.values[:, low:high].double() for low, high in itertools.pairwise(self.starts))
         return torch.stack([part @ part.T for part in parts])
 
+    def variances_within(self, combinations: torch.Tensor) -> torch.Tensor:
+        """Of F combinations of the sums, ``[F, B, K]``, others in every sequence, as if sequences shared no rounding."""
+        return torch.einsum("fbk,bkl,fbl->f", combinations, self.covariances, combinations)
+
     def variances(self, combinations: torch.Tensor) -> torch.Tensor:
-        """Of F combinations of the sums, ``[F, B, K]``, others in every sequence; roundings that sequences share are one."""
+        """The same where roundings that sequences share are one."""
+        within = self.variances_within(combinations)
+        counts = torch.bincount(self.alike)
+        shared = torch.nonzero(counts[self.alike] > 1).flatten()
+        if not len(shared):
+            return within
+        _, groups = torch.unique(self.alike[shared], return_inverse=True)
+        bounds = torch.searchsorted(shared, torch.tensor(self.starts)).tolist()
         size = combinations.abs().amax((1, 2), keepdim=True).clamp_min(1e-300)
-        found = []
-        for some in torch.split((combinations / size).float(), TOGETHER):
-            together = torch.zeros(len(some), int(self.alike.max()) + 1)
-            for weights, (low, high) in zip(some.unbind(1), itertools.pairwise(self.starts), strict=True):
-                together.index_add_(1, self.alike[low:high], weights @ self.values[:, low:high])
-            found.append(together.double().square().sum(1))
-        return torch.cat(found) * size.flatten() ** 2
+        unit, values = (combinations / size).float(), self.values[:, shared].T.contiguous()
+        together = torch.zeros(int(groups.max()) + 1, len(unit))
+        apart = torch.zeros(len(unit), dtype=torch.float64)
+        for weights, (low, high) in zip(unit.unbind(1), itertools.pairwise(bounds), strict=True):
+            parts = values[low:high] @ weights.T
+            together.index_add_(0, groups[low:high], parts)
+            apart += parts.square().sum(0).double()
+        return within + (together.square().sum(0).double() - apart) * size.flatten() ** 2
 
 
 class Sensitivity:
@@ -71,7 +85,9 @@ class Sensitivity:
     def __init__(self, case: Case, bounds: dict[str, Bounds], profile: Profile) -> None:
         self._case, self._bounds = case, bounds
         arithmetic = RoundingSites(profile.roundings)
-        self._results = case.stage.reference(case.inputs, case.dims, arithmetic)
+        results = case.stage.reference(case.inputs, case.dims, arithmetic)
+        # The judged rows of each output, differentiable by the roundings.
+        self._judged = {name: arithmetic.written(results[name], estimate.rows) for name, estimate in bounds.items()}
         self._zeros = [zero for zero, _, _ in arithmetic.sites]
         self._values = [site for _, site, _ in arithmetic.sites]
         self._owners = [sequence for _, _, sequence in arithmetic.sites]
@@ -79,11 +95,6 @@ class Sensitivity:
         self._of_rows: dict[str, torch.Tensor] = {}
         self._of_elements: dict[tuple[str, int, int], float] = {}
         self._of_ones: dict[tuple[str, int | None, int | None, int | None, float], float] = {}
-
-    def _judged(self, name: str) -> torch.Tensor:
-        """The judged rows of an output, differentiable by the roundings."""
-        rows = self._bounds[name].rows
-        return self._results[name] if rows is None else self._results[name][rows]
 
     def _scale(self, name: str) -> torch.Tensor:
         """One over the deviation of each of their elements."""
@@ -103,7 +114,7 @@ class Sensitivity:
         """The variance of an element's error, to first order."""
         place = name, row, column
         if place not in self._of_elements:
-            gradients = torch.autograd.grad(self._judged(name)[row, column], self._zeros, retain_graph=True, allow_unused=True)
+            gradients = torch.autograd.grad(self._judged[name][row, column], self._zeros, retain_graph=True, allow_unused=True)
             self._of_elements[place] = sum(
                 float((gradient.double() * deviation).square().sum())
                 for gradient, deviation in zip(gradients, self._deviations, strict=True)
@@ -114,10 +125,10 @@ class Sensitivity:
     def _effects(self, weights: Mapping[str, torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """What one deviation away from zero at each value of each site adds to weighted sums of all outputs' judged rows.
 
-        ``weights`` has K for every element, ``[K, rows, columns]``. Yields the effects on the first ``TOGETHER`` of the K sums,
-        ``[.., values]`` of each site, then on the next.
+        ``weights`` has K for every element, ``[K, rows, columns]``. Yields the effects on some of the K sums, ``[.., values]`` of
+        each site, then on the next.
         """
-        judged = [self._judged(name) for name in weights]
+        judged = [self._judged[name] for name in weights]
 
         # The graph is of many small operators: several sums at a time take little longer than one.
         def gradients(each: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -125,7 +136,8 @@ class Sensitivity:
             return [(gradient * outwards).flatten() for gradient, outwards in zip(found, self._outwards, strict=True)]
 
         several = torch.func.vmap(gradients)
-        for some in zip(*(torch.split(weight.float(), TOGETHER) for weight in weights.values()), strict=True):
+        together = max(TOGETHER, TOKENS_TOGETHER // len(self.sequences))
+        for some in zip(*(torch.split(weight.float(), together) for weight in weights.values()), strict=True):
             yield several(list(some))
 
     @functools.cached_property
@@ -134,10 +146,18 @@ class Sensitivity:
         return [(deviation * value.sign()).float() for value, deviation in signed]
 
     @functools.cached_property
+    def _magnitudes(self) -> list[torch.Tensor]:
+        """Of each site's values to 12 bits: those that agree are rounded alike, and their errors add up."""
+        return [(value.abs().contiguous().view(torch.int32) >> 11).flatten() for value in self._values]
+
+    @functools.cached_property
     def _alike(self) -> list[torch.Tensor]:
-        """For each site which of its values agree in magnitude to 12 bits: those are rounded alike, and their errors add up."""
-        magnitudes = (value.abs().contiguous().view(torch.int32) >> 11 for value in self._values)
-        return [torch.unique(magnitude.flatten(), return_inverse=True)[1] for magnitude in magnitudes]
+        """For each site which of its values are rounded alike; where its rows have an owner, within a sequence."""
+        found = []
+        for magnitudes, value, owner in zip(self._magnitudes, self._values, self._owners, strict=True):
+            owned = 0 if owner is None else (owner << 32).repeat_interleave(value.numel() // len(value))
+            found.append(torch.unique(magnitudes + owned, return_inverse=True)[1])
+        return found
 
     def along(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The variances of K weighted sums of the errors of all outputs' judged rows, to first order."""
@@ -155,24 +175,27 @@ class Sensitivity:
         """On K weighted sums of errors. ``directions`` has the weights of each output's judged rows, ``[K, rows, columns]``."""
         # Values of one sequence that are rounded alike are one column, the columns of each sequence stand together.
         order, places, groups, width, known = [], [], [], 0, 0
-        owned = zip(self._values, self._owners, self._alike, strict=True)
-        for value, owner, alike in owned:
-            count = int(alike.max()) + 1
-            owners = self.sequence_of_rows(value) if owner is None else torch.full((len(value),), owner)
-            each = owners.repeat_interleave(value.numel() // len(value)) * count + alike
-            found, inverse = torch.unique(each, return_inverse=True)
-            order.append(found // count)
-            groups.append(found % count + known)
+        for magnitudes, value, owner in zip(self._magnitudes, self._values, self._owners, strict=True):
+            owners = self.sequence_of_rows(value) if owner is None else owner
+            own = (owners << 32).repeat_interleave(value.numel() // len(value)) + magnitudes
+            found, inverse = torch.unique(own, return_inverse=True)
+            # Those of a site whose rows have an owner are never alike in two sequences.
+            _, alike = torch.unique(found & 0xFFFFFFFF if owner is None else found, return_inverse=True)
+            order.append(found >> 32)
+            groups.append(alike + known)
             places.append(inverse + width)
-            width, known = width + len(found), known + count
+            width, known = width + len(found), known + int(alike.max()) + 1
         sorted_order, columns = torch.cat(order).sort(stable=True)
         starts = torch.searchsorted(sorted_order, torch.arange(self._case.dims.batch + 1)).tolist()
+        position = torch.empty_like(columns)
+        position[columns] = torch.arange(width)
+        places = [position[place] for place in places]
         summed = []
         for some in self._effects(directions):
             together = torch.zeros(len(some[0]), width)
             for effect, place in zip(some, places, strict=True):
-                together.index_add_(1, place, effect)
-            summed.append(together[:, columns])
+                together.scatter_add_(1, place.expand_as(effect), effect)
+            summed.append(together)
         return Effects(torch.cat(summed), starts, torch.cat(groups)[columns])
 
     def sequence_of_rows(self, rows: torch.Tensor) -> torch.Tensor:
@@ -205,7 +228,7 @@ class Sensitivity:
         # Rows stand by layer, token and head, as in a cache.
         judged = self._bounds[name].rows
         heads = 1 if judged is None else len(judged) // (len(sequences) * case.dims.depth)
-        scaled = self._judged(name) * self._scale(name).float()
+        scaled = self._judged[name] * self._scale(name).float()
         scaled = scaled.reshape(-1, len(sequences), heads, scaled.shape[-1])
         counts = torch.empty(scaled.shape[:3], dtype=torch.float64)
         for layer, head, tokens in itertools.product(range(scaled.shape[0]), range(heads), filter(len, rounds)):
@@ -214,13 +237,11 @@ class Sensitivity:
             for _ in range(PROBES):
                 parts: dict[int, list[torch.Tensor]] = {b: [] for b in sequences[tokens].tolist()}
                 for effect, owner in zip(self._probed(rows, signs), self._owners, strict=True):
-                    if effect is None or (owner is not None and owner not in parts):
+                    if effect is None:
                         continue
-                    if owner is not None:
-                        parts[owner].append(effect.flatten())
-                    else:
-                        for b, part in parts.items():
-                            part.append(effect.reshape(len(sequences), -1)[sequences == b].flatten())
+                    owners = sequences if owner is None else owner
+                    for b, part in parts.items():
+                        part.append(effect.reshape(len(owners), -1)[owners == b].flatten())
                 probes.append({b: torch.cat(part) for b, part in parts.items()})
             for token in tokens.tolist():
                 effects = torch.stack([probe[int(sequences[token])] for probe in probes])

@@ -60,8 +60,10 @@ def judge_signatures(case: Case, outcome: Outcome, oracle: Oracle, profile: Prof
         error = part_of(case, outcome, name, estimate).value - as_matrix(estimate.value)
         errors[name] = torch.where(torch.isfinite(error), error, 0.0)
     worst: tuple[float, float, Filter] | None = None
-    for one in oracle.filters(profile):
-        sigmas = sum(float((errors[name] * as_matrix(weight)).sum()) for name, weight in one.weights.items())
+    found = oracle.filters(profile)
+    sums = found[0].directions.sums(errors) if found else torch.zeros(())
+    for one in found:
+        sigmas = float((one.combination * sums).sum())
         part = sigmas / one.expected
         result.along[one.mistake] = Along(sigmas, one.expected)
         enough = max(limits.SIGNATURE_SIGMAS, worst[0] if worst else 0.0)
@@ -74,7 +76,8 @@ def judge_signatures(case: Case, outcome: Outcome, oracle: Oracle, profile: Prof
     if worst is None:
         return
     sigmas, part, one = worst
-    name = max(one.weights, key=lambda name: float((errors[name] * as_matrix(one.weights[name])).sum()))
+    weights = one.weights
+    name = max(weights, key=lambda name: float((errors[name] * as_matrix(weights[name])).sum()))
     share = min(sigmas / limits.SIGNATURE_SIGMAS, part / limits.SIGNATURE_PART)
     result.wrong += 1
     result.shares[name] = max(result.shares.get(name, 0.0), share)

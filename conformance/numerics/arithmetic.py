@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -37,8 +38,11 @@ class Arithmetic:
             return rounded(tensor, torch.bfloat16)  # a cast would go through fp32 and round twice
         return tensor.to(torch.bfloat16).to(self.dtype)
 
-    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
-        """A bf16 rounding that is legal and not demanded: not made here. ``sequence`` is whose it is, if of one alone."""
+    def optional(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
+        """A bf16 rounding that is legal and not demanded: not made here.
+
+        ``sequences`` numbers the sequence of each row, where rows stand neither by token nor by sequence.
+        """
         return tensor
 
     def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -46,8 +50,15 @@ class Arithmetic:
         return tensor
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """``x @ weight`` for a weight of any dtype."""
-        return _matmul(x, weight)
+        """``x @ weight`` for a weight of any dtype, ``[K, N]``, or as many of them as ``x`` has matrices: ``[..., K, N]``.
+
+        The weight is an input: no rounding precedes it.
+        """
+        return _matmul(x, weight) if weight.dim() == 2 else x @ self.wide(weight)
+
+    def with_rows(self, tensor: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """An argument that a stage updates: ``tensor [R, D]`` with ``values [n, D]`` in ``rows [n]``."""
+        return self.wide(tensor).index_put((rows,), values)
 
 
 def _chunks(weight: torch.Tensor, dtype: torch.dtype) -> list[slice]:
@@ -90,101 +101,172 @@ class _ProjectionWithoutCopies(torch.autograd.Function):
         return functools.reduce(torch.add, parts), None
 
 
-class RoundingSites(Arithmetic):
+class _ProductsOfMatrices(torch.autograd.Function):
+    """``x [..., M, K] @ matrices [..., K, N]``, by ``x`` alone differentiable.
+
+    Several ``x`` of one ``matrices`` are multiplied as one that has more rows: ``vmap`` would repeat the matrices for each.
+    """
+
+    @staticmethod
+    def forward(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        return x @ matrices
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.matrices = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = gradients
+        apply: Callable[..., torch.Tensor] = _ProductsOfMatrices.apply
+        return apply(gradient, ctx.matrices.mT), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: torch.Tensor, matrices: torch.Tensor) -> tuple[torch.Tensor, int]:
+        assert in_dims[0] is not None, "matrices are the same for all"
+        assert in_dims[1] is None, "matrices are the same for all"
+        several = x.movedim(in_dims[0], -2)  # [..., M, S, K]
+        product = several.flatten(-3, -2) @ matrices
+        return product.reshape(*several.shape[:-1], product.shape[-1]), several.dim() - 2
+
+
+class _WrittenRows(Arithmetic):
+    """An arithmetic that gives of an updated argument the written rows alone, in the order in which they are written."""
+
+    def __init__(self, dtype: torch.dtype, *, rounds: bool) -> None:
+        super().__init__(dtype, rounds=rounds)
+        self._has_written = False
+
+    def with_rows(self, tensor: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        self._has_written = True
+        return values
+
+    def written(self, result: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """The rows of a result that a stage writes, ``None`` for all, whether or not its reference calls ``with_rows``."""
+        return result if rows is None or self._has_written else result[rows]
+
+    def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if weight.dim() == 2:
+            return super().matmul(x, weight)
+        apply: Callable[..., torch.Tensor] = _ProductsOfMatrices.apply
+        return apply(x, self.wide(weight))
+
+
+class RoundingSites(_WrittenRows):
     """fp32 without rounding, remembering every place where a bf16 rounding may happen.
 
     Each site adds a zero that autograd can differentiate by: the derivative of a result by a site is how much one rounding
-    there moves the result. ``sites`` holds (zero, value at the site, sequence): the first axis of a site is the batch unless
-    it belongs to one sequence alone.
+    there moves the result. ``sites`` holds (zero, value at the site, sequence of each row): ``None`` where the rows of a site are
+    those of tokens, or one a sequence.
     """
 
     def __init__(self, names: frozenset[str]) -> None:
         super().__init__(torch.float32, rounds=False)
         self.names = names
-        self.sites: list[tuple[torch.Tensor, torch.Tensor, int | None]] = []
+        self.sites: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
 
-    def _site(self, tensor: torch.Tensor, sequence: int | None) -> torch.Tensor:
+    def _site(self, tensor: torch.Tensor, sequences: torch.Tensor | None) -> torch.Tensor:
         zero = torch.zeros_like(tensor, requires_grad=True)
-        self.sites.append((zero, tensor.detach(), sequence))
+        self.sites.append((zero, tensor.detach(), sequences))
         return tensor + zero
 
     def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
         return self._site(tensor, None)
 
-    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
-        return self._site(tensor, sequence) if name in self.names else tensor
+    def optional(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
+        return self._site(tensor, sequences) if name in self.names else tensor
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if weight.dim() > 2:
+            return super().matmul(x, weight)
         apply: Callable[..., torch.Tensor] = _ProjectionWithoutCopies.apply
         return apply(x, weight)
 
 
-class Sites(Arithmetic):
-    """The contract's arithmetic, with all optional roundings or none, remembering what it comes by.
+#: What each place of one name adds to its value, in the order in which the reference comes by.
+Disturbance = tuple[str, list[torch.Tensor]]
 
-    By name, in the order in which the reference comes by: ``ties`` holds of each rounding, made or optional, what rounding its
-    ties away from zero adds on average, and ``errors`` of what must stay fp32 what rounding it to bf16 would add.
+
+class ErrorSites(_WrittenRows):
+    """float64, with all optional roundings and the contract's, with the contract's alone, or with none; what mistakes add there.
+
+    Remembers values by the name of their place, in the order in which the reference comes by: those that are rounded or may be
+    (``rounded_values``, as before that), and those that must stay fp32 (``unrounded_values``). ``names`` lists all names.
     """
 
-    def __init__(self, *, rounds_all: bool) -> None:
-        super().__init__(torch.float64, rounds=True)
-        self._rounds_all = rounds_all
-        self.ties: dict[str, list[torch.Tensor]] = {}
-        self._halves: dict[str, list[torch.Tensor]] = {}
-        self.errors: dict[str, list[torch.Tensor]] = {}
+    def __init__(self, makes: Literal["none", "contract", "all"]) -> None:
+        super().__init__(torch.float64, rounds=makes != "none")
+        self._rounds_all = makes == "all"
+        self.rounded_values: dict[str, list[torch.Tensor]] = {}
+        self.unrounded_values: dict[str, list[torch.Tensor]] = {}
+        self.names: dict[str, None] = {}
 
     def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
-        nearest, half = super().round(tensor), spacing(tensor, torch.bfloat16) / 2
-        half = half.copysign(tensor)
-        self.ties.setdefault(name, []).append(torch.where((tensor - nearest).abs() == half.abs(), half, 0.0))
-        self._halves.setdefault(name, []).append(half)
-        return nearest
+        self._remember_rounded(tensor, name)
+        return super().round(tensor)
 
-    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
-        nearest = self.round(tensor, name)
-        return nearest if self._rounds_all else tensor
+    def optional(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
+        self._remember_rounded(tensor, name)
+        return super().round(tensor) if self._rounds_all else tensor
 
-    def even_ties(self, name: str) -> list[torch.Tensor]:
-        """What ``ties`` holds, of as many ties among the values of each exponent, wherever they fall in another kernel."""
-        found = []
-        for ties, halves in zip(self.ties[name], self._halves[name], strict=True):
-            _, exponents = torch.unique(halves.abs(), return_inverse=True)
-            often = [float((ties[exponents == one] != 0).double().mean()) for one in range(int(exponents.max()) + 1)]
-            found.append(torch.tensor(often, dtype=halves.dtype)[exponents] * halves)
-        return found
+    def _remember_rounded(self, tensor: torch.Tensor, name: str) -> None:
+        self.names[name] = None
+        self.rounded_values.setdefault(name, []).append(tensor)
 
     def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        self.errors.setdefault(name, []).append(rounded(tensor, torch.bfloat16) - tensor)
+        self.names[name] = None
+        self.unrounded_values.setdefault(name, []).append(tensor)
         return tensor
 
+    def truncation_errors(self, name: str) -> list[torch.Tensor]:
+        """What cutting off the low bits of values costs on average: half a ULP, towards zero."""
+        return [-_half_ulp(value) for value in self.rounded_values[name]]
 
-class Truncating(Arithmetic):
-    """float64 without rounding, but for the places of one name, where a bf16 rounding may happen: there the value is half a ULP
-    smaller in magnitude, which is what cutting off its low bits costs on average."""
+    def rounding_errors(self, name: str) -> list[torch.Tensor]:
+        """What rounding values that must stay fp32 to bf16 would add."""
+        return [rounded(value, torch.bfloat16) - value for value in self.unrounded_values[name]]
 
-    def __init__(self, name: str) -> None:
+    def ties(self, name: str) -> list[torch.Tensor]:
+        """What rounding ties away from zero adds on average."""
+        found = []
+        for value in self.rounded_values[name]:
+            half = _half_ulp(value)
+            found.append(torch.where((value - rounded(value, torch.bfloat16)).abs() == half.abs(), half, 0.0))
+        return found
+
+    def expected_ties(self, name: str) -> list[torch.Tensor]:
+        """The same of as many ties among the values of each exponent, wherever they fall in another kernel."""
+        found = []
+        for value, ties in zip(self.rounded_values[name], self.ties(name), strict=True):
+            half = _half_ulp(value)
+            _, exponents, counts = torch.unique(half.abs(), return_inverse=True, return_counts=True)
+            ties_of = torch.zeros_like(counts).index_add_(0, exponents.flatten(), (ties != 0).long().flatten())
+            found.append((ties_of.to(half.dtype) / counts)[exponents] * half)
+        return found
+
+
+def _half_ulp(value: torch.Tensor) -> torch.Tensor:
+    """Half a ULP in bf16, with the value's sign."""
+    return value.sign() * spacing(value, torch.bfloat16) / 2
+
+
+class Disturbed(_WrittenRows):
+    """float64 without rounding, with disturbances added at their places, each times its weight (``weights``, one number each)."""
+
+    def __init__(self, disturbances: Sequence[Disturbance], weights: torch.Tensor) -> None:
         super().__init__(torch.float64, rounds=False)
-        self.name = name
+        self._disturbances, self._weights = disturbances, weights
+        self._passed: collections.Counter[str] = collections.Counter()
 
     def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
-        return tensor - tensor.sign() * spacing(tensor, torch.bfloat16) / 2 if name == self.name else tensor
+        place = self._passed[name]
+        self._passed[name] += 1
+        for (disturbed, errors), weight in zip(self._disturbances, self._weights.unbind(0), strict=True):
+            if disturbed == name:
+                tensor = tensor + weight * errors[place]
+        return tensor
 
-    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
-        return self.round(tensor, name)
-
-
-class Disturbed(Arithmetic):
-    """float64 without rounding, with errors added at the places of one name (``Sites.ties``, ``Sites.errors``)."""
-
-    def __init__(self, name: str, errors: Iterable[torch.Tensor]) -> None:
-        super().__init__(torch.float64, rounds=False)
-        self.name = name
-        self._errors = iter(errors)
-
-    def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
-        return tensor + next(self._errors) if name == self.name else tensor
-
-    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
+    def optional(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
         return self.round(tensor, name)
 
     def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:

@@ -391,7 +391,7 @@ def test_a_result_that_depends_on_where_pages_lie() -> None:
     """Each of the two is right; which one it is, must not follow from the pool."""
 
     class Rounded(Arithmetic):
-        def optional(self, tensor: Tensor, name: str, sequence: int | None = None) -> Tensor:
+        def optional(self, tensor: Tensor, name: str, sequences: Tensor | None = None) -> Tensor:
             return self.round(tensor)
 
     calls: list[int] = []

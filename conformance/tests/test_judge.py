@@ -419,7 +419,7 @@ def test_composite_runs_are_localised_only_when_wrong() -> None:
 class EveryRounding(Arithmetic):
     """A legal kernel that makes every optional rounding."""
 
-    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
+    def optional(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
         return self.round(tensor)
 
 
@@ -1448,7 +1448,7 @@ def of_tokens(groups: list[int], sequences: list[int], owned: dict[int, float], 
         shared = arithmetic.round(torch.ones(len(sequences), len(groups) // len(sequences) * 64))
         result = torch.einsum("rk,rkc->rc", shared.reshape(len(groups), 64), effects)
         for sequence, size in owned.items():
-            own = arithmetic.optional(torch.ones(1), "owned", sequence)
+            own = arithmetic.optional(torch.ones(1), "owned", torch.tensor([sequence]))
             result = result + size * own * (of_row == sequence).unsqueeze(1)
         return result
 

@@ -22,7 +22,7 @@ from conformance.judge.signatures import judge_together
 from conformance.judge.verdict import Along, Finding, Verdict
 from conformance.lanes.base import Outcome
 from conformance.lanes.eager import run_eager
-from conformance.numerics.arithmetic import CONTRACT, EXACT, Arithmetic, RoundingSites, Sites
+from conformance.numerics.arithmetic import CONTRACT, EXACT, Arithmetic, ErrorSites, RoundingSites
 from conformance.numerics.ulp import rounded, spacing
 from conformance.running.check import Judged, pooled_run
 
@@ -46,7 +46,7 @@ class Truncating(Arithmetic):
         beyond = nearest.abs() > tensor.abs()
         return torch.where(beyond, nearest - nearest.sign() * spacing(tensor, BF16), nearest)
 
-    def optional(self, tensor: torch.Tensor, name: str, sequence: int | None = None) -> torch.Tensor:
+    def optional(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
         return self.round(tensor, name) if name == self.name else tensor
 
     def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -366,10 +366,10 @@ def test_every_rounding_of_a_layer_has_a_signature() -> None:
     assert len(mistakes) == len(set(mistakes))
     sites = RoundingSites(case.stage.profiles[0].roundings)
     case.stage.reference(case.inputs, case.dims, sites)
-    names = Sites(rounds_all=False)
+    names = ErrorSites("contract")
     case.stage.reference(case.inputs, case.dims, names)
-    assert set(names.ties) >= case.stage.profiles[0].roundings - {"deferred_norm"}
-    for name in names.ties:
+    assert set(names.rounded_values) >= case.stage.profiles[0].roundings - {"deferred_norm"}
+    for name in names.rounded_values:
         assert f"{name} is truncated instead of rounded (or too small by half a ULP on average)" in mistakes
         # Sums fall on ties, which a legal kernel may round away from zero.
         larger = f"{name} is rounded away from zero (or too large by half a ULP on average)"
@@ -382,13 +382,13 @@ def test_every_rounding_of_a_layer_has_a_signature() -> None:
         "silu",
         *(f"{what} of the {norm}" for what in ("1/rms", "weight") for norm in norms),
     }
-    assert set(names.errors) == stays_fp32
+    assert set(names.unrounded_values) == stays_fp32
     assert {f"{name} is rounded to bf16" for name in stays_fp32} <= set(mistakes)
     assert {
         f"{output} is too {size} by a constant factor" for output in ("k_cache", "v_cache", "out") for size in ("large", "small")
     } <= set(mistakes)
     assert set(case.stage.mistakes) <= set(mistakes)
-    assert set(case.stage.tie_prone) <= set(names.ties)
+    assert set(case.stage.tie_prone) <= set(names.rounded_values)
 
 
 def test_what_rounding_adds_is_looked_for_after_all_optional_roundings_too_where_they_matter(layer: Oracle) -> None:
@@ -401,23 +401,23 @@ def test_what_rounding_adds_is_looked_for_after_all_optional_roundings_too_where
 
 
 def test_as_many_ties_are_expected_of_values_of_each_exponent() -> None:
-    sites = Sites(rounds_all=True)
+    sites = ErrorSites("all")
     below, above = 1 + 2.0**-8, 2 + 2.0**-7  # ties
     sites.round(torch.tensor([[below, -below], [1.0, 1.5], [above, -3.0]], dtype=torch.float64))
-    assert torch.equal(sites.ties["result"][0], torch.tensor([[2.0**-8, -(2.0**-8)], [0, 0], [2.0**-7, 0]]).double())
-    (even,) = sites.even_ties("result")
+    assert torch.equal(sites.ties("result")[0], torch.tensor([[2.0**-8, -(2.0**-8)], [0, 0], [2.0**-7, 0]]).double())
+    (even,) = sites.expected_ties("result")
     assert torch.equal(even, torch.tensor([[2.0**-9, -(2.0**-9)], [2.0**-9, 2.0**-9], [2.0**-8, -(2.0**-8)]]).double())
 
 
 def test_a_truncation_costs_half_a_ulp_on_average() -> None:
     case = make_case(CaseKey.parse(LAYER))
-    found = {one.mistake: one.shifts for one in signatures(case, dict.fromkeys(("k_cache", "v_cache", "out")))}
-    shift = found["v is truncated instead of rounded (or too small by half a ULP on average)"]["v_cache"]
-    exact = case.stage.reference(case.inputs, case.dims, EXACT)["v_cache"]
-    written = shift != 0
-    assert int(written.sum()) == 16 * 2 * 64
-    assert torch.allclose(shift[written], (-exact.sign() * spacing(exact, BF16) / 2)[written])
-    assert not found["v is truncated instead of rounded (or too small by half a ULP on average)"]["k_cache"].any()
+    rows = {name: one.rows for name, one in Oracle(case).bounds(case.stage.profiles[0]).items()}
+    found = {one.mistake: one.shifts for one in signatures(case, rows)}
+    shift = found["v is truncated instead of rounded (or too small by half a ULP on average)"]
+    exact = case.stage.reference(case.inputs, case.dims, EXACT)["v_cache"][rows["v_cache"]]
+    assert shift["v_cache"].shape == (16 * 2, 64)
+    assert torch.allclose(shift["v_cache"], -exact.sign() * spacing(exact, BF16) / 2)
+    assert not shift["k_cache"].any()
 
 
 def test_covariances_of_all_sequences_add_up_to_the_variance_along_a_direction() -> None:
@@ -432,7 +432,7 @@ def test_covariances_of_all_sequences_add_up_to_the_variance_along_a_direction()
     with torch.enable_grad():
         sensitivity = Sensitivity(case, bounds, profile)
         effects = sensitivity.effects(directions)
-        covariances = effects.covariances()
+        covariances = effects.covariances
         along = sensitivity.along(directions).tolist()
         # One sum by itself, and in every sequence another multiple of the next.
         combinations = torch.zeros(2, 3, count, dtype=torch.float64)

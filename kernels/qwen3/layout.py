@@ -8,6 +8,7 @@ layer is ``[rows, D]``; with ``L`` layers, stacked along the first axis.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
@@ -17,6 +18,18 @@ from conformance.contract.stage import (
 )
 
 Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Tokens that are attended to together: ``t`` of each of ``s`` sequences that bring ``m`` tokens each.
+
+    ``sequences [s]``; ``own [s, m]`` all tokens of these sequences, by position; ``tokens [s, t]`` those of the block.
+    """
+
+    sequences: Tensor
+    own: Tensor
+    tokens: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +80,46 @@ class Layout:
             return paged_rows(self.slot, self.dims, layer)
         return current_rows(self.seq_lens, self.dims, layer)
 
-    def histories(self, cache: Tensor) -> list[Tensor]:
-        """The rows of each sequence in a cache of one layer, in order: ``[NKV, seq_len, D]``.
+    def history(self, cache: Tensor, sequences: Tensor, lengths: Tensor) -> Tensor:
+        """The first rows of some sequences in a cache of one layer, in order: ``[len(sequences), NKV, max(lengths), D]``.
 
-        All are cut from the cache at once: a gradient by the cache would be as large as it for every sequence otherwise.
+        Rows past a sequence's own length are zeros.
         """
-        dims, lengths = self.dims, self.seq_lens.tolist()
+        dims, longest = self.dims, int(lengths.max())
         if self.block_table is None:
-            by_sequence = contiguous(cache, dims)[0].unbind(0)
+            rows = contiguous(cache, dims)[0][sequences, :, :longest]
         else:
-            counts = [-(-length // dims.BS) for length in lengths]
-            pages = torch.cat([self.block_table[b, :count] for b, count in enumerate(counts)])
-            by_page = cache.view(-1, dims.NKV, dims.BS, dims.D)[pages].transpose(0, 1)  # [NKV, pages, BS, D]
-            by_sequence = tuple(part.reshape(dims.NKV, -1, dims.D) for part in torch.split(by_page, counts, 1))
-        return [rows[:, :length] for rows, length in zip(by_sequence, lengths, strict=True)]
+            # Entries past a sequence's pages are -1; what is read in their place is cleared.
+            pages = self.block_table[sequences, : -(-longest // dims.BS)].clamp_min(0)
+            by_page = cache.view(-1, dims.NKV, dims.BS, dims.D)[pages]  # [sequences, pages, NKV, BS, D]
+            rows = by_page.transpose(1, 2).flatten(2, 3)[:, :, :longest]
+        inside = torch.arange(longest) < lengths.unsqueeze(1)
+        return torch.where(inside.view(len(sequences), 1, longest, 1), rows, torch.zeros((), dtype=rows.dtype))
+
+    def histories(self, cache: Tensor) -> list[Tensor]:
+        """All rows of each sequence in a cache of one layer: ``[NKV, seq_len, D]``."""
+        rows = self.history(cache, torch.arange(self.dims.B), self.seq_lens)
+        return [part[:, :length] for part, length in zip(rows.unbind(0), self.seq_lens.tolist(), strict=True)]
+
+    def blocks(self, most: int) -> Iterator[Block]:
+        """The tokens in blocks of sequences that bring equally many, so that attention takes a few large steps.
+
+        The keys and the values of a block, and its scores, have about ``most`` elements each, or are of one sequence or token.
+        """
+        dims = self.dims
+        order = torch.argsort(self.sequence * (int(self.length.max()) + 1) + self.length)
+        counts = torch.bincount(self.sequence, minlength=dims.B)
+        starts = counts.cumsum(0) - counts
+        longest = int(self.seq_lens.max())
+        for count in filter(None, torch.unique(counts).tolist()):
+            alike = torch.nonzero(counts == count).flatten()
+            alike = alike[self.seq_lens[alike].argsort()]
+            height = max(1, most // (dims.NKV * longest * dims.D))
+            width = max(1, most // (min(height, len(alike)) * dims.NH * longest))
+            for sequences in torch.split(alike, height):
+                own = order[starts[sequences].unsqueeze(1) + torch.arange(count)]
+                for tokens in torch.split(own, width, 1):
+                    yield Block(sequences, own, tokens)
 
 
 def contiguous(cache: Tensor, dims: Dims) -> Tensor:

@@ -15,6 +15,9 @@ from kernels.qwen3.layout import Layout, paged_rows
 
 Tensor = torch.Tensor
 
+#: Elements of keys, of values or of scores that attention takes at a time: 64 MB in float64.
+BLOCK_ELEMENTS = 8 << 20
+
 #: A layer's weights, in the order of the contract's arguments.
 LAYER_WEIGHTS = (
     "input_rms_weight",
@@ -83,29 +86,54 @@ def kv_write(
     """The row of each KV head at slot ``slot_mapping[b]`` becomes ``k`` and ``bf16(v)``; every other row stays."""
     rows = paged_rows(slot_mapping, dims)
     return (
-        a.wide(k_cache).index_put((rows,), a.wide(k).reshape(-1, dims.D)),
-        a.wide(v_cache).index_put((rows,), a.round(a.wide(v), "v").reshape(-1, dims.D)),
+        a.with_rows(k_cache, rows, a.wide(k).reshape(-1, dims.D)),
+        a.with_rows(v_cache, rows, a.round(a.wide(v), "v").reshape(-1, dims.D)),
     )
 
 
-def attend(q: Tensor, layout: Layout, k_cache: Tensor, v_cache: Tensor, *, dims: Dims, a: Arithmetic) -> Tensor:
+def attend(
+    q: Tensor,
+    layout: Layout,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    dims: Dims,
+    a: Arithmetic,
+    new_rows: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Softmax attention of every token over its rows of one layer's caches; query head ``h`` reads KV head ``h // G``; bf16.
 
-    ``q [N, NH*D]``; the result has its shape.
+    ``q [N, NH*D]``; the result has its shape. ``new_rows`` are the tokens' own rows ``[N, NKV*D]`` of keys and values, and stand
+    for those in the caches.
     """
-    rows: list[Tensor] = [q.new_empty(0)] * q.shape[0]
-    queries, histories = a.wide(q).unbind(0), zip(layout.histories(k_cache), layout.histories(v_cache), strict=True)
-    for b, history in enumerate(histories):
-        keys, values = map(a.wide, history)  # [NKV, seq_len, D]
-        for token in torch.nonzero(layout.sequence == b).flatten().tolist():
-            length = int(layout.length[token])
-            grouped = queries[token].reshape(dims.NKV, dims.G, dims.D)
-            scores = a.unrounded(grouped @ keys[:, :length].transpose(1, 2) * dims.scale, "scores")  # [NKV, G, length]
-            exponentials = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
-            denominator = a.unrounded(exponentials.sum(-1, keepdim=True), "softmax denominator")
-            weights = a.optional(exponentials / denominator, "probabilities", sequence=b)
-            rows[token] = (weights @ values[:, :length]).flatten()
-    return a.round(torch.stack(rows), "attention")
+    queries = a.wide(q).reshape(-1, dims.NKV, dims.G, dims.D)
+    parts, places = [], []
+    for block in layout.blocks(BLOCK_ELEMENTS):
+        length = layout.length[block.tokens].unsqueeze(-1)  # [s, t, 1]
+        cached = layout.seq_lens[block.sequences] - (0 if new_rows is None else block.own.shape[1])
+        keys, values = (a.wide(layout.history(cache, block.sequences, cached)) for cache in (k_cache, v_cache))
+        query = queries[block.tokens]  # [s, t, NKV, G, D]
+        query = query.transpose(1, 2).flatten(2, 3)  # [s, NKV, t*G, D]
+        scores = a.matmul(query, keys.transpose(2, 3))
+        position = torch.arange(keys.shape[2])
+        seen = (position < length) & (position < cached.view(-1, 1, 1))  # [s, t, n]
+        if new_rows is not None:
+            own_keys, own_values = (rows.reshape(-1, dims.NKV, dims.D)[block.own] for rows in new_rows)  # [s, m, NKV, D]
+            scores = torch.cat([scores, query @ own_keys.permute(0, 2, 3, 1)], -1)
+            seen = torch.cat([seen, cached.view(-1, 1, 1) + torch.arange(block.own.shape[1]) < length], -1)
+        mask = seen.unsqueeze(1).repeat_interleave(dims.G, 2)  # [s, 1, t*G, n + m]
+        scores = a.unrounded(torch.where(mask, scores * dims.scale, 0.0), "scores")
+        visible = torch.where(mask, scores, -torch.inf)
+        exponentials = torch.exp(visible - visible.detach().amax(-1, keepdim=True))
+        denominator = a.unrounded(exponentials.sum(-1, keepdim=True), "softmax denominator")
+        weights = a.optional(exponentials / denominator, "probabilities", block.sequences)
+        attended = a.matmul(weights[..., : keys.shape[2]], values)
+        if new_rows is not None:
+            attended = attended + weights[..., keys.shape[2] :] @ own_values.transpose(1, 2)
+        by_token = attended.reshape(*attended.shape[:2], -1, dims.G, dims.D).transpose(1, 2)  # [s, t, NKV, G, D]
+        parts.append(by_token.flatten(0, 1).flatten(1))
+        places.append(block.tokens.flatten())
+    return a.round(torch.cat(parts).index_select(0, torch.cat(places).argsort()), "attention")
 
 
 def attention(q: Tensor, seq_lens: Tensor, k_cache: Tensor, v_cache: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor]:
@@ -163,9 +191,9 @@ def layer(
     q, k = qk_norm(q, k, weights["q_norm_weight"], weights["k_norm_weight"], dims=dims, a=a)
     q, k = rope(q, k, layout.length, tables["rope_cos"], tables["rope_sin"], dims=dims, a=a)
     rows = layout.rows()
-    k_cache = a.wide(k_cache).index_put((rows,), k.reshape(-1, dims.D))
-    v_cache = a.wide(v_cache).index_put((rows,), a.round(v, "v").reshape(-1, dims.D))
-    attn = attend(q, layout, k_cache, v_cache, dims=dims, a=a)
+    v = a.round(v, "v")
+    attn = attend(q, layout, k_cache, v_cache, dims=dims, a=a, new_rows=(k, v))
+    k_cache, v_cache = (a.with_rows(cache, rows, new.reshape(-1, dims.D)) for cache, new in ((k_cache, k), (v_cache, v)))
     (residual,) = o_proj(attn, weights["wo"], hidden, dims=dims, a=a)
     residual = a.optional(residual, "residual")
     y = a.round(normalise(residual, weights["post_rms_weight"], dims.eps, a, "post norm"), "post norm")
