@@ -70,7 +70,7 @@ def judge(case: Case, outcome: Outcome, *, profile: str | None = None, oracle: O
     ordered = worst_first(findings)
     if case.stage.localise is not None and (structural or best.findings):
         ordered = _with_causes(ordered, case.stage.localise(case.inputs, outcome.outputs, case.dims))
-    return Verdict(ordered, best.share, best.profile.name, best.shares, best.along)
+    return Verdict(ordered, best.share, best.profile.name, best.shares, best.responses)
 
 
 def judge_without_outputs(outcome: Outcome) -> Verdict:

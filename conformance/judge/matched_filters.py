@@ -43,8 +43,8 @@ RIDGE = 1e-3
 class Signature:
     """A mistake, as a clause, and what it adds to the judged rows of each output, float64.
 
-    ``opposite`` is the mistake that takes away as much, where there is one. One that ``is_legal`` is no mistake, and must not be
-    taken for one.
+    ``opposite`` is the mistake that takes away as much, where there is one. With ``is_legal`` a correct
+    kernel may do it too: a nuisance direction, which no filter may take for a mistake.
     """
 
     mistake: str

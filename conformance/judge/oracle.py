@@ -30,23 +30,23 @@ class Oracle:
 
     def independent_errors(self, argument: str, profile: Profile) -> torch.Tensor:
         """Per row of a composite stage's output, how many independent errors its scaled errors amount to."""
-        return self._sensitive(profile).of_rows(argument)
+        return self._sensitive(profile).degrees_of_freedom_of_rows(argument)
 
     def independent_in_row(self, argument: str, profile: Profile, row: int) -> float:
         """The same of one judged row, counted more exactly."""
-        return self._sensitive(profile).of_one(argument, row, slice(None), limits.SPREAD_SIGMAS)
+        return self._sensitive(profile).degrees_of_freedom(argument, row, slice(None), limits.SPREAD_SIGMAS)
 
     def independent_in_all_rows(self, argument: str, profile: Profile, columns: slice) -> float:
         """The same of some columns of all judged rows: those of one token share errors from layer to layer."""
-        return self._sensitive(profile).of_one(argument, None, columns, limits.SPREAD_SIGMAS)
+        return self._sensitive(profile).degrees_of_freedom(argument, None, columns, limits.SPREAD_SIGMAS)
 
     def independent_in_tile(self, argument: str, profile: Profile, row: int, columns: slice) -> float:
         """The same of some columns of one judged row: a few roundings may steer a tile that do little to the rest of its row."""
-        return self._sensitive(profile).of_one(argument, row, columns, limits.SPREAD_SIGMAS)
+        return self._sensitive(profile).degrees_of_freedom(argument, row, columns, limits.SPREAD_SIGMAS)
 
     def element_variance(self, argument: str, profile: Profile, row: int, column: int) -> float:
         """The variance of one judged element's error, from each rounding's own effect on it."""
-        return self._sensitive(profile).of_element(argument, row, column)
+        return self._sensitive(profile).element_variance(argument, row, column)
 
     def filters(self, profile: Profile) -> list[Filter]:
         """What shows known mistakes in a composite stage's outputs; one set for all profiles, as the sensitivities are."""
@@ -56,7 +56,7 @@ class Oracle:
 
     def deviation_along(self, weights: dict[str, torch.Tensor], profile: Profile) -> float:
         """The deviation of a weighted sum of the errors of all judged rows."""
-        (variance,) = self._sensitive(profile).along({name: weight.unsqueeze(0) for name, weight in weights.items()})
+        (variance,) = self._sensitive(profile).variances_of_sums({name: weight.unsqueeze(0) for name, weight in weights.items()})
         return math.sqrt(variance)
 
     def _sensitive(self, profile: Profile) -> Sensitivity:

@@ -12,7 +12,7 @@ import torch
 from conformance.cases.case import Case
 from conformance.contract.arguments import Argument
 from conformance.judge import limits
-from conformance.judge.verdict import Along, Finding
+from conformance.judge.verdict import FilterResponse, Finding
 from conformance.lanes.base import Outcome
 from conformance.numerics.bounds import Bounds, Profile
 
@@ -68,7 +68,7 @@ class NumericFindings:
     profile: Profile
     findings: list[Finding]
     shares: dict[str, float]
-    along: dict[str, Along] = dataclasses.field(default_factory=dict)
+    responses: dict[str, FilterResponse] = dataclasses.field(default_factory=dict)
     wrong: int = 0
 
     @property

@@ -36,12 +36,12 @@ class Effects:
     """What one deviation away from zero at every rounding adds to K weighted sums of errors, ``values [K, roundings]``.
 
     Those of each sequence stand together, the first at ``starts``; what one sequence rounds alike is one rounding.
-    ``alike [roundings]`` numbers those that are rounded alike in all sequences.
+    ``groups [roundings]`` numbers those that are one rounding in all sequences, since their values are equal.
     """
 
     values: torch.Tensor
     starts: list[int]
-    alike: torch.Tensor
+    groups: torch.Tensor
 
     @functools.cached_property
     def covariances(self) -> torch.Tensor:
@@ -56,11 +56,11 @@ class Effects:
     def variances(self, combinations: torch.Tensor) -> torch.Tensor:
         """The same where roundings that sequences share are one."""
         within = self.variances_within(combinations)
-        counts = torch.bincount(self.alike)
-        shared = torch.nonzero(counts[self.alike] > 1).flatten()
+        counts = torch.bincount(self.groups)
+        shared = torch.nonzero(counts[self.groups] > 1).flatten()
         if not len(shared):
             return within
-        _, groups = torch.unique(self.alike[shared], return_inverse=True)
+        _, groups = torch.unique(self.groups[shared], return_inverse=True)
         bounds = torch.searchsorted(shared, torch.tensor(self.starts)).tolist()
         size = combinations.abs().amax((1, 2), keepdim=True).clamp_min(1e-300)
         unit, values = (combinations / size).float(), self.values[:, shared].T.contiguous()
@@ -74,7 +74,7 @@ class Effects:
 
 
 class Sensitivity:
-    """What each rounding inside a composite stage does to its outputs; how many independent errors a part of them amounts to.
+    """What each rounding inside a composite stage does to its outputs, and the effective degrees of freedom of their errors.
 
     One rounding inside a layer moves many outputs at once, and many roundings may move them the same way (all those of a query
     change one score). With C the covariance of the scaled errors, their mean square scatters as that of
@@ -94,7 +94,7 @@ class Sensitivity:
         self._deviations = [rounding_variance(spacing(site.double(), BF16)).sqrt() for _, site, _ in arithmetic.sites]
         self._of_rows: dict[str, torch.Tensor] = {}
         self._of_elements: dict[tuple[str, int, int], float] = {}
-        self._of_ones: dict[tuple[str, int | None, int | None, int | None, float], float] = {}
+        self._of_areas: dict[tuple[str, int | None, int | None, int | None, float], float] = {}
 
     def _scale(self, name: str) -> torch.Tensor:
         """One over the deviation of each of their elements."""
@@ -110,7 +110,7 @@ class Sensitivity:
             for gradient, deviation in zip(gradients, self._deviations, strict=True)
         ]
 
-    def of_element(self, name: str, row: int, column: int) -> float:
+    def element_variance(self, name: str, row: int, column: int) -> float:
         """The variance of an element's error, to first order."""
         place = name, row, column
         if place not in self._of_elements:
@@ -124,6 +124,8 @@ class Sensitivity:
 
     def _effects(self, weights: Mapping[str, torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """What one deviation away from zero at each value of each site adds to weighted sums of all outputs' judged rows.
+
+        These are vector-Jacobian products, scaled.
 
         ``weights`` has K for every element, ``[K, rows, columns]``. Yields the effects on some of the K sums, ``[.., values]`` of
         each site, then on the next.
@@ -151,7 +153,7 @@ class Sensitivity:
         return [(value.abs().contiguous().view(torch.int32) >> 11).flatten() for value in self._values]
 
     @functools.cached_property
-    def _alike(self) -> list[torch.Tensor]:
+    def _rounding_groups(self) -> list[torch.Tensor]:
         """For each site which of its values are rounded alike; where its rows have an owner, within a sequence."""
         found = []
         for magnitudes, value, owner in zip(self._magnitudes, self._values, self._owners, strict=True):
@@ -159,16 +161,18 @@ class Sensitivity:
             found.append(torch.unique(magnitudes + owned, return_inverse=True)[1])
         return found
 
-    def along(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def variances_of_sums(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The variances of K weighted sums of the errors of all outputs' judged rows, to first order."""
-        return torch.cat([sum((part.square().sum(1) for part in parts), torch.zeros(())) for parts in self._of_alike(weights)])
+        return torch.cat(
+            [sum((part.square().sum(1) for part in parts), torch.zeros(())) for parts in self._effects_of_groups(weights)]
+        )
 
-    def _of_alike(self, weights: Mapping[str, torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    def _effects_of_groups(self, weights: Mapping[str, torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """The effects of the values of each site, float64; of those that are rounded alike as one."""
         for effects in self._effects(weights):
             yield [
                 torch.zeros(len(effect), int(alike.max()) + 1, dtype=torch.float64).index_add_(1, alike, effect.double())
-                for effect, alike in zip(effects, self._alike, strict=True)
+                for effect, alike in zip(effects, self._rounding_groups, strict=True)
             ]
 
     def effects(self, directions: Mapping[str, torch.Tensor]) -> Effects:
@@ -214,8 +218,8 @@ class Sensitivity:
         case = self._case
         return torch.arange(case.dims.batch) if case.stage.sequences is None else case.stage.sequences(case.inputs, case.dims)
 
-    def of_rows(self, name: str) -> torch.Tensor:
-        """For every judged row of an output, one at least.
+    def degrees_of_freedom_of_rows(self, name: str) -> torch.Tensor:
+        """The effective degrees of freedom of each judged row of an output, to about a quarter; one at least.
 
         Sequences do not touch one another: one backward pass serves a row of each of them.
         """
@@ -250,14 +254,14 @@ class Sensitivity:
         self._of_rows[name] = counts.flatten().clamp_min(1)
         return self._of_rows[name]
 
-    def of_one(self, name: str, row: int | None, columns: slice, sigmas: float) -> float:
-        """How many equal independent errors some columns of one judged row, or of all, amount to.
+    def degrees_of_freedom(self, name: str, row: int | None, columns: slice, sigmas: float) -> float:
+        """The effective degrees of freedom of the mean square of errors in some columns of one judged row, or of all.
 
-        Their mean square reaches as far at ``sigmas`` standard deviations. Where one rounding holds a good part of all variance
-        that is further than the variance tells.
+        So many equal independent errors have a mean square that reaches as far at ``sigmas`` standard deviations. Where one
+        rounding holds a good part of all variance that is further than the variance tells.
         """
         place = name, row, columns.start, columns.stop, sigmas
-        if place not in self._of_ones:
+        if place not in self._of_areas:
             scale = self._scale(name)
             part = torch.zeros(scale.shape, dtype=torch.bool)
             part[slice(None) if row is None else row, columns] = True
@@ -269,10 +273,12 @@ class Sensitivity:
                 directions = torch.randint(0, 2, (PROBES_OF_ONE, count), generator=signs) * 2.0 - 1.0
             weights = torch.zeros(len(directions), *scale.shape)
             weights[:, part] = directions * scale[part].float()
-            of_sites = zip(*self._of_alike({name: weights}), strict=True)
+            of_sites = zip(*self._effects_of_groups({name: weights}), strict=True)
             products = sum((effect @ effect.T for effect in map(torch.cat, of_sites)), torch.zeros(()))
-            self._of_ones[place] = max(1.0, _as_far(*(_moments if exact else _estimated_moments)(products), sigmas))
-        return self._of_ones[place]
+            self._of_areas[place] = max(
+                1.0, _matching_degrees_of_freedom(*(_moments if exact else _estimated_moments)(products), sigmas)
+            )
+        return self._of_areas[place]
 
 
 def _moments(covariance: torch.Tensor) -> tuple[float, float]:
@@ -291,9 +297,12 @@ def _estimated_moments(products: torch.Tensor) -> tuple[float, float]:
     return second, min(max(third, second**2), second**1.5)  # what a sum of positive parts can have
 
 
-def _as_far(second: float, third: float, sigmas: float) -> float:
-    """How many equal independent errors have a mean square that reaches as far, at ``sigmas`` deviations, as errors of these
-    moments: those of a shifted chi-square of the same variance and skewness (Pearson), its quantiles by Wilson and Hilferty."""
+def _matching_degrees_of_freedom(second: float, third: float, sigmas: float) -> float:
+    """How many equal independent errors have a mean square that reaches as far, at ``sigmas`` deviations.
+
+    As far as errors whose covariance has these moments (``_moments``): those of a shifted chi-square of the same variance and
+    skewness (Pearson), its quantiles by Wilson and Hilferty.
+    """
     if second <= 0 or third <= 0:
         return math.inf
     count = second**3 / third**2

@@ -12,7 +12,7 @@ from conformance.judge import limits
 from conformance.judge.matched_filters import Filter
 from conformance.judge.oracle import Oracle
 from conformance.judge.outputs import NumericFindings, as_matrix, count_true, part_of
-from conformance.judge.verdict import Along, Finding, Verdict
+from conformance.judge.verdict import FilterResponse, Finding, Verdict
 from conformance.judge.wording import extent_finding
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import bits
@@ -20,7 +20,7 @@ from conformance.numerics.arithmetic import CONTRACT
 from conformance.numerics.bounds import Bounds, Profile
 
 
-def judge_together(runs: Sequence[Mapping[str, Along]]) -> tuple[Verdict, int]:
+def judge_together(runs: Sequence[Mapping[str, FilterResponse]]) -> tuple[Verdict, int]:
     """Judge what the errors of several cases have in common, of each how far they lie along the signature of each mistake.
 
     Each case counts by what the mistake adds to it (a matched filter over cases), and none decides by itself: the one that speaks
@@ -65,7 +65,7 @@ def judge_signatures(case: Case, outcome: Outcome, oracle: Oracle, profile: Prof
     for one in found:
         sigmas = float((one.combination * sums).sum())
         part = sigmas / one.expected
-        result.along[one.mistake] = Along(sigmas, one.expected)
+        result.responses[one.mistake] = FilterResponse(sigmas, one.expected)
         enough = max(limits.SIGNATURE_SIGMAS, worst[0] if worst else 0.0)
         if part <= limits.SIGNATURE_PART or sigmas <= enough:
             continue

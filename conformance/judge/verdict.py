@@ -82,9 +82,9 @@ def _finite(value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Along:
-    """How far a run's errors lie along the signature of a known mistake, in standard deviations of what correct runs have there,
-    and how far those of a kernel that makes the mistake are expected to."""
+class FilterResponse:
+    """What the matched filter of a known mistake makes of a run's errors, in standard deviations of correct runs (a z-score), and
+    what it is expected to make of those of a kernel that makes the mistake."""
 
     sigmas: float
     expected: float
@@ -100,8 +100,8 @@ class Verdict:
     profile: str | None = None
     #: The worst share of the allowance by argument.
     shares: dict[str, float] = dataclasses.field(default_factory=dict)
-    #: By mistake, of a composite stage whose errors were held against signatures.
-    along: dict[str, Along] = dataclasses.field(default_factory=dict)
+    #: Of the matched filter of each known mistake, where a composite stage's errors were searched for them.
+    responses: dict[str, FilterResponse] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:

@@ -175,7 +175,7 @@ def pooled_run(runs: Iterable[Judged]) -> Iterator[Judged]:
     A case that came several times counts once.
     """
     runs = list(runs)
-    cases = {run.case: run.verdict.along for run in runs if run.check == "example" and run.verdict.along}
+    cases = {run.case: run.verdict.responses for run in runs if run.check == "example" and run.verdict.responses}
     if len(cases) > 1 and all(run.verdict.ok for run in runs):
         verdict, telling = judge_together(list(cases.values()))
         yield Judged("pooled", list(cases)[telling], verdict, Outcome("ok"))

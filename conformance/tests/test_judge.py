@@ -1362,7 +1362,7 @@ def test_one_rounding_with_much_of_all_variance_makes_a_longer_tail_than_as_many
     # As many samples of the mean square lie beyond its limit as of a Gaussian beyond so many deviations, or fewer.
     drawn = torch.randn(2_000_000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64).square() @ parts
     for sigmas in (2.5, 3.5, 4.0):
-        counted = sensitivity._as_far(float(parts.square().sum()), float((parts**3).sum()), sigmas)
+        counted = sensitivity._matching_degrees_of_freedom(float(parts.square().sum()), float((parts**3).sum()), sigmas)
         limit = sensitivity.chi_square_mean(counted, sigmas)
         assert float((drawn > limit).double().mean()) < 1.5 * 0.5 * math.erfc(sigmas / math.sqrt(2))
         assert float((drawn > 0.85 * limit).double().mean()) > 0.5 * math.erfc(sigmas / math.sqrt(2))
@@ -1370,7 +1370,7 @@ def test_one_rounding_with_much_of_all_variance_makes_a_longer_tail_than_as_many
 
 @pytest.mark.parametrize("count", [1, 2, 7.5, 100])
 def test_equal_errors_reach_as_far_as_so_many_of_them(count: float) -> None:
-    assert sensitivity._as_far(1 / count, 1 / count**2, 5.5) == pytest.approx(count)
+    assert sensitivity._matching_degrees_of_freedom(1 / count, 1 / count**2, 5.5) == pytest.approx(count)
 
 
 def test_the_rows_of_every_layer_are_counted() -> None:

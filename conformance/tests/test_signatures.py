@@ -19,7 +19,7 @@ from conformance.judge.matched_filters import Filter, _sequence_of_judged_rows, 
 from conformance.judge.oracle import Oracle
 from conformance.judge.sensitivity import TOGETHER, Sensitivity
 from conformance.judge.signatures import judge_together
-from conformance.judge.verdict import Along, Finding, Verdict
+from conformance.judge.verdict import FilterResponse, Finding, Verdict
 from conformance.lanes.base import Outcome
 from conformance.lanes.eager import run_eager
 from conformance.numerics.arithmetic import CONTRACT, EXACT, Arithmetic, ErrorSites, RoundingSites
@@ -102,7 +102,7 @@ def test_a_truncation_is_told_by_its_name(layer: Oracle, name: str) -> None:
     near = {"projection": ("v",), "input norm": ("v", "projection"), "gate": ("activation",)}
     places = (name, *near.get(name, ()))
     assert finding.detector == "signature"
-    assert any(f"a kernel where {place} is truncated instead of rounded" in finding.message for place in places), finding.message
+    assert any(f"known mistake: {place} is truncated instead of rounded" in finding.message for place in places), finding.message
     assert finding.share is not None
     assert finding.share > 1
 
@@ -174,7 +174,7 @@ def test_logits_that_are_bf16_values_by_themselves_are_not() -> None:
 )
 def test_what_is_larger_than_it_may_be_or_short_of_bits_is_told(layer: Oracle, fault: str, mistake: str) -> None:
     verdict = judge(layer.case, run_eager(torch_kernel("decode_layer", fault=fault), layer.case), oracle=layer)
-    assert f"a kernel where {mistake}" in verdict.findings[0].message
+    assert f"known mistake: {mistake}" in verdict.findings[0].message
 
 
 # -- what is told by all cases together ------------------------------------------------------------------------------------------
@@ -187,7 +187,10 @@ FEW = {"S": 48, "B": 1}
 
 @pytest.mark.parametrize(
     ("choices", "mistake"),
-    [(Choices(), "scores is rounded to bf16:"), (ROUNDED, "scores is rounded to bf16, after all optional roundings:")],
+    [
+        (Choices(), "scores is rounded to bf16"),
+        (ROUNDED, "scores is rounded to bf16 (in a kernel that makes all optional roundings)"),
+    ],
 )
 def test_what_no_case_shows_is_told_by_all_together(choices: Choices, mistake: str) -> None:
     kernel = torch_kernel("decode_layer", choices, fault="bf16_scores")
@@ -230,38 +233,47 @@ def test_ties_of_many_layers_and_cases_are_not_told_together() -> None:
 
 def test_together_a_case_counts_by_what_the_mistake_adds_to_it() -> None:
     told, telling = judge_together(
-        [{"x": Along(3.0, 4.0)}, {"x": Along(4.0, 3.0)}, {"x": Along(3.0, 4.0)}, {"y": Along(9.0, 1.0)}, {"x": Along(5.0, 4.0)}]
+        [
+            {"x": FilterResponse(3.0, 4.0)},
+            {"x": FilterResponse(4.0, 3.0)},
+            {"x": FilterResponse(3.0, 4.0)},
+            {"y": FilterResponse(9.0, 1.0)},
+            {"x": FilterResponse(5.0, 4.0)},
+        ]
     )
     assert telling == 4  # is left out
     (finding,) = told.findings
     # 3 * 4 + 4 * 3 + 3 * 4 over the root of 4 * 4 + 3 * 3 + 4 * 4, and over that: 36 / 41
     assert "4 cases" in finding.message
-    assert "0.88 times what that adds" in finding.message
-    assert "5.62 standard deviations" in finding.message
+    assert "amplitude 0.88" in finding.message
+    assert "z-score 5.62" in finding.message
     assert told.share == pytest.approx(36 / math.sqrt(41) / 5.5)
 
 
 @pytest.mark.parametrize(
     "runs",
     [
-        [{"x": Along(30.0, 30.0)}],  # one case is judged by itself
-        [{"x": Along(30.0, 30.0)}] * 2,  # so is what is left of two
-        [{"x": Along(10.0, 30.0)}, *[{"x": Along(1.0, 1.0)}] * 9],  # so is one case among many that hardly show anything
-        [{"x": Along(12.0, 40.0)}] * 4,  # twenty deviations, and a third of what the mistake adds less a tenth
-        [{"x": Along(3.0, 3.0)}] * 4,  # 5.2 deviations without one of them
-        [{"x": Along(-9.0, 9.0)}] * 4,
-        [{"x": Along(9.0, 9.0)}, {"y": Along(9.0, 9.0)}, {"z": Along(9.0, 9.0)}],
-        [{"x": Along(0.0, 0.0)}] * 4,
+        [{"x": FilterResponse(30.0, 30.0)}],  # one case is judged by itself
+        [{"x": FilterResponse(30.0, 30.0)}] * 2,  # so is what is left of two
+        [
+            {"x": FilterResponse(10.0, 30.0)},
+            *[{"x": FilterResponse(1.0, 1.0)}] * 9,
+        ],  # so is one case among many that hardly show anything
+        [{"x": FilterResponse(12.0, 40.0)}] * 4,  # twenty deviations, and a third of what the mistake adds less a tenth
+        [{"x": FilterResponse(3.0, 3.0)}] * 4,  # 5.2 deviations without one of them
+        [{"x": FilterResponse(-9.0, 9.0)}] * 4,
+        [{"x": FilterResponse(9.0, 9.0)}, {"y": FilterResponse(9.0, 9.0)}, {"z": FilterResponse(9.0, 9.0)}],
+        [{"x": FilterResponse(0.0, 0.0)}] * 4,
         [{}, {}],
         [],
     ],
 )
-def test_together_too_little_is_nothing(runs: list[dict[str, Along]]) -> None:
+def test_together_too_little_is_nothing(runs: list[dict[str, FilterResponse]]) -> None:
     assert judge_together(runs)[0].ok
 
 
 def test_what_cannot_be_told_of_one_mistake_hides_no_other() -> None:
-    runs = [{"x": Along(5.0, 5.0), "y": Along(math.nan, 1.0)}] * 4
+    runs = [{"x": FilterResponse(5.0, 5.0), "y": FilterResponse(math.nan, 1.0)}] * 4
     told, _ = judge_together(runs)
     assert [finding.detector for finding in told.findings] == ["pooled_signature"]
     assert told.share == pytest.approx(5 * math.sqrt(3) / 5.5)
@@ -269,7 +281,10 @@ def test_what_cannot_be_told_of_one_mistake_hides_no_other() -> None:
 
 def test_a_case_that_comes_twice_counts_once_and_what_is_wrong_elsewhere_hides_it() -> None:
     key, other = CaseKey.parse(LAYER), CaseKey.parse(PREFILL)
-    fine, wrong = Verdict(along={"x": Along(5.0, 5.0)}), Verdict((Finding("element", "far off"),), along={"x": Along(5.0, 5.0)})
+    fine, wrong = (
+        Verdict(responses={"x": FilterResponse(5.0, 5.0)}),
+        Verdict((Finding("element", "far off"),), responses={"x": FilterResponse(5.0, 5.0)}),
+    )
     example = Judged("example", key, fine, Outcome("ok"))
     elsewhere = dataclasses.replace(example, case=other)
     third = dataclasses.replace(example, case=CaseKey.parse(STEP))
@@ -394,7 +409,11 @@ def test_every_rounding_of_a_layer_has_a_signature() -> None:
 def test_what_rounding_adds_is_looked_for_after_all_optional_roundings_too_where_they_matter(layer: Oracle) -> None:
     """A score's rounding error depends on how q and k were rounded before; that of a weight on nothing."""
     mistakes = [one.mistake for one in signatures(layer.case, dict.fromkeys(("k_cache", "v_cache", "out")))]
-    twice = {mistake.split(" is rounded")[0] for mistake in mistakes if mistake.endswith("after all optional roundings")}
+    twice = {
+        mistake.split(" is rounded")[0]
+        for mistake in mistakes
+        if mistake.endswith("(in a kernel that makes all optional roundings)")
+    }
     assert {"scores", "silu"} <= twice
     assert "weight of the input norm" not in twice
     assert "1/rms of the input norm" not in twice
@@ -433,14 +452,14 @@ def test_covariances_of_all_sequences_add_up_to_the_variance_along_a_direction()
         sensitivity = Sensitivity(case, bounds, profile)
         effects = sensitivity.effects(directions)
         covariances = effects.covariances
-        along = sensitivity.along(directions).tolist()
+        along = sensitivity.variances_of_sums(directions).tolist()
         # One sum by itself, and in every sequence another multiple of the next.
         combinations = torch.zeros(2, 3, count, dtype=torch.float64)
         combinations[0, :, 4] = 1e-60
         combinations[1, :, 5] = factors = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
         of_rows = {name: factors[_sequence_of_judged_rows(case, name, one, sensitivity)] for name, one in bounds.items()}
         scaled = {name: (directions[name][5] * of_rows[name].unsqueeze(1)).unsqueeze(0) for name in bounds}
-        (along_scaled,) = sensitivity.along(scaled).tolist()
+        (along_scaled,) = sensitivity.variances_of_sums(scaled).tolist()
     found = effects.variances(combinations).tolist()
     assert found == [pytest.approx(1e-120 * along[4], rel=1e-4), pytest.approx(along_scaled, rel=1e-4)]
     assert covariances.shape == (3, count, count)
