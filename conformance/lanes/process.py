@@ -126,6 +126,11 @@ class KernelProcess:
         if getattr(self, "_process", None) is not None:
             self.close()
 
+    @property
+    def pid(self) -> int | None:
+        """The number of the worker process; ``None`` while there is none."""
+        return None if self._process is None else self._process.pid
+
     def run(self, case: Case, passes: Passes = "last") -> Outcome:
         """Run the kernel on a case; ``passes`` says which compiler passes the interpret lane compares with the tensor graph."""
         if self.lane == "compile_only":

@@ -7,6 +7,7 @@ a device that is not there and leaves zeros), and the one that starts the cost m
 from __future__ import annotations
 
 import ast
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -31,6 +32,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
 from conformance.errors import UsageError
 from conformance.toolchains.detection import ToolchainUnavailableError, detect
+from conformance.toolchains.text_dumps import without_text_dumps
 
 #: How the annotations of a kernel name the dtypes of a contract.
 PYPTO_DTYPES: dict[torch.dtype, str] = {
@@ -54,6 +56,8 @@ class Runtime:
         # Both are read when the libraries start or a compile begins; without them PyPTO writes to the current and home folder.
         os.environ["TILE_FWK_OUTPUT_DIR"] = str(folder)
         os.environ["ASCEND_PROCESS_LOG_PATH"] = str(folder / "plog")
+        if calculator is not None:
+            _switch_off_text_dumps()
         try:
             import pypto
             from pypto import pypto_impl
@@ -137,6 +141,13 @@ class Runtime:
             self._wrapper._kernel_module_cache.clear()
             # The native side keeps its tables in C buffers.
             ctypes.CDLL(None).fflush(None)
+
+
+def _switch_off_text_dumps() -> None:
+    library = without_text_dumps()
+    if library is not None:
+        with contextlib.suppress(OSError):  # one that does not load costs time, and nothing else
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 class Builds:
