@@ -171,7 +171,9 @@ def main() -> None:
     if options.bare:
         serve_bare(options.stages[0], Path(options.stages[1]))
         return
-    print("stage      | bare disk    memory   harness   ratio to each (ms by the clock, medians) | the same, ms of processor time")
+    print(
+        "stage      | bare disk    memory   harness   ratio to each (ms by the clock, medians) | the same, ms of processor time"
+    )
     for stage in options.stages:
         measure(stage, options.rounds)
     for stage in options.stages:

@@ -20,6 +20,7 @@ from conformance.contract.kernel import Kernel
 from conformance.errors import UsageError
 from conformance.lanes.arena import Arena
 from conformance.lanes.base import LANES, LANES_OF, Outcome
+from conformance.lanes.forking import ForkedProcess, fork_server
 from conformance.lanes.messages import Done, KernelAddress, Passes, Ready, Refused, Run, Start
 from conformance.lanes.scratch import ScratchFolder
 from conformance.toolchains.calculator import Progress, calculator
@@ -108,7 +109,7 @@ class KernelProcess:
         self._temporary: ScratchFolder | None = None
         self._scratch: ScratchFolder | None = None
         self._arena: Arena | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ForkedProcess | subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any] | None = None
         self._lifeline: int | None = None
         self._unavailable: str | None = None
@@ -213,23 +214,12 @@ class KernelProcess:
         reading, self._lifeline = os.pipe()
         self._connection = Connection(ours.detach())
         descriptors = (theirs.fileno(), self._arena.descriptor, reading)
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
         self.starts += 1
         try:
             with (self._folder / "stdout.log").open("ab") as out, (self._folder / "stderr.log").open("ab") as errors:
                 out.truncate(0)
                 errors.truncate(0)
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "conformance.lanes.worker", *map(str, descriptors)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=errors,
-                    pass_fds=descriptors,
-                    # A group of its own: what the kernel starts is killed with it, and Ctrl-C is left to the owner.
-                    start_new_session=True,
-                    env={**os.environ, "PYTHONPATH": path, INSIDE_WORKER: "1"},
-                )
+                self._process = self._start_process(descriptors, out.fileno(), errors.fileno())
         finally:
             theirs.close()
             os.close(reading)
@@ -243,6 +233,35 @@ class KernelProcess:
             device_executor=self._device_executor,
         )
         self._exchange(start, self.limits.start_seconds)
+
+    def _start_process(self, descriptors: tuple[int, ...], out: int, errors: int) -> ForkedProcess | subprocess.Popen[bytes]:
+        """A worker, forked where the lane allows that; else a new interpreter, which imports everything anew."""
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
+        environment = {**os.environ, "PYTHONPATH": path, INSIDE_WORKER: "1"}
+        preload = self._preload()
+        server = fork_server(preload, environment) if preload is not None else None
+        forked = server.fork(descriptors, out, errors, environment) if server is not None else None
+        if forked is not None:
+            return forked
+        return subprocess.Popen(
+            [sys.executable, "-m", "conformance.lanes.worker", *map(str, descriptors)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=errors,
+            pass_fds=descriptors,
+            # A group of its own: what the kernel starts is killed with it, and Ctrl-C is left to the owner.
+            start_new_session=True,
+            env=environment,
+        )
+
+    def _preload(self) -> str | None:
+        """The module whose ``preload()`` imports what a worker of the lane needs; ``None`` if it must not be forked."""
+        if self.lane == "eager":
+            return "conformance.lanes.worker"
+        if self.lane == "device" and self._device_executor == "npu":
+            return None  # what a driver sets up in a process is not known to outlive a fork
+        return "conformance.lanes.pypto.lanes"
 
     def _requirements(self) -> Path | None:
         """The calculator where the lane needs it; raises ``ToolchainUnavailableError`` for what is not on this machine."""

@@ -32,6 +32,11 @@ from conformance.toolchains.detection import ToolchainUnavailableError
 Lane = Callable[[Run, dict[str, torch.Tensor]], Outcome]
 
 
+def preload(folder: Path) -> None:
+    """Import what a torch kernel's worker needs, in a fork server; ``folder`` is not used."""
+    torch.set_num_threads(1)  # a thread pool would not survive the fork
+
+
 def main(arguments: list[str]) -> int:
     """Serve runs until the owner closes the connection."""
     connection_descriptor, arena_descriptor, lifeline = map(int, arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -15,11 +16,18 @@ from conformance.lanes.compile_only import compile_only
 from conformance.lanes.device import InterpreterCard, NpuCard, run_on_card
 from conformance.lanes.interpret import interpret
 from conformance.lanes.messages import Run, Start
-from conformance.lanes.pypto.runtime import Builds, FirstCause, Runtime, explain
+from conformance.lanes.pypto.runtime import Builds, FirstCause, Runtime, explain, prepare
 from conformance.lanes.pypto.unwritten import look_at_graph
 from conformance.toolchains.detection import ToolchainUnavailableError
 
 Lane = Callable[[Run, dict[str, torch.Tensor]], Outcome]
+
+
+def preload(folder: Path) -> None:
+    """Import what a PyPTO kernel's worker needs, in a fork server; the logs of all its workers go below ``folder``."""
+    torch.set_num_threads(1)  # a thread pool would not survive the fork
+    prepare(folder)
+    import pypto  # noqa: F401
 
 
 def open_lane(kernel: Kernel, start: Start) -> Lane:

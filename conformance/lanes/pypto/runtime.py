@@ -53,11 +53,10 @@ class Runtime:
         detect().require()
         self._folder = folder
         self._scratch = scratch
-        # Both are read when the libraries start or a compile begins; without them PyPTO writes to the current and home folder.
         os.environ["TILE_FWK_OUTPUT_DIR"] = str(folder)
-        os.environ["ASCEND_PROCESS_LOG_PATH"] = str(folder / "plog")
-        if calculator is not None:
-            _switch_off_text_dumps()
+        if "pypto" not in sys.modules:
+            prepare(folder)
+        self._logs = Path(os.environ[_LOGS])
         try:
             import pypto
             from pypto import pypto_impl
@@ -91,7 +90,7 @@ class Runtime:
     def logged_errors(self, since: datetime.datetime) -> list[str]:
         """What PyPTO's native side logged as errors since then, oldest first: the cause that its exception leaves out."""
         found: list[str] = []
-        for path in sorted(self._folder.glob("plog/**/*.log")):
+        for path in sorted(self._logs.glob(f"**/*-{os.getpid()}_*.log")):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 match = _LOGGED.match(line)
                 if match and match[1] >= f"{since:%Y-%m-%d %H:%M:%S}":
@@ -143,7 +142,15 @@ class Runtime:
             ctypes.CDLL(None).fflush(None)
 
 
-def _switch_off_text_dumps() -> None:
+#: Where PyPTO's native side logs: read once, when its libraries start. Without it PyPTO writes to the home folder.
+_LOGS = "ASCEND_PROCESS_LOG_PATH"
+
+
+def prepare(folder: Path) -> None:
+    """What must be so before ``pypto`` is imported for the first time in a process; logs go below ``folder``."""
+    os.environ[_LOGS] = str(folder / "plog")
+    # Read when a compile begins, and when the libraries start.
+    os.environ.setdefault("TILE_FWK_OUTPUT_DIR", str(folder))
     library = without_text_dumps()
     if library is not None:
         with contextlib.suppress(OSError):  # one that does not load costs time, and nothing else
