@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from conformance.contract.registry import stage_named, stages
 from conformance.exam.results import COMPOSITE_TARGET, OURS, Exam, Score, Standing
 from conformance.exam.rules import RULES
-from conformance.faults.subject import KINDS
+from conformance.exam.known_kernels import KINDS
 from conformance.judge.verdict import DETECTORS
 from reports import text
 

@@ -61,8 +61,11 @@ class Model:
     largest_batch: int = 16
     #: Dotted names of the modules that hold the bundled kernels.
     kernel_modules: tuple[str, ...] = ()
-    #: Dotted names of the modules whose ``SUBJECTS`` are kernels with known verdicts, for the exam.
+    #: Dotted names of the modules whose ``KNOWN_KERNELS`` are kernels with known verdicts, for the exam.
     exam_modules: tuple[str, ...] = ()
+    #: ``"module:function"`` of ``random_variant(stage, index, seed)``, which returns a legal kernel that makes its choices
+    #: at random, the same for the same arguments. The exam has none of a model that leaves it out.
+    random_variants: str = ""
     #: The presets that the suites run.
     suite_presets: tuple[str, ...] = ()
     full_size: FullSize | None = None

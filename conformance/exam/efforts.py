@@ -5,14 +5,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import pkgutil
 import zlib
+from collections.abc import Callable
 
 from conformance.contract.loading import load_module
 from conformance.contract.registry import models, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
-from conformance.faults.catalogue import subjects
-from conformance.faults.subject import Subject
+from conformance.exam.known_kernels import KnownKernel
 
 #: How many interpreted kernels, or compiled ones, there are to each one of a sample: every one needs a process of its own, which
 #: takes seconds.
@@ -51,7 +52,7 @@ class Effort:
     random_composite: int
     together: int
 
-    def cases(self, subject: Subject) -> Cases:
+    def cases(self, subject: KnownKernel) -> Cases:
         """The numbers that hold for one subject."""
         if subject.lane != "eager":
             return self.interpreted
@@ -93,16 +94,26 @@ EFFORTS: dict[str, Effort] = {
 }
 
 
-def catalogue() -> list[Subject]:
-    """Every kernel of the exam: torch kernels, and those that the models bring for other lanes."""
-    found = list(subjects())
-    for model in models():
-        for name in model.exam_modules:
-            found += load_module(name).SUBJECTS
-    return found
+def catalogue() -> list[KnownKernel]:
+    """Every kernel of the exam, as the models bring them."""
+    return [one for model in models() for name in model.exam_modules for one in load_module(name).KNOWN_KERNELS]
 
 
-def chosen_subjects(effort: Effort, stage: str | None = None, lane: str | None = None) -> list[Subject]:
+def random_variants(stage: str) -> Callable[[str, int, int], KnownKernel] | None:
+    """What makes the random legal kernels of a stage, if its model has some (``Model.random_variants``)."""
+    (name,) = (model.random_variants for model in models() if stage in {one.name for one in model.stages})
+    return pkgutil.resolve_name(name) if name else None
+
+
+def random_variant(stage: str, index: int, seed: int) -> KnownKernel:
+    """The random legal kernel ``index`` of a stage; raises ``UsageError`` if the stage's model has none."""
+    make = random_variants(stage)
+    if make is None:
+        raise UsageError(f"the model of stage {stage} has no random legal kernels (Model.random_variants)")
+    return make(stage, index, seed)
+
+
+def chosen_subjects(effort: Effort, stage: str | None = None, lane: str | None = None) -> list[KnownKernel]:
     """The kernels that an exam judges, of one stage or one lane only; raises ``UsageError`` if there are none.
 
     Where a fault is sampled, its stage follows from its name, so that all stages come up.
@@ -114,8 +125,8 @@ def chosen_subjects(effort: Effort, stage: str | None = None, lane: str | None =
         raise UsageError(f"the exam has no kernel of stage {stage or 'any'} in lane {lane or 'any'}")
     if not effort.sample or stage is not None:
         return found
-    alike: dict[tuple[str, bool], list[Subject]] = collections.defaultdict(list)
-    others: dict[tuple[str, bool], list[Subject]] = collections.defaultdict(list)
+    alike: dict[tuple[str, bool], list[KnownKernel]] = collections.defaultdict(list)
+    others: dict[tuple[str, bool], list[KnownKernel]] = collections.defaultdict(list)
     for one in found:
         if one.lane == "eager":
             alike[one.name, stage_named(one.stage).composite].append(one)

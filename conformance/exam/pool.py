@@ -20,11 +20,10 @@ from conformance.cases.key import CaseKey
 from conformance.cases.space import Space, stratified_keys
 from conformance.contract.registry import stage_named, stages
 from conformance.exam import efforts
-from conformance.exam.efforts import Effort, chosen_subjects, number_of
+from conformance.exam.efforts import Effort, chosen_subjects, number_of, random_variant, random_variants
+from conformance.exam.known_kernels import KnownKernel
 from conformance.exam.results import OURS, Cost, Exam, Standing
 from conformance.exam.trials import MOST_REJECTIONS, Trial, judge_known_kernel
-from conformance.faults.catalogue import random_variant
-from conformance.faults.subject import Subject
 
 #: Seconds between two times that an exam so far is kept.
 KEPT_EVERY = 60.0
@@ -113,8 +112,8 @@ class _Result:
 _COMBINATIONS_PER_TASK = 250
 
 
-def _tasks(chosen: Sequence[Subject], effort: Effort, seed: int) -> Iterator[_Task]:
-    def alike(one: Subject) -> tuple[bool, str, str, str]:
+def _tasks(chosen: Sequence[KnownKernel], effort: Effort, seed: int) -> Iterator[_Task]:
+    def alike(one: KnownKernel) -> tuple[bool, str, str, str]:
         return one.lane == "eager", one.stage, one.lane, str(sorted(one.dims.items()))
 
     for (is_eager, stage, _, _), group in itertools.groupby(sorted(chosen, key=alike), key=alike):
@@ -123,7 +122,7 @@ def _tasks(chosen: Sequence[Subject], effort: Effort, seed: int) -> Iterator[_Ta
         for start in range(0, len(ids), size):
             yield _Task(stage, effort, seed, tuple(ids[start : start + size]))
     for stage in dict.fromkeys(one.stage for one in chosen if one.lane == "eager"):
-        count = effort.random(stage_named(stage))
+        count = effort.random(stage_named(stage)) if random_variants(stage) else 0
         for start in range(0, count, _COMBINATIONS_PER_TASK):
             yield _Task(stage, effort, seed, first=start, last=min(start + _COMBINATIONS_PER_TASK, count))
 
@@ -193,7 +192,7 @@ def _perform(task: _Task) -> _Result:
     return _Result(standings, costs)
 
 
-def _in_turn(shelf: Sequence[Trial], subject: Subject, least: int, seed: int) -> list[Trial]:
+def _in_turn(shelf: Sequence[Trial], subject: KnownKernel, least: int, seed: int) -> list[Trial]:
     """The same cases, after the first gone on with another kind of data: ``least`` each are all kinds between them.
 
     A case of a layer or chain is dear, so all kernels of such a stage have the same: a stage goes on where the one before ended.

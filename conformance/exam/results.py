@@ -12,8 +12,8 @@ from typing import Any
 from conformance.contract.registry import stage_named
 from conformance.errors import UsageError
 from conformance.exam.efforts import Cases, Effort
+from conformance.exam.known_kernels import KnownKernel
 from conformance.exam.rules import RULES
-from conformance.faults.subject import Subject
 
 #: What our own rule is called in tables.
 OURS = "conformance"
@@ -63,7 +63,7 @@ class Standing:
     error: str = ""
 
     @classmethod
-    def of(cls, subject: Subject, error: str = "") -> Standing:
+    def of(cls, subject: KnownKernel, error: str = "") -> Standing:
         """That of a subject before its first trial."""
         about = subject.id, subject.stage, subject.name, subject.lane, subject.kind, subject.summary, subject.hidden
         return cls(*about, error=error)

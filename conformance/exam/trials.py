@@ -16,9 +16,9 @@ from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey
 from conformance.cases.space import Space
 from conformance.errors import UsageError
+from conformance.exam.known_kernels import KnownKernel
 from conformance.exam.results import OURS, Cost, Standing, trials_for
 from conformance.exam.rules import RULES, Compared
-from conformance.faults.subject import Subject
 from conformance.judge.judgement import judge
 from conformance.judge.oracle import Oracle
 from conformance.lanes.base import Outcome
@@ -116,7 +116,7 @@ class _Watched:
 
 
 def judge_known_kernel(
-    subject: Subject,
+    subject: KnownKernel,
     trials: Iterable[Trial],
     least: int,
     space: Space,
@@ -141,7 +141,7 @@ def judge_known_kernel(
 
 
 def _judge_trials(
-    subject: Subject,
+    subject: KnownKernel,
     standing: Standing,
     trials: Iterable[Trial],
     least: int,

@@ -14,19 +14,19 @@ import conformance
 from conformance.cases.case import make_case
 from conformance.cases.key import CaseKey
 from conformance.contract.registry import stage_named
-from conformance.faults import arithmetic, kernels, layers
-from conformance.faults.catalogue import DESCRIBED, VARIANTS, dims_of, random_variant, torch_subjects, variants_of
-from conformance.faults.kernels import FAULTS, RELEVANT, Choices
-from conformance.faults.registry import REGISTERED, fault
-from conformance.faults.subject import KINDS
+from conformance.exam.known_kernels import KINDS
 from conformance.lanes.eager import run_eager
+from kernels.qwen3.exam.torch import arithmetic, kernels, layers
+from kernels.qwen3.exam.torch.catalogue import DESCRIBED, VARIANTS, dims_of, random_variant, torch_subjects, variants_of
+from kernels.qwen3.exam.torch.kernels import FAULTS, RELEVANT, Choices
+from kernels.qwen3.exam.torch.registry import REGISTERED, fault
 
-SUBJECTS = torch_subjects()
+KNOWN_KERNELS = torch_subjects()
 NAMES = {name for faults in FAULTS.values() for name in faults}
 
 
 def test_ids_are_unique() -> None:
-    assert len({subject.id for subject in SUBJECTS}) == len(SUBJECTS)
+    assert len({subject.id for subject in KNOWN_KERNELS}) == len(KNOWN_KERNELS)
 
 
 def test_every_fault_is_described_and_every_description_is_of_a_fault() -> None:
@@ -52,8 +52,8 @@ def test_there_are_as_many_as_the_exam_asks_for() -> None:
 
 @pytest.mark.parametrize("stage", conformance.stages())
 def test_every_stage_has_faults_and_variants(stage: str) -> None:
-    legal = [subject.name for subject in SUBJECTS if subject.stage == stage and subject.legal]
-    faults = [subject.name for subject in SUBJECTS if subject.stage == stage and not subject.legal]
+    legal = [subject.name for subject in KNOWN_KERNELS if subject.stage == stage and subject.legal]
+    faults = [subject.name for subject in KNOWN_KERNELS if subject.stage == stage and not subject.legal]
     assert "contract" in legal
     assert legal == list(variants_of(stage))
     assert faults == list(FAULTS[stage])
@@ -79,7 +79,7 @@ def test_a_variant_changes_only_what_means_something_to_its_stage() -> None:
 
 def test_a_kernel_is_made_anew() -> None:
     """What one remembers of its calls the next does not know."""
-    (subject,) = (subject for subject in SUBJECTS if subject.id == "rms_norm/accumulator_kept")
+    (subject,) = (subject for subject in KNOWN_KERNELS if subject.id == "rms_norm/accumulator_kept")
     case = make_case(CaseKey.parse("rms_norm:tiny:B=2:normal:1"))
     kernel = subject.make()
     first, second = run_eager(kernel, case), run_eager(kernel, case)

@@ -12,8 +12,8 @@ import conformance
 from conformance.cases.key import CaseKey
 from conformance.cases.space import Space, stratified_keys
 from conformance.contract.registry import stage_named
-from conformance.faults.kernels import Choices, torch_kernel
 from conformance.running.check import ROW_CHECK_PERIOD, Plans
+from kernels.qwen3.exam.torch.kernels import Choices, torch_kernel
 
 Tensor = torch.Tensor
 

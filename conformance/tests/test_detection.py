@@ -16,14 +16,14 @@ from conformance.cases.case import Case
 from conformance.cases.space import Space, stratified_keys
 from conformance.contract.kernel import Kernel
 from conformance.contract.registry import stage_named
-from conformance.faults.catalogue import dims_of
-from conformance.faults.kernels import FAULTS, torch_kernel
-from conformance.faults.layers import LAYER_WEIGHTS
-from conformance.faults.registry import REGISTERED
 from conformance.lanes.base import Outcome
 from conformance.lanes.eager import run_eager
 from conformance.lanes.messages import Passes
 from conformance.running.check import Runner, case_runs
+from kernels.qwen3.exam.torch.catalogue import dims_of
+from kernels.qwen3.exam.torch.kernels import FAULTS, torch_kernel
+from kernels.qwen3.exam.torch.layers import LAYER_WEIGHTS
+from kernels.qwen3.exam.torch.registry import REGISTERED
 
 #: The detector that tells a fault first. Those that are not listed compute a wrong value: ``element``.
 FIRST_DETECTOR: dict[str, str] = {

@@ -32,13 +32,13 @@ from conformance.contract.registry import stage_named, stages
 from conformance.errors import UsageError
 from conformance.exam import efforts, pool, results
 from conformance.exam.efforts import EFFORTS, Cases, Effort, chosen_subjects
+from conformance.exam.known_kernels import KnownKernel
 from conformance.exam.pool import take
 from conformance.exam.results import LEAST_CONFIDENCE, OURS, Exam, Standing, trials_for
 from conformance.exam.rules import RULES
 from conformance.exam.trials import Trial
-from conformance.faults.kernels import torch_kernel
-from conformance.faults.subject import Subject
 from conformance.lanes.base import Outcome
+from kernels.qwen3.exam.torch.kernels import torch_kernel
 from reports import exam_page, exam_table
 
 #: A few cases of each kind.
@@ -47,11 +47,11 @@ SHORT = Effort(
 )
 
 
-def subject(name: str, kind: Any, make: Any, stage: str = "rms_norm") -> Subject:
-    return Subject(stage, name, kind, "what an engineer did", make)
+def subject(name: str, kind: Any, make: Any, stage: str = "rms_norm") -> KnownKernel:
+    return KnownKernel(stage, name, kind, "what an engineer did", make)
 
 
-def of(monkeypatch: pytest.MonkeyPatch, *chosen: Subject, effort: Effort = SHORT) -> Exam:
+def of(monkeypatch: pytest.MonkeyPatch, *chosen: KnownKernel, effort: Effort = SHORT) -> Exam:
     """An exam of these kernels alone, in this process."""
     monkeypatch.setattr(efforts, "catalogue", lambda: list(chosen))
     return take(effort, processes=1)
@@ -168,7 +168,7 @@ def test_a_refuted_claim_counts_as_caught(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_all_cases_show_together_counts_as_caught_once_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     few = (("S", 48), ("B", 1))
-    right = Subject("decode_layer", "right", None, "", functools.partial(torch_kernel, "decode_layer"), dims=dict(few))
+    right = KnownKernel("decode_layer", "right", None, "", functools.partial(torch_kernel, "decode_layer"), dims=dict(few))
     make = functools.partial(torch_kernel, "decode_layer", fault="bf16_scores")
     short_of_bits = dataclasses.replace(right, name="bf16_scores", kind="precision", summary="scores in bf16", make=make)
     found = of(
@@ -249,15 +249,15 @@ def test_a_sample_has_faulty_and_legal_kernels_of_every_lane() -> None:
         assert chosen_subjects(EFFORTS["quick"], lane=lane)
 
 
-def _legal_by_stage(effort: Effort) -> dict[str, list[Subject]]:
-    found: dict[str, list[Subject]] = {}
+def _legal_by_stage(effort: Effort) -> dict[str, list[KnownKernel]]:
+    found: dict[str, list[KnownKernel]] = {}
     for one in chosen_subjects(effort, lane="eager"):
         if one.legal:
             found.setdefault(one.stage, []).append(one)
     return found
 
 
-def _first_cases(one: Subject, effort: Effort, seed: int = 0) -> list[CaseKey]:
+def _first_cases(one: KnownKernel, effort: Effort, seed: int = 0) -> list[CaseKey]:
     keys = itertools.islice(stratified_keys(Space.of(stage_named(one.stage), dict(one.dims)), seed), effort.cases(one).most)
     return [trial.key for trial in pool._in_turn(list(map(Trial, keys)), one, effort.cases(one).legal, seed)][
         : effort.cases(one).legal
@@ -563,7 +563,7 @@ def test_an_interrupt_while_the_results_are_put_together_loses_nothing(monkeypat
 
 @pytest.mark.usefixtures("interruptible")
 def test_an_exam_that_is_interrupted_before_it_begins_could_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def interrupted() -> list[Subject]:
+    def interrupted() -> list[KnownKernel]:
         os.kill(os.getpid(), signal.SIGINT)
         return []
 
@@ -683,8 +683,8 @@ def test_a_legal_kernel_and_a_faulty_one_have_their_own_numbers_of_cases(monkeyp
 
 
 def test_another_seed_draws_other_combinations() -> None:
-    from conformance.faults.arithmetic import random_choices
-    from conformance.faults.catalogue import random_variant
+    from kernels.qwen3.exam.torch.arithmetic import random_choices
+    from kernels.qwen3.exam.torch.catalogue import random_variant
 
     def drawn(seed: int) -> list[Any]:
         made = [random_variant("decode_layer", index, seed).make for index in range(3)]

@@ -18,9 +18,9 @@ import pytest
 import conformance
 from conformance.contract.registry import stage_named
 from conformance.exam.efforts import EFFORTS
+from conformance.exam.known_kernels import KINDS
 from conformance.exam.results import COMPOSITE_TARGET, OURS, Cost, Exam, Standing
 from conformance.exam.rules import RULES
-from conformance.faults.subject import KINDS
 from conformance.tests.synthetic_runs import HOSTILE
 from reports import exam_page, exam_table
 from reports.exam_figures import lines_of, percent, showing_in_outputs, verdict

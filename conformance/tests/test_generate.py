@@ -18,10 +18,10 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
 from conformance.contract.registry import stage_named
 from conformance.contract.stage import Tensors
-from conformance.faults.kernels import HUGGING_FACE_LIKE, Choices, random_choices, torch_kernel
 from conformance.lanes.eager import run_eager
 from conformance.tests.transformers_models import qwen3_model
 from kernels.qwen3.config import Qwen3Dims
+from kernels.qwen3.exam.torch.kernels import HUGGING_FACE_LIKE, Choices, random_choices, torch_kernel
 from kernels.qwen3.generation.agreement import TokenVerifier
 from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
 from kernels.qwen3.generation.command import main

@@ -18,7 +18,6 @@ from conformance.contract.arguments import read, write
 from conformance.contract.dims import Dims
 from conformance.contract.stage import Stage, Tensors
 from conformance.errors import UnavailableError, UsageError
-from conformance.faults.kernels import Choices, torch_kernel
 from conformance.judge import sensitivity
 from conformance.judge.judgement import judge
 from conformance.judge.limits import kappa, spread_limit
@@ -32,6 +31,7 @@ from conformance.numerics.arithmetic import CONTRACT, Arithmetic
 from conformance.numerics.bounds import Bounds, Correlation, Profile
 from conformance.numerics.ulp import rounded, spacing
 from kernels.qwen3.config import Qwen3Dims
+from kernels.qwen3.exam.torch.kernels import Choices, torch_kernel
 
 BF16 = torch.bfloat16
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int32]

@@ -14,7 +14,12 @@ from conformance.cases.case import make_case
 from conformance.cases.key import CaseKey
 from conformance.cases.space import Space, stratified_keys
 from conformance.contract.registry import stage_named
-from conformance.faults.kernels import (
+from conformance.judge.judgement import judge
+from conformance.judge.limits import kappa
+from conformance.judge.oracle import Oracle
+from conformance.judge.verdict import Verdict
+from conformance.lanes.eager import run_eager
+from kernels.qwen3.exam.torch.kernels import (
     HUGGING_FACE_LIKE,
     RELEVANT,
     Choices,
@@ -22,11 +27,6 @@ from conformance.faults.kernels import (
     single_choices,
     torch_kernel,
 )
-from conformance.judge.judgement import judge
-from conformance.judge.limits import kappa
-from conformance.judge.oracle import Oracle
-from conformance.judge.verdict import Verdict
-from conformance.lanes.eager import run_eager
 
 SINGLE_STAGES = [name for name, stage in conformance.stages().items() if not stage.composite]
 COMPOSITE_STAGES = [name for name, stage in conformance.stages().items() if stage.composite]

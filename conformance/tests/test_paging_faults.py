@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from conformance.running.check import Report, check
-from kernels.qwen3.exam import SUBJECTS
+from kernels.qwen3.exam import KNOWN_KERNELS
 from kernels.qwen3.paged_attention import paged_attention
 
-FAULTS = {(subject.stage, subject.name): subject for subject in SUBJECTS if not subject.legal}
+FAULTS = {(one.stage, one.name): one for one in KNOWN_KERNELS if not one.legal and one.lane == "interpret"}
 #: Pages of eight rows; the first sequence has just begun one, the second fills its last, the third is in the middle of one.
 MODEL = "B=3,BS=8,D=16,NB=11,S=32"
 CASE = f"paged_attention:tiny:{MODEL},seq_lens=17+16+30:normal:1"

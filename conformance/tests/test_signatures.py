@@ -12,7 +12,6 @@ import conformance
 from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey, take_rows
 from conformance.cases.space import Space, stratified_keys
-from conformance.faults.kernels import HUGGING_FACE_LIKE, Choices, torch_kernel
 from conformance.judge.judgement import judge
 from conformance.judge.limits import SIGNATURE_SIGMAS
 from conformance.judge.matched_filters import Filter, _sequence_of_judged_rows, filters, signatures
@@ -25,6 +24,7 @@ from conformance.lanes.eager import run_eager
 from conformance.numerics.arithmetic import CONTRACT, EXACT, Arithmetic, ErrorSites, RoundingSites
 from conformance.numerics.ulp import rounded, spacing
 from conformance.running.check import Judged, pooled_run
+from kernels.qwen3.exam.torch.kernels import HUGGING_FACE_LIKE, Choices, torch_kernel
 
 BF16 = torch.bfloat16
 LAYER = "decode_layer:tiny:B=16,seq_lens=1+80+16+71+1+66+122+15+102+2+119+4+94+3+83+58:normal:821304491"

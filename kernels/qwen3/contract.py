@@ -382,6 +382,7 @@ MODEL = Model(
     PRESETS,
     kernel_modules=tuple(f"kernels.qwen3.{stage.name}" for stage in STAGES),
     exam_modules=("kernels.qwen3.exam",),
+    random_variants="kernels.qwen3.exam.torch.catalogue:random_variant",
     suite_presets=("tiny", "narrow"),
     capabilities=CAPABILITIES,
     full_size=FullSize("qwen3_14b", FULL_SIZE_BYTES, _executed_at_full_size, _compiled_at_full_size),

@@ -1,6 +1,12 @@
-"""PyPTO kernels whose verdict is known: faults that must be found and legal variants that must pass."""
+"""Kernels whose verdict is known: faults that must be found and legal variants that must pass, in torch and in PyPTO."""
 
-from conformance.faults.subject import Subject
-from kernels.qwen3.exam import faults, lost_carry, variants
+from conformance.exam.known_kernels import KnownKernel
+from kernels.qwen3.exam.pypto import faults, lost_carry, variants
+from kernels.qwen3.exam.torch.catalogue import torch_subjects
 
-SUBJECTS: tuple[Subject, ...] = (*faults.exam.subjects, *lost_carry.exam.subjects, *variants.exam.subjects)
+KNOWN_KERNELS: tuple[KnownKernel, ...] = (
+    *torch_subjects(),
+    *faults.exam.subjects,
+    *lost_carry.exam.subjects,
+    *variants.exam.subjects,
+)

@@ -1,6 +1,6 @@
 """PyPTO kernels with a known fault, each the bundled one with one thing done wrong.
 
-A fault of the same name as a torch kernel's in ``conformance/faults/kernels.py`` is the same fault.
+A fault of the same name as a torch kernel's in ``kernels/qwen3/exam/torch/kernels.py`` is the same fault.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.replaced import Exam
-from kernels.qwen3.exam.softmax import block_step, read_whole_blocks
+from kernels.qwen3.exam.pypto.replaced import Exam
+from kernels.qwen3.exam.pypto.softmax import block_step, read_whole_blocks
 
 exam = Exam()
 

@@ -19,9 +19,9 @@ import torch
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel, kernel
 from conformance.contract.stage import Stage
-from conformance.faults import layers as torch_layers
-from conformance.faults import of_places, of_values  # noqa: F401  they register their faults
-from conformance.faults.arithmetic import (
+from kernels.qwen3.exam.torch import layers as torch_layers
+from kernels.qwen3.exam.torch import of_places, of_values  # noqa: F401  they register their faults
+from kernels.qwen3.exam.torch.arithmetic import (
     BF16,
     HUGGING_FACE_LIKE,
     RELEVANT,
@@ -31,9 +31,9 @@ from conformance.faults.arithmetic import (
     single_choices,
     truncated,
 )
-from conformance.faults.layers import LAYER_WEIGHTS, Arguments, Step
-from conformance.faults.of_calls import Call
-from conformance.faults.registry import REGISTERED, faults_of
+from kernels.qwen3.exam.torch.layers import LAYER_WEIGHTS, Arguments, Step
+from kernels.qwen3.exam.torch.of_calls import Call
+from kernels.qwen3.exam.torch.registry import REGISTERED, faults_of
 
 __all__ = [
     "FAULTS",

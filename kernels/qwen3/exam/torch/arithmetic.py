@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from conformance.contract.dims import Dims
-from conformance.faults.registry import at
+from kernels.qwen3.exam.torch.registry import at
 
 Tensor = torch.Tensor
 #: Of some keys: the unnormalised result, the denominator and the maximum.

@@ -12,7 +12,7 @@ from typing import Any
 
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
-from kernels.qwen3.exam.replaced import Exam
+from kernels.qwen3.exam.pypto.replaced import Exam
 
 CAPABILITIES = ("stacked_weights", "fused_layers")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from conformance.contract.dims import Dims
-from conformance.faults.arithmetic import Maker
-from conformance.faults.layers import Arguments, Step, Token, prepared
-from conformance.faults.registry import ATTENTIONS, CHAINS, DECODE_LAYERS, PREFILLS, fault
+from kernels.qwen3.exam.torch.arithmetic import Maker
+from kernels.qwen3.exam.torch.layers import Arguments, Step, Token, prepared
+from kernels.qwen3.exam.torch.registry import ATTENTIONS, CHAINS, DECODE_LAYERS, PREFILLS, fault
 
 Tensor = torch.Tensor
 

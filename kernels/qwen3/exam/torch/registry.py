@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from conformance.faults.subject import KINDS, Kind
+from conformance.exam.known_kernels import KINDS, Kind
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -10,8 +10,8 @@ import torch
 
 from conformance.cases.source import rotation_table
 from conformance.contract.dims import Dims
-from conformance.faults.arithmetic import BF16, Part, raised, truncated
-from conformance.faults.registry import ALL_LAYERS, ATTENTIONS, CHAINS, LAYERS_OF_EACH_KIND, NORMS, PRODUCTS, fault
+from kernels.qwen3.exam.torch.arithmetic import BF16, Part, raised, truncated
+from kernels.qwen3.exam.torch.registry import ALL_LAYERS, ATTENTIONS, CHAINS, LAYERS_OF_EACH_KIND, NORMS, PRODUCTS, fault
 
 Tensor = torch.Tensor
 

@@ -12,10 +12,10 @@ import types
 from collections.abc import Mapping
 
 from conformance.contract.registry import stage_named
-from conformance.faults.arithmetic import HUGGING_FACE_LIKE
-from conformance.faults.kernels import FAULTS, RELEVANT, Choices, random_choices, torch_kernel
-from conformance.faults.registry import REGISTERED
-from conformance.faults.subject import Kind, Subject
+from conformance.exam.known_kernels import Kind, KnownKernel
+from kernels.qwen3.exam.torch.arithmetic import HUGGING_FACE_LIKE
+from kernels.qwen3.exam.torch.kernels import FAULTS, RELEVANT, Choices, random_choices, torch_kernel
+from kernels.qwen3.exam.torch.registry import REGISTERED
 
 #: Class and summary of the faults that are woven into the kernels, by class.
 _WOVEN: dict[Kind, dict[str, str]] = {
@@ -354,13 +354,13 @@ def dims_of(stage: str, fault: str = "") -> dict[str, str | int]:
 
 def _subject(
     stage: str, name: str, kind: Kind | None, summary: str, choices: Choices | None, fault: str, dims: Mapping[str, str | int]
-) -> Subject:
+) -> KnownKernel:
     make = functools.partial(torch_kernel, stage, choices, fault)
-    return Subject(stage, name, kind, summary, make, dims=types.MappingProxyType(dict(dims)))
+    return KnownKernel(stage, name, kind, summary, make, dims=types.MappingProxyType(dict(dims)))
 
 
 @functools.cache
-def torch_subjects() -> tuple[Subject, ...]:
+def torch_subjects() -> tuple[KnownKernel, ...]:
     """Every fault of every stage, and every named variant that means something to it."""
     found = []
     for stage, faults in FAULTS.items():
@@ -372,16 +372,11 @@ def torch_subjects() -> tuple[Subject, ...]:
     return tuple(found)
 
 
-def subjects() -> tuple[Subject, ...]:
-    """The whole exam."""
-    return torch_subjects()
-
-
 #: As many heads as Qwen3-14B has, small ones. What heads have in common adds up: four of them do not show it.
 _MANY_HEADS: dict[str, str | int] = {"NH": 40, "NKV": 8, "D": 16}
 
 
-def random_variant(stage: str, index: int, seed: int = 0) -> Subject:
+def random_variant(stage: str, index: int, seed: int = 0) -> KnownKernel:
     """The random legal combination ``index`` of a seed and a stage, as one subject of all combinations.
 
     One time in eight round the stage's regimes it is made for ``awkward``, one in 32 for many heads (single stages: the

@@ -12,7 +12,7 @@ import random
 import torch
 
 from conformance.contract.dims import Dims
-from conformance.faults.arithmetic import BF16, Maker
+from kernels.qwen3.exam.torch.arithmetic import BF16, Maker
 
 Tensor = torch.Tensor
 Arguments = dict[str, Tensor]

@@ -23,7 +23,7 @@ from typing import Any
 import kernels.qwen3
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
-from conformance.faults.subject import Kind, Subject
+from conformance.exam.known_kernels import Kind, KnownKernel
 from kernels.qwen3.contract import MODEL
 
 #: Changes a copy of ``kernels.qwen3.fragments`` in place.
@@ -94,7 +94,7 @@ class Exam:
     """Collects the subjects that a module declares, in order; ``kind`` is given for each fault, and for no legal variant."""
 
     def __init__(self) -> None:
-        self.subjects: list[Subject] = []
+        self.subjects: list[KnownKernel] = []
 
     def edits(self, *stages: str, **keywords: Any) -> Callable[[Edit], Edit]:
         """An edit of the fragments, and with it a kernel of each of these stages; the keywords are those of ``_add``."""
@@ -108,7 +108,7 @@ class Exam:
 
     def computes(self, *stages: str, **keywords: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
         """The whole text of a kernel: a function of ``fragments``, the stage's arguments and ``dims``."""
-        from kernels.qwen3.exam import programs
+        from kernels.qwen3.exam.pypto import programs
 
         def declare(compute: Callable[..., None]) -> Callable[..., None]:
             def edit(fragments: Any) -> None:
@@ -154,7 +154,7 @@ class Exam:
     ) -> None:
         """A kernel that is an attribute of its module already is a subject too."""
         chosen = SMALL[kernel.stage_name] if dims is None else dims
-        subject = Subject(kernel.stage_name, name, kind, kernel.summary, lambda: kernel, lane=lane, dims=chosen)
+        subject = KnownKernel(kernel.stage_name, name, kind, kernel.summary, lambda: kernel, lane=lane, dims=chosen)
         self.subjects.append(subject)
         if lane == "compile_only":
             self.subjects.append(dataclasses.replace(subject, lane="interpret", hidden=READS_ZEROS))

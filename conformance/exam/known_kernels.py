@@ -24,7 +24,7 @@ KINDS: dict[str, str] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class KnownKernel:
     """One kernel of the exam.
 
     ``kind`` is the class of its fault, ``None`` for a legal variant; ``summary`` is one line that says what an engineer did.

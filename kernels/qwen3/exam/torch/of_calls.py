@@ -13,8 +13,8 @@ import torch
 
 from conformance.contract.dims import Dims
 from conformance.contract.stage import Stage
-from conformance.faults.registry import ATTENTIONS, ROWS, fault
 from conformance.lanes.buffers import bits
+from kernels.qwen3.exam.torch.registry import ATTENTIONS, ROWS, fault
 
 Tensor = torch.Tensor
 
