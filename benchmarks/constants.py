@@ -26,7 +26,7 @@ from conformance.judge.oracle import Oracle
 from conformance.lanes.base import Outcome
 from conformance.lanes.eager import run_eager
 from conformance.numerics import bounds
-from kernels.qwen3.exam.torch.catalogue import random_variant, torch_subjects
+from kernels.qwen3.exam.torch.catalogue import random_variant, torch_kernels
 
 #: Integers and copies are right or wrong: no constant decides.
 STAGES = [name for name, stage in stages().items() if not stage.composite and name not in ("kv_write", "greedy_sample")]
@@ -108,7 +108,7 @@ def faulty_runs(chosen_stages: Sequence[str], rounds: int) -> list[Run]:
     runs = []
     for stage in chosen_stages:
         contract = stage_named(stage)
-        chosen = [one for one in torch_subjects() if one.stage == stage and one.kind == "precision"]
+        chosen = [one for one in torch_kernels() if one.stage == stage and one.kind == "precision"]
         for dims in {str(dict(one.dims)): dict(one.dims) for one in chosen}.values():
             keys = itertools.islice(stratified_keys(Space.of(contract, dims), 3), rounds * len(contract.regimes))
             cases = [make_case(key) for key in keys]

@@ -14,40 +14,47 @@ import conformance
 from conformance.cases.case import make_case
 from conformance.cases.key import CaseKey
 from conformance.contract.registry import stage_named
-from conformance.exam.known_kernels import KINDS
+from conformance.exam.known_kernels import KINDS, Faults
+from conformance.judge.verdict import DETECTORS
 from conformance.lanes.eager import run_eager
-from kernels.qwen3.exam.torch import arithmetic, kernels, layers
-from kernels.qwen3.exam.torch.catalogue import DESCRIBED, VARIANTS, dims_of, random_variant, torch_subjects, variants_of
-from kernels.qwen3.exam.torch.kernels import FAULTS, RELEVANT, Choices
-from kernels.qwen3.exam.torch.registry import REGISTERED, fault
+from kernels.qwen3.exam.torch import kernels, layers, operations
+from kernels.qwen3.exam.torch.catalogue import VARIANTS, dims_of, random_variant, torch_kernels, variants_of
+from kernels.qwen3.exam.torch.choices import RELEVANT, Choices
+from kernels.qwen3.exam.torch.hooks import FAULTS
 
-KNOWN_KERNELS = torch_subjects()
-NAMES = {name for faults in FAULTS.values() for name in faults}
+KNOWN_KERNELS = torch_kernels()
+DECLARED = [fault for stage in FAULTS.by_stage for fault in FAULTS.of(stage)]
+NAMES = {fault.name for fault in DECLARED}
 
 
 def test_ids_are_unique() -> None:
     assert len({subject.id for subject in KNOWN_KERNELS}) == len(KNOWN_KERNELS)
 
 
-def test_every_fault_is_described_and_every_description_is_of_a_fault() -> None:
-    assert set(DESCRIBED) == NAMES
-    for name, (kind, summary) in DESCRIBED.items():
-        assert kind in KINDS, name
-        assert summary.strip() == summary, name
-        assert summary, name
-        assert not set("\n.") & set(summary[-1:]), name
+def test_every_fault_is_described() -> None:
+    for fault in DECLARED:
+        assert fault.kind in KINDS, fault.name
+        assert fault.summary.strip() == fault.summary, fault.name
+        assert fault.summary, fault.name
+        assert not set("\n.") & set(fault.summary[-1:]), fault.name
+
+
+def test_a_fault_is_named_by_detectors_that_there_are() -> None:
+    for fault in DECLARED:
+        assert fault.detectors, fault.name
+        assert set(fault.detectors) <= DETECTORS.keys(), fault.name
 
 
 def test_no_two_faults_of_a_stage_say_the_same() -> None:
-    for stage, faults in FAULTS.items():
-        assert len(set(faults)) == len(faults)
-        assert len({DESCRIBED[name][1] for name in faults}) == len(faults), stage
+    for stage in FAULTS.by_stage:
+        faults = FAULTS.of(stage)
+        assert len({fault.summary for fault in faults}) == len(faults), stage
 
 
 def test_there_are_as_many_as_the_exam_asks_for() -> None:
     assert len(NAMES) >= 200
     assert len(VARIANTS) >= 50
-    assert {kind for kind, _ in DESCRIBED.values()} == set(KINDS)
+    assert {fault.kind for fault in DECLARED} == set(KINDS)
 
 
 @pytest.mark.parametrize("stage", conformance.stages())
@@ -56,7 +63,7 @@ def test_every_stage_has_faults_and_variants(stage: str) -> None:
     faults = [subject.name for subject in KNOWN_KERNELS if subject.stage == stage and not subject.legal]
     assert "contract" in legal
     assert legal == list(variants_of(stage))
-    assert faults == list(FAULTS[stage])
+    assert faults == [fault.name for fault in FAULTS.of(stage)]
 
 
 def test_variants_differ_from_one_another() -> None:
@@ -111,13 +118,18 @@ def test_random_combinations_are_one_subject() -> None:
 
 def test_every_hook_of_a_fault_is_asked_for() -> None:
     """A hook that nobody asks for would leave the kernel right."""
-    source = "".join(pathlib.Path(inspect.getfile(module)).read_text("utf-8") for module in (arithmetic, layers, kernels))
-    asked = set(re.findall(r"\.at\(\s*\"(\w+)\"", source))
-    assert {found.hook for found in REGISTERED.values()} == asked
-    assert all(stage_named(stage) for found in REGISTERED.values() for stage in found.stages)
+    source = "".join(pathlib.Path(inspect.getfile(module)).read_text("utf-8") for module in (operations, layers, kernels))
+    asked = set(re.findall(r"\.at\(\s*\"(\w+)\"", source)) | {"attention_sum", "mlp_sum"}
+    assert {found.hook for found in DECLARED} == asked
+    assert all(stage_named(stage) for stage in FAULTS.by_stage)
 
 
-def test_a_fault_says_what_it_is_and_is_there_once() -> None:
+def test_a_misspelt_fault_is_not_a_right_kernel() -> None:
+    with pytest.raises(KeyError, match="has no fault 'zerso'"):
+        kernels.torch_kernel("rms_norm", fault="zerso")
+
+
+def test_a_fault_says_what_it_is_and_is_declared_once() -> None:
     def gain(eps: float) -> float:
         """Eps is doubled."""
         return 2 * eps
@@ -125,10 +137,36 @@ def test_a_fault_says_what_it_is_and_is_there_once() -> None:
     def untold(eps: float) -> float:
         return 2 * eps
 
-    with pytest.raises(ValueError, match="one line"):
-        fault("eps", "value", "rms_norm")(untold)
-    with pytest.raises(ValueError, match="of no stage"):
-        fault("eps", "value")(gain)
-    with pytest.raises(ValueError, match="there already"):
-        fault("eps", "value", "rms_norm", name="layer_norm")(gain)
-    assert "untold" not in REGISTERED
+    faults = Faults()
+    for name, arguments, reason in (
+        ("untold", ("eps", "value", "rms_norm"), "one line"),
+        ("gain", ("eps", "value"), "expected stages"),
+        ("gain", ("eps", "speed", "rms_norm"), "expected a kind"),
+        ("gain", ("eps", None, "rms_norm"), "not declared"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            faults.declare(*arguments)({"gain": gain, "untold": untold}[name])  # type: ignore[arg-type]
+    assert not faults.by_stage
+    faults.declare("eps", "value", "rms_norm")(gain)
+    with pytest.raises(ValueError, match="do not have it yet"):
+        faults.declare("eps", "value", "rms_norm")(gain)
+    with pytest.raises(ValueError, match="kind is given once"):
+        faults.declare("eps", "value", "qk_norm")(gain)
+
+
+def test_a_fault_at_another_hook_or_in_another_toolchain_is_the_same_fault() -> None:
+    def gain(eps: float) -> float:
+        """Eps is doubled."""
+        return 2 * eps
+
+    faults = Faults()
+    faults.declare("eps", "value", "rms_norm", detectors=("bias",))(gain)
+    faults.declare("result", None, "mlp", name="gain")(lambda value: value)
+    others = Faults(like=faults)
+    others.declare("program", None, "mlp", name="gain", detectors=("element",))(lambda value: value)
+    for found, hook, detectors in (
+        (faults.by_stage["mlp"]["gain"], "result", ("bias",)),
+        (others.by_stage["mlp"]["gain"], "program", ("element",)),
+    ):
+        assert (found.kind, found.summary) == ("value", "eps is doubled")
+        assert (found.hook, found.detectors) == (hook, detectors)

@@ -13,7 +13,8 @@ from conformance.cases.key import CaseKey
 from conformance.cases.space import Space, stratified_keys
 from conformance.contract.registry import stage_named
 from conformance.running.check import ROW_CHECK_PERIOD, Plans
-from kernels.qwen3.exam.torch.kernels import Choices, torch_kernel
+from kernels.qwen3.exam.torch.choices import Choices
+from kernels.qwen3.exam.torch.kernels import torch_kernel
 
 Tensor = torch.Tensor
 

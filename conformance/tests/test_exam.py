@@ -101,6 +101,43 @@ def test_a_missed_fault_of_a_single_stage_fails_the_exam(monkeypatch: pytest.Mon
     assert not found.passed
 
 
+def test_a_fault_that_is_never_named_fails_the_exam(monkeypatch: pytest.MonkeyPatch) -> None:
+    misnamed = dataclasses.replace(GAIN, name="misnamed", detectors=("raised", "echo"))
+    found = of(monkeypatch, RIGHT, GAIN, misnamed)
+    assert [one.name for one in found.unnamed()] == ["misnamed"]
+    (standing,) = found.unnamed()
+    assert standing.unnamed == standing.rejected[OURS]
+    assert not found.missed()
+    assert not found.passed
+    assert "1 fault caught and never named" in exam_report.verdict(found)[1]
+    words = " ".join(exam_report.table(found).split())
+    assert f"{standing.unnamed} did so by no detector that names it; never named: rms_norm/misnamed." in words
+
+
+def test_a_fault_is_judged_until_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An element shows it in one case, nothing else does before a batch of one comes."""
+
+    def make() -> conformance.Kernel:
+        right = torch_kernel("rms_norm")
+
+        @conformance.kernel("rms_norm")
+        def needs_two_rows(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, dims: Any) -> None:
+            if dims.B == 1:
+                raise RuntimeError("two rows at least")
+            right(x, weight, out, dims=dims)
+            out[0, 0] += 1
+
+        return needs_two_rows
+
+    one = dataclasses.replace(subject("needs_two_rows", "robustness", make), detectors=("raised",))
+    found = of(monkeypatch, RIGHT, one, effort=dataclasses.replace(SHORT, single=Cases(1, 1, 30)))
+    (standing,) = found.faults
+    assert standing.trials > 1
+    assert standing.detectors[-1] == "raised"
+    assert standing.unnamed == standing.trials - 1
+    assert found.passed
+
+
 def test_what_a_lane_cannot_show_is_neither_caught_nor_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = dataclasses.replace(RIGHT, name="race", kind="dependency", hidden="runs in program order")
     found = of(monkeypatch, RIGHT, GAIN, hidden)
@@ -683,8 +720,8 @@ def test_a_legal_kernel_and_a_faulty_one_have_their_own_numbers_of_cases(monkeyp
 
 
 def test_another_seed_draws_other_combinations() -> None:
-    from kernels.qwen3.exam.torch.arithmetic import random_choices
     from kernels.qwen3.exam.torch.catalogue import random_variant
+    from kernels.qwen3.exam.torch.choices import random_choices
 
     def drawn(seed: int) -> list[Any]:
         made = [random_variant("decode_layer", index, seed).make for index in range(3)]

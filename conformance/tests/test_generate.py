@@ -21,7 +21,8 @@ from conformance.contract.stage import Tensors
 from conformance.lanes.eager import run_eager
 from conformance.tests.transformers_models import qwen3_model
 from kernels.qwen3.config import Qwen3Dims
-from kernels.qwen3.exam.torch.kernels import HUGGING_FACE_LIKE, Choices, random_choices, torch_kernel
+from kernels.qwen3.exam.torch.choices import HUGGING_FACE_LIKE, Choices, random_choices
+from kernels.qwen3.exam.torch.kernels import torch_kernel
 from kernels.qwen3.generation.agreement import TokenVerifier
 from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
 from kernels.qwen3.generation.command import main

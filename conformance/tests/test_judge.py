@@ -31,7 +31,8 @@ from conformance.numerics.arithmetic import CONTRACT, Arithmetic
 from conformance.numerics.bounds import Bounds, Correlation, Profile
 from conformance.numerics.ulp import rounded, spacing
 from kernels.qwen3.config import Qwen3Dims
-from kernels.qwen3.exam.torch.kernels import Choices, torch_kernel
+from kernels.qwen3.exam.torch.choices import Choices
+from kernels.qwen3.exam.torch.kernels import torch_kernel
 
 BF16 = torch.bfloat16
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int32]

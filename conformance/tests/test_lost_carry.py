@@ -10,7 +10,7 @@ import pytest
 from conformance.contract.loading import find_kernel, kernels_in, load_module
 from conformance.running.check import Report, check
 
-FILE = Path(__file__).parents[2] / "kernels" / "qwen3" / "exam" / "pypto" / "lost_carry.py"
+FILE = Path(__file__).parents[2] / "kernels" / "qwen3" / "exam" / "pypto" / "faults" / "lost_carry.py"
 CASE = "decode_fwd_layers:tiny:B=2,L=3,seq_lens=1+15:normal:7"
 
 

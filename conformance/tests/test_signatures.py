@@ -24,7 +24,8 @@ from conformance.lanes.eager import run_eager
 from conformance.numerics.arithmetic import CONTRACT, EXACT, Arithmetic, ErrorSites, RoundingSites
 from conformance.numerics.ulp import rounded, spacing
 from conformance.running.check import Judged, pooled_run
-from kernels.qwen3.exam.torch.kernels import HUGGING_FACE_LIKE, Choices, torch_kernel
+from kernels.qwen3.exam.torch.choices import HUGGING_FACE_LIKE, Choices
+from kernels.qwen3.exam.torch.kernels import torch_kernel
 
 BF16 = torch.bfloat16
 LAYER = "decode_layer:tiny:B=16,seq_lens=1+80+16+71+1+66+122+15+102+2+119+4+94+3+83+58:normal:821304491"

@@ -1,12 +1,9 @@
 """Kernels whose verdict is known: faults that must be found and legal variants that must pass, in torch and in PyPTO."""
 
 from conformance.exam.known_kernels import KnownKernel
-from kernels.qwen3.exam.pypto import faults, lost_carry, variants
-from kernels.qwen3.exam.torch.catalogue import torch_subjects
+from kernels.qwen3.exam.pypto import faults as faults
+from kernels.qwen3.exam.pypto import variants as variants
+from kernels.qwen3.exam.pypto.weaving import faulty, legal
+from kernels.qwen3.exam.torch.catalogue import torch_kernels
 
-KNOWN_KERNELS: tuple[KnownKernel, ...] = (
-    *torch_subjects(),
-    *faults.exam.subjects,
-    *lost_carry.exam.subjects,
-    *variants.exam.subjects,
-)
+KNOWN_KERNELS: tuple[KnownKernel, ...] = (*torch_kernels(), *faulty.known, *legal.known)

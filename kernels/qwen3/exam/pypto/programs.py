@@ -1,4 +1,4 @@
-"""Programs of single stages whose whole text an edit supplies, as ``fragments.compute``: see ``replaced.py``."""
+"""Programs of single stages whose whole text an edit supplies, as ``fragments.compute``: see ``weaving.py``."""
 
 # The annotations of a jit function describe tensors; they are not types.
 # mypy: disable-error-code="valid-type,no-untyped-def,untyped-decorator,attr-defined"

@@ -83,6 +83,12 @@ def block_step(
     return attend_block
 
 
+def rounded(fragments: Any, x: Tensor) -> Tensor:
+    """fp32 values rounded to bf16 and back."""
+    pypto = fragments.pypto
+    return pypto.cast(pypto.cast(x, pypto.DT_BF16), pypto.DT_FP32)
+
+
 def read_whole_blocks(fragments: Any, hide: Callable[[Tensor, Tensor], Tensor], backwards: bool = False) -> None:
     """Read every block to its end, and hide what lies past the sequence's by ``hide(scores, seen)``.
 

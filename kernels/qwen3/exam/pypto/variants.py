@@ -5,31 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.pypto.replaced import Exam
-from kernels.qwen3.exam.pypto.softmax import block_step, read_whole_blocks
-
-exam = Exam()
+from kernels.qwen3.exam.pypto.softmax import block_step, read_whole_blocks, rounded
+from kernels.qwen3.exam.pypto.weaving import legal
 
 Tensor = Any
 Scalar = Any
 
 
-def _rounded(fragments: Any, x: Tensor) -> Tensor:
-    """fp32 values rounded to bf16 and back."""
-    pypto = fragments.pypto
-    return pypto.cast(pypto.cast(x, pypto.DT_BF16), pypto.DT_FP32)
-
-
 # Tiles
 
 
-@exam.edits("rms_norm", "qk_norm", "rope", "decode_layer")
+@legal.edits("rms_norm", "qk_norm", "rope", "decode_layer")
 def small_vector_tiles(fragments: Any) -> None:
     """Vector tiles hold an eighth of what they could."""
     fragments.VECTOR_TILE_ELEMENTS = 1024
 
 
-@exam.edits("qkv_proj", "mlp", "lm_head", "decode_layer")
+@legal.edits("qkv_proj", "mlp", "lm_head", "decode_layer")
 def small_cube_tiles(fragments: Any) -> None:
     """Products go by cube tiles of 16 x 64 x 64."""
 
@@ -39,7 +31,7 @@ def small_cube_tiles(fragments: Any) -> None:
     fragments.set_cube_tiles = set_cube_tiles
 
 
-@exam.edits("prefill_layer")
+@legal.edits("prefill_layer")
 def tiles_of_4_tokens(fragments: Any) -> None:
     """A prefill takes 4 tokens through the layer at a time."""
 
@@ -52,7 +44,7 @@ def tiles_of_4_tokens(fragments: Any) -> None:
 # Norms
 
 
-@exam.edits("rms_norm", "qk_norm", "lm_head", "decode_layer")
+@legal.edits("rms_norm", "qk_norm", "lm_head", "decode_layer")
 def rsqrt(fragments: Any) -> None:
     """The norm multiplies by rsqrt, and sums before it divides by the count."""
     pypto = fragments.pypto
@@ -64,7 +56,7 @@ def rsqrt(fragments: Any) -> None:
     fragments.rms_norm = rms_norm
 
 
-@exam.edits("rms_norm")
+@legal.edits("rms_norm")
 def inverse(fragments: Any) -> None:
     """The norm multiplies by one over the root, and by gamma first."""
     pypto = fragments.pypto
@@ -76,19 +68,19 @@ def inverse(fragments: Any) -> None:
     fragments.rms_norm = rms_norm
 
 
-@exam.edits("rms_norm", "qk_norm", "lm_head")
+@legal.edits("rms_norm", "qk_norm", "lm_head")
 def normalised_rounded(fragments: Any) -> None:
     """The normalised value is rounded to bf16 before gamma."""
     pypto = fragments.pypto
 
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         mean_square = pypto.sum(pypto.mul(pypto.mul(x, x), 1.0 / x.shape[-1]), -1, True)
-        return pypto.mul(_rounded(fragments, pypto.div(x, pypto.sqrt(pypto.add(mean_square, eps)))), weight)
+        return pypto.mul(rounded(fragments, pypto.div(x, pypto.sqrt(pypto.add(mean_square, eps)))), weight)
 
     fragments.rms_norm = rms_norm
 
 
-@exam.edits("lm_head")
+@legal.edits("lm_head")
 def deferred_norm(fragments: Any) -> None:
     """The logits are divided by the root mean square, not the hidden states."""
     pypto = fragments.pypto
@@ -107,7 +99,7 @@ def deferred_norm(fragments: Any) -> None:
     fragments.lm_head = lm_head
 
 
-@exam.edits("decode_layer", name="deferred_norm")
+@legal.edits("decode_layer", name="deferred_norm")
 def deferred_input_norm(fragments: Any) -> None:
     """q, k and v are divided by the root mean square of the layer's input, not the input."""
     pypto = fragments.pypto
@@ -131,19 +123,19 @@ def deferred_input_norm(fragments: Any) -> None:
 # Rotation
 
 
-@exam.edits("rope", "decode_layer")
+@legal.edits("rope", "decode_layer")
 def rounded_before_rope(fragments: Any) -> None:
     """q and k are rounded to bf16 between norm and rotation."""
     right = fragments.rotate
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor, dims: Dims) -> Tensor:
         fragments.set_vector_tiles(dims.B, x.shape[1])
-        return right(_rounded(fragments, x), cos, sin, dims)
+        return right(rounded(fragments, x), cos, sin, dims)
 
     fragments.rotate = rotate
 
 
-@exam.edits("rope")
+@legal.edits("rope")
 def second_half_of_the_tables(fragments: Any) -> None:
     """Sine and cosine are read from the second half of the tables' rows."""
     pypto, right = fragments.pypto, fragments.rope_rows
@@ -173,37 +165,37 @@ def _blocks_of(rows: int) -> Any:
     return edit
 
 
-@exam.edits("attention")
+@legal.edits("attention")
 def blocks_of_8(fragments: Any) -> None:
     """Attention reads 8 rows at a time."""
     _blocks_of(8)(fragments)
 
 
-@exam.edits("attention", "decode_layer")
+@legal.edits("attention", "decode_layer")
 def blocks_of_16(fragments: Any) -> None:
     """Attention reads 16 rows at a time."""
     _blocks_of(16)(fragments)
 
 
-@exam.edits("attention")
+@legal.edits("attention")
 def one_block(fragments: Any) -> None:
     """Attention reads all rows at once: an ordinary softmax."""
     _blocks_of(1 << 20)(fragments)
 
 
-@exam.edits("attention", "paged_attention")
+@legal.edits("attention", "paged_attention")
 def probabilities_in_fp32(fragments: Any) -> None:
     """The probabilities are not rounded: the second product is one of fp32 values."""
     fragments.attend_block = block_step(fragments, rounded=False)
 
 
-@exam.edits("attention", "paged_attention")
+@legal.edits("attention", "paged_attention")
 def denominator_of_rounded(fragments: Any) -> None:
     """The denominator adds up the rounded probabilities."""
     fragments.attend_block = block_step(fragments, sums_rounded=True)
 
 
-@exam.edits("attention")
+@legal.edits("attention")
 def rounded_after_division(fragments: Any) -> None:
     """All rows are one block, and the probabilities are divided by their sum before they are rounded."""
     _blocks_of(1 << 20)(fragments)
@@ -216,21 +208,21 @@ def _low_score(fragments: Any, seen: Tensor) -> Tensor:
     return pypto.mul(pypto.sub(seen, 1.0), -fragments.NO_SCORE)
 
 
-@exam.edits("paged_attention")
+@legal.edits("paged_attention")
 def whole_pages_masked_by_adding(fragments: Any) -> None:
     """The last page is read to its end, and a large negative number added to the scores past the sequence's."""
     pypto = fragments.pypto
     read_whole_blocks(fragments, lambda scores, seen: pypto.add(scores, _low_score(fragments, seen)))
 
 
-@exam.edits("paged_attention")
+@legal.edits("paged_attention")
 def whole_pages_masked_by_replacing(fragments: Any) -> None:
     """The last page is read to its end, and the scores past the sequence's are replaced by a large negative number."""
     pypto = fragments.pypto
     read_whole_blocks(fragments, lambda scores, seen: pypto.add(pypto.mul(scores, seen), _low_score(fragments, seen)))
 
 
-@exam.edits("paged_attention")
+@legal.edits("paged_attention")
 def pages_backwards(fragments: Any) -> None:
     """Pages are visited from the last to the first."""
     pypto = fragments.pypto
@@ -240,7 +232,7 @@ def pages_backwards(fragments: Any) -> None:
 # Writing to the cache
 
 
-@exam.computes("kv_write")
+@legal.computes("kv_write")
 def rows_in_another_order(
     fragments: Any, k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, dims: Dims
 ) -> None:
@@ -256,7 +248,7 @@ def rows_in_another_order(
                 pypto.assemble(pypto.view(source, [1, dims.D], [b, kv_head * dims.D]), [row, 0], cache)
 
 
-@exam.computes("kv_write")
+@legal.computes("kv_write")
 def loop_over_sequences(
     fragments: Any, k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, dims: Dims
 ) -> None:
@@ -284,7 +276,7 @@ def _by_k_parts(fragments: Any, x: Tensor, weight: Tensor, parts: int) -> Tensor
     return total
 
 
-@exam.computes("qkv_proj")
+@legal.computes("qkv_proj")
 def k_in_four_parts(
     fragments: Any, x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, q: Tensor, k: Tensor, v: Tensor, dims: Dims
 ) -> None:
@@ -295,7 +287,7 @@ def k_in_four_parts(
         out[:] = _by_k_parts(fragments, x, weight, 4)
 
 
-@exam.computes("o_proj")
+@legal.computes("o_proj")
 def k_in_eight_parts(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """The product is the sum of eight, added to the residual at the end."""
     pypto = fragments.pypto
@@ -304,7 +296,7 @@ def k_in_eight_parts(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor,
     out[:] = pypto.add(pypto.cast(residual, pypto.DT_FP32), _by_k_parts(fragments, attn, wo, 8))
 
 
-@exam.computes("o_proj")
+@legal.computes("o_proj")
 def branch_rounded(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """The product is rounded to bf16 before the residual is added."""
     pypto = fragments.pypto
@@ -314,7 +306,7 @@ def branch_rounded(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, o
     out[:] = pypto.add(pypto.cast(product, pypto.DT_FP32), pypto.cast(residual, pypto.DT_FP32))
 
 
-@exam.computes("o_proj")
+@legal.computes("o_proj")
 def column_by_column(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """A loop makes 64 columns of the result a trip."""
     pypto = fragments.pypto
@@ -329,7 +321,7 @@ def column_by_column(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor,
 # The MLP
 
 
-@exam.edits("mlp", "decode_layer")
+@legal.edits("mlp", "decode_layer")
 def sigmoid(fragments: Any) -> None:
     """silu is the gate times its sigmoid."""
     pypto = fragments.pypto
@@ -340,7 +332,7 @@ def sigmoid(fragments: Any) -> None:
     fragments.gated = gated
 
 
-@exam.edits("mlp")
+@legal.edits("mlp")
 def up_first(fragments: Any) -> None:
     """Gate and up are multiplied first, and then by one over ``1 + exp(-gate)``."""
     pypto = fragments.pypto
@@ -352,18 +344,18 @@ def up_first(fragments: Any) -> None:
     fragments.gated = gated
 
 
-@exam.edits("mlp", "decode_layer")
+@legal.edits("mlp", "decode_layer")
 def gate_and_up_rounded(fragments: Any) -> None:
     """Gate and up are rounded to bf16 before their product."""
     right = fragments.gated
 
     def gated(gate: Tensor, up: Tensor) -> Tensor:
-        return right(_rounded(fragments, gate), _rounded(fragments, up))
+        return right(rounded(fragments, gate), rounded(fragments, up))
 
     fragments.gated = gated
 
 
-@exam.computes("mlp", name="branch_rounded")
+@legal.computes("mlp", name="branch_rounded")
 def mlp_branch_rounded(fragments: Any, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, out: Tensor, dims: Dims) -> None:
     """The last product is rounded to bf16."""
     pypto = fragments.pypto
@@ -379,7 +371,7 @@ def mlp_branch_rounded(fragments: Any, x: Tensor, w_gate: Tensor, w_up: Tensor, 
 # Layers
 
 
-@exam.edits("decode_layer", "decode_fwd_layers")
+@legal.edits("decode_layer", "decode_fwd_layers")
 def roundings_of_hugging_face(fragments: Any) -> None:
     """bf16 wherever Hugging Face's model has it: projections, normalised values, heads' norms, branches, residual."""
     pypto, before, heads, right_gated = (
@@ -392,16 +384,16 @@ def roundings_of_hugging_face(fragments: Any) -> None:
     fragments.attend_block = block_step(fragments, sums_rounded=True)
 
     def before_attention(hidden_states: Tensor, weights: Any, dims: Dims, layer: Scalar = 0) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (_rounded(fragments, x) for x in before(hidden_states, weights, dims, layer))
+        q, k, v = (rounded(fragments, x) for x in before(hidden_states, weights, dims, layer))
         return q, k, v
 
     def norm_heads(x: Tensor, weight: Tensor, dims: Dims) -> Tensor:
         normalised = heads(x, weight, dims)
         fragments.set_vector_tiles(dims.B, x.shape[1])
-        return _rounded(fragments, normalised)
+        return rounded(fragments, normalised)
 
     def gated(gate: Tensor, up: Tensor) -> Tensor:
-        return right_gated(_rounded(fragments, gate), _rounded(fragments, up))
+        return right_gated(rounded(fragments, gate), rounded(fragments, up))
 
     def after_attention(attended: Tensor, hidden_states: Tensor, weights: Any, dims: Dims, layer: Scalar = 0) -> Tensor:
         B, H, I, Q = dims.B, dims.H, dims.I, dims.NH * dims.D  # noqa: E741  the contract's symbol
@@ -409,7 +401,7 @@ def roundings_of_hugging_face(fragments: Any) -> None:
         fragments.set_cube_tiles(B, Q, H)
         projected = pypto.matmul(attended, fragments.layer_rows(weights.wo, layer, Q), pypto.DT_FP32)
         hidden = pypto.cast(hidden_states, pypto.DT_FP32)
-        residual = _rounded(fragments, pypto.add(_rounded(fragments, projected), hidden))
+        residual = rounded(fragments, pypto.add(rounded(fragments, projected), hidden))
         weight = fragments.layer_rows(weights.post_rms_weight, layer)
         y = pypto.cast(fragments.rms_norm(residual, weight, dims.eps), pypto.DT_BF16)
         fragments.set_cube_tiles(B, H, I)
@@ -420,13 +412,13 @@ def roundings_of_hugging_face(fragments: Any) -> None:
         fragments.set_cube_tiles(B, I, H)
         fragments.set_vector_tiles(B, H)
         branch = pypto.matmul(activation, fragments.layer_rows(weights.w_down, layer, I), pypto.DT_FP32)
-        return pypto.cast(pypto.add(_rounded(fragments, branch), residual), pypto.DT_BF16)
+        return pypto.cast(pypto.add(rounded(fragments, branch), residual), pypto.DT_BF16)
 
     fragments.before_attention, fragments.norm_heads, fragments.gated = before_attention, norm_heads, gated
     fragments.after_attention = after_attention
 
 
-@exam.edits("paged_decode_layer")
+@legal.edits("paged_decode_layer")
 def one_write_a_trip(fragments: Any) -> None:
     """A loop writes the rows of one sequence a trip, and attention visits the pages from the last to the first."""
     pypto = fragments.pypto
@@ -445,7 +437,7 @@ def one_write_a_trip(fragments: Any) -> None:
 # The head, and sampling
 
 
-@exam.computes("lm_head", dims={"B": 3, "V": 512})
+@legal.computes("lm_head", dims={"B": 3, "V": 512})
 def loop_over_the_vocabulary(
     fragments: Any, hidden: Tensor, final_norm_weight: Tensor, lm_head_weight: Tensor, logits: Tensor, dims: Dims
 ) -> None:
@@ -460,7 +452,7 @@ def loop_over_the_vocabulary(
         pypto.assemble(pypto.matmul(normalised, weight, pypto.DT_FP32, b_trans=True), [0, tile * width], logits)
 
 
-@exam.edits("greedy_sample")
+@legal.edits("greedy_sample")
 def by_tiles(fragments: Any) -> None:
     """Tiles of 128 logits are looked at one after the other, and a later one wins only with a larger logit."""
     pypto = fragments.pypto

@@ -1,162 +1,16 @@
-"""The exam's kernels in torch: every fault with its class and what an engineer did, and the legal variants by name.
-
-Faults are in ``kernels.py`` (``FAULTS``). Those that are a function of their own say what they are where they stand
-(``registry.py``); ``DESCRIBED`` does it for those that are woven into the kernels.
-"""
+"""The exam's kernels in torch: every fault of every stage, the legal variants by name, and random combinations of choices."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import types
-from collections.abc import Mapping
 
 from conformance.contract.registry import stage_named
-from conformance.exam.known_kernels import Kind, KnownKernel
-from kernels.qwen3.exam.torch.arithmetic import HUGGING_FACE_LIKE
-from kernels.qwen3.exam.torch.kernels import FAULTS, RELEVANT, Choices, random_choices, torch_kernel
-from kernels.qwen3.exam.torch.registry import REGISTERED
-
-#: Class and summary of the faults that are woven into the kernels, by class.
-_WOVEN: dict[Kind, dict[str, str]] = {
-    "value": {
-        "gain": "every result is half a percent too large",
-        "zeros": "the kernel was launched on an empty grid and its buffer cleared: all results are zero",
-        "echo": "the input was copied to the output and nothing computed",
-        "eps_1e-5": "eps is 1e-5 instead of the model's 1e-6",
-        "missing_gamma": "the norm's weight is not applied",
-        "row0_scale": "the 1/rms of the first row is used for every row",
-        "normalised_by_row": "q and k are normalised over the whole row instead of head by head",
-        "wrong_sign": "RoPE turns the other way: the sine has the wrong sign",
-        "k_not_rotated": "RoPE is applied to q only",
-        "scale_missing": "scores are not multiplied by D**-0.5",
-        "relu": "ReLU instead of SiLU",
-        "gate_and_up_exchanged": "SiLU is applied to the up projection, and the gate multiplied",
-        "residual_missing": "the residual is not added",
-        "second_residual_wrong": "the layer's input, not the state after attention, is added to the MLP's result",
-        "final_norm_missing": "the LM head is applied to hidden states that were not normalised",
-        "q_norm_missing": "queries are not normalised by head",
-        "k_norm_missing": "keys are not normalised by head",
-        "deferred_norm_dropped": "the deferred 1/rms of the input norm is never applied",
-        "keys_as_values": "probabilities are multiplied by the keys instead of the values",
-        "masked_scores_are_zero": "masked scores are set to zero instead of minus infinity, and so get a weight",
-        "not_causal": "every token of a chunk sees the whole chunk",
-        "only_itself_seen": "a token attends to itself only",
-        "history_ignored": "a chunk attends to itself only, not to what the cache holds",
-        "chunk_not_seen": "a chunk attends to the cache's history only",
-        "highest_index_on_a_tie": "of equal logits the last one wins",
-        "tie_goes_to_the_next_tile": "a later tile wins a tie: its maximum is compared with >=",
-        "maximum_starts_at_minus_10": "the running maximum starts at -10, and a row of lower logits has no winner",
-        "no_rescale": "online softmax: what was summed before is not rescaled when the maximum grows",
-    },
-    "indexing": {
-        "rows_exchanged": "the first two rows of the batch are exchanged",
-        "row0_input": "every row reads the first row's input",
-        "row0_length": "the first sequence's length is used for every sequence",
-        "k_and_v_exchanged": "the weights of k and v are exchanged",
-        "q_weight_for_k": "k is normalised with q's weight",
-        "interleaved_pairs": "RoPE rotates neighbouring pairs, as GPT-J does, instead of halves",
-        "position_off_by_one": "RoPE is taken at position seq_len instead of seq_len - 1",
-        "weight_transposed": "a square weight is used transposed",
-        "weight_not_transposed": "the LM head's weight is reinterpreted as [H, V] instead of transposed",
-        "modulo_heads": "query head h reads KV head h % NKV instead of h // G",
-        "slot_of_the_row_before": "a row is written to the slot of the row before it",
-        "next_slot": "rows are written one slot too far",
-        "token_major_page": "pages are addressed by token, then head, instead of head, then token",
-        "one_row_too_many": "attention reads one row past the sequence's end",
-        "newest_row_dropped": "attention stops before the newest row",
-        "oldest_row_dropped": "attention starts at the second row",
-        "second_page_skipped": "the loop over pages jumps from the first to the third",
-        "whole_pages": "the last page is read to its end and not masked",
-        "partial_page_dropped": "only whole pages are attended to",
-        "newest_row_dropped_at_a_page_edge": "the newest row is lost where the length is a multiple of the page",
-        "stale_page": "the first row of a new page is not attended to",
-        "shared_page_skipped": "a page that two sequences share is attended to by the later one only",
-        "identity_block_table": "the block table is ignored: page j of sequence b is taken to be b * MB + j",
-        "transposed_block_table": "the block table is read as [MB, B]",
-        "page_off_by_one": "page j + 1 is read for page j",
-        "page_of_the_next_sequence": "the first page is the next sequence's",
-        "unowned_page": "the last page is read from one that nobody owns",
-        "page_size_16": "the page size is a constant, 16",
-        "vocabulary_shifted": "logits are stored one column too far",
-        "last_tile_repeated": "the last, partial tile of the vocabulary repeats the tile before it",
-        "state_of_the_row_before": "the LM head reads the hidden state of the row before",
-        "tail_rows_wrong": "a partial tile of rows is filled with the first row",
-        "last_tile_ignored": "the maximum is not looked for in the last tile",
-        "index_within_the_tile": "the index counts from the start of its tile",
-        "index_off_by_one": "the index counts from one",
-        "padded_column_wins": "a padded column that holds zero takes part in the maximum",
-        "weights_of_layer_0": "every layer uses the first layer's weights",
-        "caches_of_layer_0": "every layer reads and writes the first layer's rows of the cache",
-        "layer_stride_of_pages_in_use": "a layer's pages start after the pages in use, not after NB",
-        "causal_from_zero": "the causal mask counts from the chunk's start instead of the sequence's",
-        "position_of_the_first": "every token of a chunk is rotated to the position of its first",
-        "position_from_zero": "positions of a chunk start from zero, whatever the cache holds",
-        "offsets_ignored": "chunks are taken to lie in the order of the sequences",
-        "slots_consecutive": "slots after a chunk's first are counted up instead of looked up",
-        "first_token": "logits are those of a chunk's first token",
-        "last_row_of_the_pack": "logits are those of the last packed row, for every sequence",
-        "first_page_overwritten": "a token's row is written to its sequence's first page",
-    },
-    "unwritten": {
-        "row_unwritten": "the last row is not written",
-        "column_tile_unwritten": "one tile of columns is not written",
-        "last_tile_unwritten": "the vocabulary's partial last tile is not written",
-        "last_tile_zeroed": "the vocabulary's partial last tile is cleared instead of computed",
-        "half_the_vocabulary_zero": "the second half of the vocabulary is never computed and holds zeros",
-        "k_not_written": "keys are not written to the cache",
-        "v_not_written": "values are not written to the cache",
-        "rows_of_the_last_token_only": "of a chunk only the last token's key and value are written",
-        "one_too_few_at_a_page_edge": "a chunk that ends with a page loses its last row in the cache",
-        "second_half_dropped": "of a long chunk only the first half is computed",
-    },
-    "memory": {
-        "input_changed": "an element of the input is changed",
-        "past_the_end": "one element behind the output is written",
-        "before_the_start": "one element before the output is written",
-        "other_row_overwritten": "a cache row of another position is overwritten",
-        "next_row_overwritten": "the cache row after the newest is written too",
-        "minus_one_dereferenced": "entries -1 of the block table are read as pages",
-    },
-    "precision": {
-        "truncate": "the cast to bf16 truncates",
-        "truncate_result": "the last cast to bf16 truncates",
-        "bf16_accumulation": "partial sums are kept in bf16",
-        "bf16_result": "an fp32 result is rounded to bf16",
-        "bf16_scores": "attention scores are rounded to bf16",
-        "bf16_tables": "RoPE tables are kept in bf16",
-        "activation_not_rounded": "the activation is not rounded to bf16 before the down projection",
-        "normalised_not_rounded": "the normalised hidden state is not rounded to bf16 before the LM head",
-        "compared_in_bf16": "logits are compared in bf16",
-    },
-    "dependency": {
-        "attention_before_write": "attention reads the cache before the new row is in it",
-        "last_k_tile_missing": "the last tile of a sum over K is not waited for and missing",
-        "carried_state_ignored": "every layer reads the chain's initial value instead of the layer before it",
-        "layer_dropped": "the second layer is skipped",
-        "last_layer_dropped": "the loop over layers ends one too early",
-        "head_on_the_last_layers_input": "the LM head reads the state before the last layer",
-    },
-    "nondeterminism": {
-        "column_tile_zeroed_once_in_three": "a race clears a tile of columns in one call of three",
-        "second_call_differs": "every second call sums in another order",
-    },
-    "robustness": {
-        "raises_at_batch_1": "fails for a batch of one",
-        "returns_a_tensor": "returns its result instead of only writing it",
-        "nan_element": "one element of the last row is NaN",
-        "one_row_nan": "the last row is NaN",
-        "takes_16_rows": "reads 16 rows of hidden states, whatever the batch",
-        "no_maximum": "softmax without subtracting the maximum, which overflows",
-        "maximum_starts_at_zero": "the running maximum starts at zero: below it everything vanishes",
-    },
-}
-
-#: Every fault's class and summary.
-DESCRIBED: dict[str, tuple[Kind, str]] = {
-    **{name: (kind, summary) for kind, faults in _WOVEN.items() for name, summary in faults.items()},
-    **{found.name: (found.kind, found.summary) for found in REGISTERED.values()},
-}
+from conformance.exam.known_kernels import Fault, KnownKernel
+from kernels.qwen3.exam.torch.choices import HUGGING_FACE_LIKE, RELEVANT, Choices, random_choices
+from kernels.qwen3.exam.torch.hooks import FAULTS
+from kernels.qwen3.exam.torch.kernels import stages, torch_kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,13 +187,9 @@ def variants_of(stage: str) -> dict[str, Variant]:
     }
 
 
-#: Faults that ``tiny`` does not show: its pages, widths and vocabulary are whole numbers of tiles.
-_SHOWN_BY_AWKWARD = ("page_size_16", "last_tile_unwritten", "last_tile_zeroed", "last_tile_repeated")
-
-
 def dims_of(stage: str, fault: str = "") -> dict[str, str | int]:
     """Dimensions at which a fault shows, small ones where there are layers; those of a legal kernel without a fault."""
-    dims: dict[str, str | int] = {"preset": "awkward" if fault in _SHOWN_BY_AWKWARD else "tiny"}
+    dims: dict[str, str | int] = {"preset": "tiny"}
     contract = stage_named(stage)
     if contract.composite:
         dims["S"] = 48
@@ -347,28 +197,37 @@ def dims_of(stage: str, fault: str = "") -> dict[str, str | int]:
         dims["L"] = 2
     if contract.has_chunks:
         dims["T"] = 24
-    if fault in REGISTERED:
-        dims.update(REGISTERED[fault].dims)
+    if fault:
+        dims.update(FAULTS.by_stage[stage][fault].dims)
     return dims
 
 
-def _subject(
-    stage: str, name: str, kind: Kind | None, summary: str, choices: Choices | None, fault: str, dims: Mapping[str, str | int]
-) -> KnownKernel:
-    make = functools.partial(torch_kernel, stage, choices, fault)
-    return KnownKernel(stage, name, kind, summary, make, dims=types.MappingProxyType(dict(dims)))
+def _faulty(stage: str, fault: Fault) -> KnownKernel:
+    return KnownKernel(
+        stage,
+        fault.name,
+        fault.kind,
+        fault.summary,
+        functools.partial(torch_kernel, stage, fault=fault.name),
+        dims=types.MappingProxyType(dims_of(stage, fault.name)),
+        detectors=fault.detectors,
+    )
+
+
+def _legal(stage: str, name: str, summary: str, choices: Choices, dims: dict[str, str | int]) -> KnownKernel:
+    make = functools.partial(torch_kernel, stage, choices)
+    return KnownKernel(stage, name, None, summary, make, dims=types.MappingProxyType(dims))
 
 
 @functools.cache
-def torch_subjects() -> tuple[KnownKernel, ...]:
+def torch_kernels() -> tuple[KnownKernel, ...]:
     """Every fault of every stage, and every named variant that means something to it."""
     found = []
-    for stage, faults in FAULTS.items():
-        for name in faults:
-            kind, summary = DESCRIBED[name]
-            found.append(_subject(stage, name, kind, summary, None, name, dims_of(stage, name)))
-        for name, variant in variants_of(stage).items():
-            found.append(_subject(stage, name, None, variant.summary, variant.choices, "", dims_of(stage)))
+    for stage in stages():
+        found += [_faulty(stage, fault) for fault in FAULTS.of(stage)]
+        found += [
+            _legal(stage, name, variant.summary, variant.choices, dims_of(stage)) for name, variant in variants_of(stage).items()
+        ]
     return tuple(found)
 
 
@@ -377,12 +236,11 @@ _MANY_HEADS: dict[str, str | int] = {"NH": 40, "NKV": 8, "D": 16}
 
 
 def random_variant(stage: str, index: int, seed: int = 0) -> KnownKernel:
-    """The random legal combination ``index`` of a seed and a stage, as one subject of all combinations.
+    """The random legal combination ``index`` of a seed and a stage, as one kernel of all combinations.
 
     One time in eight round the stage's regimes it is made for ``awkward``, one in 32 for many heads (single stages: the
     rest of a layer does not depend on their number); both take several times as long.
     """
-    choices = random_choices(stage, f"{seed}/{index}")
     contract = stage_named(stage)
     dims = dims_of(stage)
     turn = index // len(contract.regimes)
@@ -390,4 +248,5 @@ def random_variant(stage: str, index: int, seed: int = 0) -> KnownKernel:
         dims["preset"] = "awkward"
     elif turn % 32 == 3 and not contract.composite:
         dims.update(_MANY_HEADS)
-    return _subject(stage, "random_combinations", None, "legal choices combined at random", choices, "", dims)
+    choices = random_choices(stage, f"{seed}/{index}")
+    return _legal(stage, "random_combinations", "legal choices combined at random", choices, dims)

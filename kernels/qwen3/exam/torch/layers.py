@@ -1,18 +1,18 @@
 """Layers of the torch kernels: where the tokens of a dispatch stand, which cache rows they read and write, and what follows.
 
-Contiguous or paged, one token a sequence or several: the same code, with the contract's row formulas in ``Step``. The faults of
-these parts are here, each where a kernel would make it.
+Contiguous or paged, one token a sequence or several: the same code, with the contract's row formulas in ``Step``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterable
 
 import torch
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.torch.arithmetic import BF16, Maker
+from kernels.qwen3.exam.torch.operations import BF16, Operations
 
 Tensor = torch.Tensor
 Arguments = dict[str, Tensor]
@@ -31,26 +31,20 @@ LAYER_WEIGHTS = (
     "w_down",
     "post_rms_weight",
 )
-#: Columns of the logits that an LM head computes at a time; 500, the vocabulary of ``awkward``, is not a multiple of it.
-VOCABULARY_TILE = 64
-#: The page size that a kernel with fault ``page_size_16`` takes for granted.
-ASSUMED_PAGE = 16
-#: Chunks longer than this lose their second half to fault ``second_half_dropped``.
-SHORT_CHUNK = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
     """One token of a dispatch: its row in the hidden states, its sequence, its position, and what a kernel makes of that.
 
-    ``angle`` is the row of the RoPE tables, ``length`` how many rows of its history it attends to, ``past`` how many there were
-    before this dispatch, ``total`` how many there are after it.
+    ``rope_row`` is the row of the RoPE tables, ``length`` how many rows of its history it attends to, ``past`` how many there
+    were before this dispatch, ``total`` how many there are after it.
     """
 
     row: int
     sequence: int
     position: int
-    angle: int
+    rope_row: int
     length: int
     past: int
     total: int
@@ -59,89 +53,52 @@ class Token:
 class Step:
     """The tokens of one dispatch by sequence, and the addresses of cache rows, from the contract's arguments."""
 
-    def __init__(self, m: Maker, t: Arguments, dims: Dims) -> None:
-        self.m, self.dims = m, dims
-        self.page_size = ASSUMED_PAGE if m.has("page_size_16") else dims.BS
-        self.cell_dims = dims.replace(BS=self.page_size)
+    def __init__(self, ops: Operations, t: Arguments, dims: Dims) -> None:
+        self.ops, self.dims = ops, dims
+        self.page_size = ops.at("page_size", _own_page_size)(dims)
+        self.page_dims = dims.replace(BS=self.page_size)
         self.seq_lens: list[int] = t["seq_lens"].tolist()
         self.table: list[int] | None = t["block_table"].tolist() if "block_table" in t else None
         self.slots: list[int] = t["slot_mapping"].tolist() if "slot_mapping" in t else []
         counts = t["chunk_lens"].tolist() if "chunk_lens" in t else [1] * dims.B
         starts = t["chunk_offsets"].tolist() if "chunk_offsets" in t else list(range(dims.B))
-        if m.has("offsets_ignored"):
-            starts = [sum(counts[:b]) for b in range(dims.B)]
         self.chunks = [self._chunk(b, start, count) for b, (start, count) in enumerate(zip(starts, counts, strict=True))]
         self.tokens = [token for chunk in self.chunks for token in chunk]
         self.cache_rows = t["k_cache"].shape[0]
         self._rows: dict[tuple[int, int, int], list[int]] = {}
 
     def _chunk(self, b: int, start: int, count: int) -> list[Token]:
-        m, total = self.m, self.seq_lens[b]
-        kept = count // 2 if m.has("second_half_dropped") and count > SHORT_CHUNK else count
+        ops, total = self.ops, self.seq_lens[b]
+        past, length = total - count, ops.at("length", own_length)(self.seq_lens, b)
         tokens = []
-        for index in range(kept):
-            position = total - count + index
-            length = m.at("length", _length_of)(self.seq_lens, b)
-            seen = self.seq_lens[0] - 1 if m.has("row0_length") else length - count + index
-            turned = seen
-            if m.has("position_of_the_first"):
-                turned = total - count
-            if m.has("position_from_zero"):
-                turned = index
-            angle = m.angle(turned, b, self.dims)
-            tokens.append(Token(start + index, b, position, angle, seen + 1, total - count, total))
+        for index in range(ops.at("tokens_computed", _all_tokens)(count)):
+            newest = length - count + index
+            rope_row = ops.rope_row(newest, b, past, self.dims)
+            tokens.append(Token(start + index, b, past + index, rope_row, newest + 1, past, total))
         return tokens
 
     # -- addresses ----------------------------------------------------------------------------------------------------------
 
     def _paged_row(self, layer: int, page: int, offset: int, kv_head: int) -> int:
-        m, dims = self.m, self.dims
-        pages = dims.NB
-        if m.has("layer_stride_of_pages_in_use"):
-            assert self.table is not None
-            pages = max(self.table) + 1
-        page += layer * pages
-        if m.has("token_major_page"):
-            row = (page * self.page_size + offset) * dims.NKV + kv_head
-        else:
-            row = m.at("cell", cell)(page, offset, kv_head, self.cell_dims)
+        page += layer * self.ops.at("layer_stride", _all_pages)(self.table, self.dims)
+        row = self.ops.at("cache_row", cache_row)(page, offset, kv_head, self.page_dims)
         # Where a device would read or write somewhere else, stay in the tensor. Page -1 is the last one.
         return row % self.cache_rows
 
-    def _page(self, sequence: int, index: int) -> int:
-        """The physical page of the ``index``-th page of a sequence."""
-        return self.m.at("page", Step.right_page)(self, sequence, index)
-
     def right_page(self, sequence: int, index: int) -> int:
-        """As the block table has it, but for the faults that are woven in here."""
-        m, dims, table = self.m, self.dims, self.table
-        assert table is not None
-        if m.has("identity_block_table"):
-            return sequence * dims.MB + index
-        if m.has("transposed_block_table"):
-            return table[index % dims.MB * dims.B + sequence]
-        if m.has("page_of_the_next_sequence") and index == 0:
-            sequence = (sequence + 1) % dims.B
-        if m.has("page_off_by_one"):
-            index += 1
-        if m.has("unowned_page") and index == (self.seq_lens[sequence] - 1) // dims.BS:
-            return dims.NB - 1
-        return table[min(sequence * dims.MB + index, len(table) - 1)]
-
-    def _shared(self, sequence: int, position: int) -> bool:
-        """Whether a later sequence has the page of this position too: a map from pages to sequences knows the last only."""
+        """The physical page of the ``index``-th page of a sequence, as the block table has it."""
         assert self.table is not None
-        page = self._page(sequence, position // self.page_size)
-        return page in self.table[(sequence + 1) * self.dims.MB :]
+        return self.table[min(sequence * self.dims.MB + index, len(self.table) - 1)]
 
     def row(self, layer: int, sequence: int, position: int, kv_head: int) -> int:
         """Where the key or value of a position is read."""
-        dims = self.dims
-        layer = self.m.at("depth", _own_layer)(0 if self.m.has("caches_of_layer_0") else layer, dims)
+        ops, dims = self.ops, self.dims
+        layer = ops.at("layer_read", _own_layer)(ops.at("cache_layer", _own_layer)(layer, dims), dims)
         if self.table is None:
             return ((layer * dims.B + sequence) * dims.NKV + kv_head) * dims.S + position
         index, offset = divmod(position, self.page_size)
-        return self._paged_row(layer, self._page(sequence, index), offset, kv_head)
+        page = ops.at("page", Step.right_page)(self, sequence, index)
+        return self._paged_row(layer, page, offset, kv_head)
 
     def rows(self, layer: int, sequence: int, positions: list[int], kv_head: int) -> list[int]:
         """The same of many positions. Each token of a chunk sees those of the one before: they are worked out once."""
@@ -151,279 +108,226 @@ class Step:
 
     def written_row(self, layer: int, token: Token, kv_head: int) -> int:
         """Where the key and value of a token are written."""
-        m, dims = self.m, self.dims
         if self.table is None:
             return self.row(layer, token.sequence, token.position, kv_head)
-        layer = 0 if m.has("caches_of_layer_0") else layer
-        slot = m.at("slot", _own_slot)(self.slots, token.row)
-        if m.has("slot_of_the_row_before"):
-            slot = self.slots[token.row - 1]
-        if m.has("slots_consecutive"):
-            slot = self.slots[self.chunks[token.sequence][0].row] + token.position - token.past
-        page, offset = divmod(slot, self.page_size)
-        if m.has("next_slot"):
-            offset = (offset + 1) % self.page_size
-        if m.has("first_page_overwritten"):
-            page = self.table[token.sequence * dims.MB]
-        return self._paged_row(layer, page, offset, kv_head)
+        layer = self.ops.at("cache_layer", _own_layer)(layer, self.dims)
+        slot = self.ops.at("slot", own_slot)(self.slots, token.row, self.dims)
+        return self._paged_row(layer, *divmod(slot, self.page_size), kv_head)
 
     # -- what a token sees --------------------------------------------------------------------------------------------------
 
-    def seen(self, token: Token) -> list[int]:
+    def attended(self, token: Token) -> list[int]:
         """The positions that a token attends to."""
-        m, dims, length = self.m, self.dims, token.length
-        if m.has("one_row_too_many"):
-            length = min(length + 1, dims.S)
-        if m.has("newest_row_dropped") or (m.has("newest_row_dropped_at_a_page_edge") and length % dims.BS == 0):
-            length = max(length - 1, 1)
-        if m.has("whole_pages"):
-            length = min(-(-length // dims.BS) * dims.BS, dims.S)
-        if m.has("stale_page") and length % dims.BS == 1:
-            length = max(length - 1, 1)
-        if m.has("partial_page_dropped"):
-            length = length // dims.BS * dims.BS or length
-        if m.has("not_causal"):
-            length = token.total
-        if m.has("causal_from_zero"):
-            length -= token.past
-        positions = list(range(length))
-        if m.has("oldest_row_dropped"):
-            positions = positions[1:] or positions
-        if m.has("second_page_skipped"):
-            positions = [position for position in positions if position // dims.BS != 1]
-        if m.has("shared_page_skipped"):
-            positions = [position for position in positions if not self._shared(token.sequence, position)]
-        if m.has("history_ignored"):
-            positions = positions[token.past :]
-        if m.has("chunk_not_seen"):
-            positions = positions[: token.past] or positions[-1:]
-        if m.has("only_itself_seen"):
-            positions = positions[-1:]
-        return m.at("seen", _all_of_them)(positions, token, dims)
+        return self.ops.at("positions", _all_positions)(list(range(token.length)), token, self)
 
-    def read(self, sequence: int, seen: list[int]) -> list[int]:
-        """The positions whose rows are read for those that are seen, in the order in which they are visited."""
-        m, dims = self.m, self.dims
-        positions = seen
-        if m.choices.whole_page != "no":
-            end = -(-(seen[-1] + 1) // dims.BS) * dims.BS
+    def read(self, sequence: int, attended: list[int]) -> list[int]:
+        """The positions whose rows are read for those that are attended to, in the order in which they are visited."""
+        ops, dims = self.ops, self.dims
+        positions = attended
+        if ops.choices.whole_page != "no":
+            end = -(-(attended[-1] + 1) // dims.BS) * dims.BS
             positions = list(range(min(end, dims.S) if self.table is None else end))
-        if m.has("minus_one_dereferenced"):
-            pages = -(-(seen[-1] + 1) // dims.BS)
-            positions = list(range(min(pages + 1, dims.MB) * dims.BS))
-        if m.choices.visit == "forward":
+        positions = ops.at("positions_read", _same_positions)(positions, dims)
+        if ops.choices.visit == "forward":
             return positions
         pages_in_order = sorted({position // dims.BS for position in positions}, reverse=True)
-        if m.choices.visit == "shuffled":
+        if ops.choices.visit == "shuffled":
             random.Random(f"{sequence}/{len(positions)}").shuffle(pages_in_order)
         return [position for page in pages_in_order for position in positions if position // dims.BS == page]
 
 
-def attention(m: Maker, q: Tensor, step: Step, layer: int, k_cache: Tensor, v_cache: Tensor, dims: Dims) -> Tensor:
-    """``q[N, H]``, the tokens of a step by sequence, over the caches of all layers."""
+def attention(ops: Operations, q: Tensor, step: Step, layer: int, k_cache: Tensor, v_cache: Tensor, dims: Dims) -> Tensor:
+    """``q[N, NH*D]``, the tokens of a step by sequence, over the caches of all layers."""
     result = torch.empty_like(q)
     first = 0
     for sequence, chunk in enumerate(step.chunks):
-        together = m.choices.queries or max(len(chunk), 1)
+        together = ops.choices.queries or max(len(chunk), 1)
         for start in range(0, len(chunk), together):
             block = chunk[start : start + together]
             index = torch.arange(first, first + len(block))
             first += len(block)
-            seen = [set(step.seen(token)) for token in block]
-            read = step.read(sequence, sorted(set().union(*seen)))
+            attended = [set(step.attended(token)) for token in block]
+            read = step.read(sequence, sorted(set().union(*attended)))
             hidden = torch.zeros(len(block), len(read), dtype=torch.bool)
-            if any(len(positions) < len(read) for positions in seen):
-                hidden = torch.tensor([[position not in positions for position in read] for positions in seen])
+            if any(len(positions) < len(read) for positions in attended):
+                hidden = torch.tensor([[position not in positions for position in read] for positions in attended])
             for kv_head in range(dims.NKV):
-                source = m.at("kv_head", _own_head)(kv_head, dims)
-                rows = step.rows(layer, sequence, read, source)
-                keys, values = m.at("history", _history)(k_cache[rows].float(), v_cache[rows].float())
-                if m.has("keys_as_values"):
-                    values = keys
-                heads = m.at("heads", _own_group)(kv_head, dims)
-                if m.has("modulo_heads"):
-                    heads = torch.arange(kv_head, dims.NH, dims.NKV)
+                rows = step.rows(layer, sequence, read, ops.at("kv_head", _own_kv_head)(kv_head, dims))
+                keys, values = ops.at("keys_and_values", both)(k_cache[rows].float(), v_cache[rows].float())
+                heads = ops.at("query_heads", _own_group)(kv_head, dims)
                 place = (index.view(-1, 1), heads)
                 queries = q.view(-1, dims.NH, dims.D)[place].reshape(-1, dims.D)  # by token, then head
-                attended = m.attend(queries, keys, values, hidden.repeat_interleave(len(heads), 0), dims)
-                result.view(-1, dims.NH, dims.D)[place] = attended.view(len(block), len(heads), dims.D)
+                out = ops.attend(queries, keys, values, hidden.repeat_interleave(len(heads), 0), dims)
+                result.view(-1, dims.NH, dims.D)[place] = out.view(len(block), len(heads), dims.D)
     return result
 
 
-def _write(m: Maker, k: Tensor, v: Tensor, step: Step, layer: int, k_cache: Tensor, v_cache: Tensor, dims: Dims) -> None:
+def _write(ops: Operations, k: Tensor, v: Tensor, step: Step, layer: int, k_cache: Tensor, v_cache: Tensor, dims: Dims) -> None:
     """The tokens' rows of ``k`` and ``v [N, NKV*D]`` into the caches."""
     for index, token in enumerate(step.tokens):
-        is_last = token is step.chunks[token.sequence][-1]
-        if m.has("rows_of_the_last_token_only") and not is_last:
-            continue
-        if m.has("one_too_few_at_a_page_edge") and is_last and token.total % dims.BS == 0:
+        if not ops.at("token_written", _every_token)(token, dims):
             continue
         for head in range(dims.NKV):
-            if not m.at("head_written", _every_head)(head, dims):
+            if not ops.at("head_written", every_head)(head, dims):
                 continue
             row, columns = step.written_row(layer, token, head), slice(head * dims.D, (head + 1) * dims.D)
-            new_k, new_v = m.at("written", _history)(k[index, columns], m.at("value_cast", m.cast)(v[index, columns]))
+            new_k, new_v = ops.at("new_rows", both)(k[index, columns], ops.at("value_cast", ops.cast)(v[index, columns]))
             k_cache[row], v_cache[row] = new_k.to(BF16), new_v.to(BF16)
-    if m.has("other_row_overwritten") and dims.B > 1:
-        # Some sequence's oldest row, which is not being written in this step unless it is its only one.
-        k_cache[step.row(layer, 0, 0, 0)] = k_cache[step.row(layer, 1, 0, 0)]
-    position = step.seq_lens[0]
-    if m.has("next_row_overwritten") and position < dims.S and position % dims.BS:
-        k_cache[step.row(layer, 0, position, 0)] = k_cache[step.row(layer, 0, position - 1, 0)]
+    ops.at("after_write", _nothing_more)(step, layer, k_cache, v_cache)
 
 
-def prepared(
-    m: Maker, q: Tensor, k: Tensor, v: Tensor, weights: Arguments, angles: list[int], t: Arguments, dims: Dims
+def normalised_and_rotated(
+    ops: Operations, q: Tensor, k: Tensor, v: Tensor, weights: Arguments, rope_rows: list[int], t: Arguments, dims: Dims
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q and k normalised by head and rotated, in bf16; v as it is."""
-    if not m.has("q_norm_missing"):
-        q = m.heads_normalised(q, weights["q_norm_weight"][0], dims.replace(eps=m.eps_of("q", dims)))
-    if not m.has("k_norm_missing"):
-        k = m.heads_normalised(k, weights["k_norm_weight"][0], dims.replace(eps=m.eps_of("k", dims)))
-    q, k = (m.rotated(tensor, angles, t["rope_cos"], t["rope_sin"], dims) for tensor in (q, k))
-    return m.at("query_cast", m.cast)(q), m.at("key_cast", m.cast)(k), v
+    q = ops.heads_normalised(q, weights["q_norm_weight"][0], dims.replace(eps=ops.eps_of("q", dims)))
+    k = ops.heads_normalised(k, weights["k_norm_weight"][0], dims.replace(eps=ops.eps_of("k", dims)))
+    q, k = (ops.rotated(tensor, rope_rows, t["rope_cos"], t["rope_sin"], dims) for tensor in (q, k))
+    return ops.at("query_cast", ops.cast)(q), ops.at("key_cast", ops.cast)(k), v
 
 
-def _layer(m: Maker, hidden: Tensor, weights: Arguments, t: Arguments, step: Step, layer: int, dims: Dims) -> Tensor:
+def _layer(ops: Operations, hidden: Tensor, weights: Arguments, t: Arguments, step: Step, layer: int, dims: Dims) -> Tensor:
     """One layer, which updates its rows of the caches; ``hidden [N, H]`` and the result are fp32 before the last cast."""
-    q, k, v = m.normalised_projections(
+    q, k, v = ops.normalised_projections(
         hidden,
         weights["input_rms_weight"][0],
         [weights["wq"], weights["wk"], weights["wv"]],
-        m.eps_of("input", dims),
-        m.choices.deferred_input_norm or m.has("deferred_norm_dropped"),
+        ops.eps_of("input", dims),
+        ops.choices.deferred_input_norm,
     )
-    q, k, v = (m.maybe(m.choices.projection, tensor) for tensor in (q, k, v))
-    q, k, v = m.at("prepared", prepared)(m, q, k, v, weights, [token.angle for token in step.tokens], t, dims)
+    q, k, v = (ops.maybe(ops.choices.projection, tensor) for tensor in (q, k, v))
+    rope_rows = [token.rope_row for token in step.tokens]
+    q, k, v = ops.at("queries_keys_values", normalised_and_rotated)(ops, q, k, v, weights, rope_rows, t, dims)
     caches = t["k_cache"], t["v_cache"]
-    stale = caches[0].clone(), caches[1].clone()
-    _write(m, k, v, step, layer, *caches, dims)
-    attn = attention(m, q, step, layer, *(stale if m.has("attention_before_write") else caches), dims)
-    attn = m.at("attention_cast", m.cast)(attn)
-    residual = m.matmul(attn, weights["wo"]) if m.has("residual_missing") else m.with_residual(attn, weights["wo"], hidden)
-    residual = m.maybe(m.choices.residual, m.at("first_sum", _sum)(residual, hidden))
-    gate, up = m.normalised_projections(
-        m.at("second_input", _second_input)(residual, hidden),
+    attended = ops.at("attended_caches", both)(*caches)
+    _write(ops, k, v, step, layer, *caches, dims)
+    attn = ops.at("attention_cast", ops.cast)(attention(ops, q, step, layer, *attended, dims))
+    state = ops.maybe(ops.choices.residual, ops.with_residual(attn, weights["wo"], hidden, "attention_sum"))
+    gate, up = ops.normalised_projections(
+        ops.at("mlp_input", _state)(state, hidden),
         weights["post_rms_weight"][0],
         [weights["w_gate"], weights["w_up"]],
-        m.eps_of("post", dims),
-        m.choices.deferred_post_norm,
+        ops.eps_of("post", dims),
+        ops.choices.deferred_post_norm,
     )
-    residual = hidden if m.has("second_residual_wrong") else residual
-    return m.at("second_sum", _sum)(m.with_residual(m.gated(gate, up), weights["w_down"], residual), residual)
+    residual = ops.at("mlp_residual", _state)(state, hidden)
+    return ops.with_residual(ops.gated(gate, up), weights["w_down"], residual, "mlp_sum")
 
 
-def layers(m: Maker, t: Arguments, dims: Dims) -> Arguments:
+def layers(ops: Operations, t: Arguments, dims: Dims) -> Arguments:
     """Any stage of one layer or more: ``out`` after the last layer, or ``logits``, where there is an LM head."""
-    if m.has("takes_16_rows"):
-        t["hidden_states"].as_strided((16, dims.H), (dims.H, 1))
-    step = Step(m, t, dims)
+    step = Step(ops, t, dims)
     rows = [token.row for token in step.tokens]
     given = t["hidden_states"].float()
-    if m.has("row0_input"):
-        given = given[:1].expand_as(given)
     first = before = hidden = result = given[rows]
-    for layer in range(dims.L):
-        if m.has("layer_dropped") and layer == 1:
-            continue
-        if m.has("last_layer_dropped") and layer and layer == dims.L - 1:
-            continue
-        weights = {
-            name: m.at("weight", _own_weight)(name, 0 if m.has("weights_of_layer_0") else layer, t, dims)
-            for name in LAYER_WEIGHTS
-        }
-        before = first if m.has("carried_state_ignored") else hidden
-        result = _layer(m, before, weights, t, step, layer, dims)
-        hidden = m.at("carried_cast", m.cast)(result)
+    for layer in ops.at("layers_run", _all_layers)(dims):
+        weights = {name: ops.at("weight", own_weight)(name, layer, t, dims) for name in LAYER_WEIGHTS}
+        before = ops.at("layer_input", _state)(hidden, first)
+        result = _layer(ops, before, weights, t, step, layer, dims)
+        hidden = ops.at("carried_cast", ops.cast)(result)
     if "logits" not in t:
         out = given.clone()
         out[rows] = result
         return {"out": out}
-    ends = [chunk[0 if m.has("first_token") else -1].row for chunk in step.chunks]
-    if m.has("last_row_of_the_pack"):
-        ends = [max(rows)] * dims.B
-    states = before if m.has("head_on_the_last_layers_input") else hidden
-    last = states[[rows.index(row) for row in ends]]
-    return {"logits": lm_head(m, last, t["final_norm_weight"], t["lm_head_weight"], dims)}
+    last = [rows.index(row) for row in ops.at("last_tokens", _last_tokens)(step)]
+    return {"logits": lm_head(ops, hidden[last], before[last], t["final_norm_weight"], t["lm_head_weight"], dims)}
 
 
-def lm_head(m: Maker, hidden: Tensor, gamma: Tensor, weight: Tensor, dims: Dims) -> Tensor:
-    """Final norm and vocabulary projection of ``hidden [B, H]``: the logits ``[B, V]``."""
-    if m.has("row0_input"):
-        hidden = hidden[:1].expand_as(hidden)
-    if m.has("state_of_the_row_before"):
-        hidden = hidden.roll(1, 0)
-    transposed = weight.reshape(dims.H, dims.V) if m.has("weight_not_transposed") else weight.T
-    if m.has("final_norm_missing"):
-        logits = m.matmul(m.cast(hidden), transposed)
-    else:
-        eps = m.eps_of("final", dims)
-        (logits,) = m.normalised_projections(hidden, gamma[0], [transposed], eps, m.choices.deferred_final_norm)
-    if m.has("vocabulary_shifted"):
-        logits = logits.roll(1, 1)
-    if m.has("half_the_vocabulary_zero"):
-        logits[:, dims.V // 2 :] = 0
-    if m.has("one_row_nan"):
-        logits[-1] = torch.nan
-    if m.has("tail_rows_wrong") and dims.B % 4:
-        # The last tile of rows is a part of a tile, and was loaded from its start.
-        tail = dims.B // 4 * 4
-        logits[tail:] = logits[:1]
-    whole = dims.V // VOCABULARY_TILE * VOCABULARY_TILE
-    if m.has("last_tile_zeroed"):
-        logits[:, whole:] = 0
-    if m.has("last_tile_repeated"):
-        logits[:, whole:] = logits[:, whole - VOCABULARY_TILE : dims.V - VOCABULARY_TILE]
+def lm_head(ops: Operations, hidden: Tensor, before: Tensor, gamma: Tensor, weight: Tensor, dims: Dims) -> Tensor:
+    """Final norm and vocabulary projection of ``hidden [B, H]``: the logits ``[B, V]``.
+
+    ``before`` is the input of the last layer, if there are layers; no right kernel looks at it.
+    """
+    hidden = ops.at("head_input", _state)(hidden, before)
+    eps, deferred = ops.eps_of("final", dims), ops.choices.deferred_final_norm
+    return ops.at("final_projection", _final_projection)(ops, hidden, gamma[0], weight.T, eps, deferred)
+
+
+def _final_projection(ops: Operations, hidden: Tensor, gamma: Tensor, weight: Tensor, eps: float, deferred: bool) -> Tensor:
+    (logits,) = ops.normalised_projections(hidden, gamma, [weight], eps, deferred)
     return logits
 
 
 # What stands at a hook by default
 
 
-def cell(page: int, offset: int, kv_head: int, dims: Dims) -> int:
+def cache_row(page: int, offset: int, kv_head: int, dims: Dims) -> int:
     """The row of a KV head at an offset of a page, pages of all layers counted."""
     return (page * dims.NKV + kv_head) * dims.BS + offset
 
 
-def _length_of(seq_lens: list[int], sequence: int) -> int:
+def own_length(seq_lens: list[int], sequence: int) -> int:
+    """The length of a sequence."""
     return seq_lens[sequence]
+
+
+def own_slot(slots: list[int], row: int, dims: Dims) -> int:
+    """The slot that the key and value of a row of the batch are written to."""
+    return slots[row]
+
+
+def every_head(head: int, dims: Dims) -> bool:
+    """Every KV head's row is written to the cache."""
+    return True
+
+
+def both(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as they are."""
+    return keys, values
+
+
+def own_weight(name: str, layer: int, t: Arguments, dims: Dims) -> Tensor:
+    """The rows of a layer, of a weight of all layers."""
+    return t[name].chunk(dims.L)[layer]
+
+
+def _own_page_size(dims: Dims) -> int:
+    return dims.BS
+
+
+def _all_tokens(count: int) -> int:
+    return count
+
+
+def _all_pages(table: list[int] | None, dims: Dims) -> int:
+    return dims.NB
 
 
 def _own_layer(layer: int, dims: Dims) -> int:
     return layer
 
 
-def _own_slot(slots: list[int], row: int) -> int:
-    return slots[row]
-
-
 def _own_group(kv_head: int, dims: Dims) -> Tensor:
     return torch.arange(kv_head * dims.G, (kv_head + 1) * dims.G)
 
 
-def _own_head(kv_head: int, dims: Dims) -> int:
+def _own_kv_head(kv_head: int, dims: Dims) -> int:
     return kv_head
 
 
-def _every_head(head: int, dims: Dims) -> bool:
+def _every_token(token: Token, dims: Dims) -> bool:
     return True
 
 
-def _all_of_them(positions: list[int], token: Token, dims: Dims) -> list[int]:
+def _nothing_more(step: Step, layer: int, k_cache: Tensor, v_cache: Tensor) -> None:
+    return None
+
+
+def _all_positions(positions: list[int], token: Token, step: Step) -> list[int]:
     return positions
 
 
-def _history(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    return keys, values
+def _same_positions(positions: list[int], dims: Dims) -> list[int]:
+    return positions
 
 
-def _sum(total: Tensor, residual: Tensor) -> Tensor:
-    return total
+def _all_layers(dims: Dims) -> Iterable[int]:
+    return range(dims.L)
 
 
-def _second_input(residual: Tensor, hidden: Tensor) -> Tensor:
-    return residual
+def _last_tokens(step: Step) -> list[int]:
+    return [chunk[-1].row for chunk in step.chunks]
 
 
-def _own_weight(name: str, layer: int, t: Arguments, dims: Dims) -> Tensor:
-    return t[name].chunk(dims.L)[layer]
+def _state(state: Tensor, earlier: Tensor) -> Tensor:
+    return state

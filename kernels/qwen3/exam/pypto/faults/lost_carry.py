@@ -11,8 +11,9 @@ since what is wrong with most of them is how PyPTO's parser reads the body of a 
 from typing import Any
 
 from conformance.contract.dims import Dims
-from conformance.contract.kernel import kernel
-from kernels.qwen3.exam.pypto.replaced import Exam
+from conformance.contract.kernel import Kernel, kernel
+from conformance.exam.known_kernels import Kind
+from kernels.qwen3.exam.pypto.weaving import faulty
 
 CAPABILITIES = ("stacked_weights", "fused_layers")
 
@@ -102,9 +103,20 @@ def last_layer_dropped(dims: Dims) -> Any:
     return _program(dims, "last_layer_dropped")
 
 
-exam = Exam()
-exam.add(carry_rebound, "carry_rebound", kind="dependency")
-exam.add(carry_reads_first_input, "carried_state_ignored", kind="dependency")
-exam.add(carry_half_written, "carry_half_written", kind="dependency")
-exam.add(carry_never_written, "carry_never_written", kind="dependency")
-exam.add(last_layer_dropped, "last_layer_dropped", kind="dependency")
+#: Every one of them, with the name of the fault, and its kind where no torch kernel has it.
+_PROGRAMS: tuple[tuple[Kernel, str, Kind | None], ...] = (
+    (carry_rebound, "carry_rebound", "dependency"),
+    (carry_reads_first_input, "carried_state_ignored", None),
+    (carry_half_written, "carry_half_written", "dependency"),
+    (carry_never_written, "carry_never_written", "dependency"),
+    (last_layer_dropped, "last_layer_dropped", None),
+)
+for _kernel, _name, _kind in _PROGRAMS:
+    faulty.add(
+        _kernel,
+        name=_name,
+        hook="text",
+        function=_kernel.function,
+        kind=_kind,
+        detectors=("raised",) if _name == "carry_never_written" else (),
+    )

@@ -4,8 +4,9 @@ A builder imports ``kernels.qwen3.fragments`` when it is called. For the time of
 *edit* has changed; the program keeps the copy, everyone else the original. Where a fault lies in a kernel's own text and not in a
 fragment, the kernel is one of ``programs.py``, whose whole text is a call of ``fragments.compute``, and the edit supplies that.
 
-Both kinds are declared by a decorator, ``Exam.edits`` or ``Exam.computes``, above one small function. Its name is the fault's,
-the first line of its docstring the summary; the kernels become attributes of its module, where a worker process finds them.
+Both are declared by a decorator, ``Collection.edits`` or ``Collection.computes``, above one small function, which is named as the
+fault or the variant. The kernels become attributes of its module, where a worker process finds them. A fault that torch kernels
+have too is declared without a kind: it is the same fault, of the same kind, summary and detectors (``Faults.declare``).
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import kernels.qwen3
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
-from conformance.exam.known_kernels import Kind, KnownKernel
+from conformance.exam.known_kernels import Faults, Kind, KnownKernel, as_clause
 from kernels.qwen3.contract import MODEL
+from kernels.qwen3.exam.torch import faults as torch_faults
 
 #: Changes a copy of ``kernels.qwen3.fragments`` in place.
 Edit = Callable[[Any], None]
@@ -90,18 +92,18 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
 READS_ZEROS = "the interpreter reads memory that nothing wrote as 0.0; the compiled graph shows it, on compile_only"
 
 
-class Exam:
-    """Collects the subjects that a module declares, in order; ``kind`` is given for each fault, and for no legal variant."""
+class Collection:
+    """The kernels that a module declares, in order: with faults, which ``faults`` collects, or without it legal variants."""
 
-    def __init__(self) -> None:
-        self.subjects: list[KnownKernel] = []
+    def __init__(self, faults: Faults | None = None) -> None:
+        self.known: list[KnownKernel] = []
+        self._faults = faults
 
     def edits(self, *stages: str, **keywords: Any) -> Callable[[Edit], Edit]:
-        """An edit of the fragments, and with it a kernel of each of these stages; the keywords are those of ``_add``."""
+        """An edit of the fragments, and with it a kernel of each of these stages; the keywords are those of ``_weave``."""
 
         def declare(edit: Edit) -> Edit:
-            for stage in stages:
-                self._add(bundled(stage), edit, edit, **keywords)
+            self._weave("fragments", edit, edit, [bundled(stage) for stage in stages], **keywords)
             return edit
 
         return declare
@@ -114,47 +116,78 @@ class Exam:
             def edit(fragments: Any) -> None:
                 fragments.compute = functools.partial(compute, fragments)
 
-            for stage in stages:
-                self._add(getattr(programs, stage), functools.wraps(compute)(edit), compute, **keywords)
+            bases = [getattr(programs, stage) for stage in stages]
+            self._weave("program", functools.wraps(compute)(edit), compute, bases, **keywords)
             return compute
 
         return declare
 
-    def _add(
+    def _weave(
         self,
-        base: Kernel,
+        hook: str,
         edit: Edit,
         declared: Callable[..., None],
+        bases: Sequence[Kernel],
         *,
-        name: str | None = None,
+        name: str = "",
         kind: Kind | None = None,
+        detectors: tuple[str, ...] = (),
         dims: Mapping[str, Any] | None = None,
         lane: str = "interpret",
         **changes: Any,
     ) -> None:
-        """Make the kernel an attribute of the module that declares it, and a subject of the exam.
+        """Make the kernels attributes of the module that declares them, and kernels of the exam.
 
         ``name`` is given where it is no Python name; ``dims`` replaces the small ones; ``lane`` is the one that shows the fault;
         ``changes`` are fields of ``Kernel``. A kernel declares nothing that is not asked for: a declared profile is judged more
         strictly than it need be, and proving capabilities takes longer than finding the fault.
         """
         name = name or declared.__name__
-        made = edited(base, f"{base.stage_name}[{name}]", edit, **{"capabilities": (), "profile": None, **changes})
-        setattr(sys.modules[declared.__module__], f"{base.stage_name}_{declared.__name__}", made)
-        self.add(made, name, kind=kind, dims=dims, lane=lane)
+        made = []
+        for base in bases:
+            one = edited(base, f"{base.stage_name}[{name}]", edit, **{"capabilities": (), "profile": None, **changes})
+            setattr(sys.modules[declared.__module__], f"{base.stage_name}_{declared.__name__}", one)
+            made.append(one)
+        self.add(*made, name=name, hook=hook, function=declared, kind=kind, detectors=detectors, dims=dims, lane=lane)
 
     def add(
         self,
-        kernel: Kernel,
+        *kernels: Kernel,
         name: str,
-        *,
+        hook: str,
+        function: Callable[..., Any],
         kind: Kind | None = None,
+        detectors: tuple[str, ...] = (),
         dims: Mapping[str, Any] | None = None,
         lane: str = "interpret",
     ) -> None:
-        """A kernel that is an attribute of its module already is a subject too."""
-        chosen = SMALL[kernel.stage_name] if dims is None else dims
-        subject = KnownKernel(kernel.stage_name, name, kind, kernel.summary, lambda: kernel, lane=lane, dims=chosen)
-        self.subjects.append(subject)
-        if lane == "compile_only":
-            self.subjects.append(dataclasses.replace(subject, lane="interpret", hidden=READS_ZEROS))
+        """Kernels that are attributes of their module already: one fault, or one variant, in several stages."""
+        fault = None
+        if self._faults is not None:
+            stages = [kernel.stage_name for kernel in kernels]
+            self._faults.declare(hook, kind, *stages, name=name, detectors=detectors)(function)
+            fault = self._faults.by_stage[stages[0]][name]
+        for kernel in kernels:
+            known = KnownKernel(
+                kernel.stage_name,
+                name,
+                fault.kind if fault else None,
+                fault.summary if fault else as_clause(kernel.summary),
+                functools.partial(_same, kernel),
+                lane=lane,
+                dims=SMALL[kernel.stage_name] if dims is None else dims,
+                detectors=fault.detectors if fault else (),
+            )
+            self.known.append(known)
+            if lane == "compile_only":
+                self.known.append(dataclasses.replace(known, lane="interpret", hidden=READS_ZEROS))
+
+
+def _same(kernel: Kernel) -> Kernel:
+    return kernel
+
+
+#: The faulty kernels; a fault of the same name as a torch kernel's is the same fault.
+faulty = Collection(Faults(like=torch_faults.FAULTS))
+#: The legal variants.
+legal = Collection()
