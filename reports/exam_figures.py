@@ -12,9 +12,9 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 
 from conformance.contract.registry import stage_named, stages
+from conformance.exam.known_kernels import KINDS
 from conformance.exam.results import COMPOSITE_TARGET, OURS, Exam, Score, Standing
 from conformance.exam.rules import RULES
-from conformance.exam.known_kernels import KINDS
 from conformance.judge.verdict import DETECTORS
 from reports import text
 
@@ -131,6 +131,8 @@ def verdict(exam: Exam) -> tuple[str, list[str]]:
         reasons.append(f"{text.number(len(rejected), 'legal kernel')} rejected")
     if len(missed) > missed_layers:
         reasons.append(f"{text.number(len(missed) - missed_layers, 'fault')} of single stages missed")
+    if exam.unnamed():
+        reasons.append(f"{text.number(len(exam.unnamed()), 'fault')} caught and never named")
     for stage, name in exam.too_few_examples().items():
         reasons.append(f"the {stage_named(stage).examples} examples of {stage} are too few for {text.one_line(name, 60)}")
     if missed_layers > (1 - COMPOSITE_TARGET) * exam.layer_faults:
@@ -289,6 +291,17 @@ def by_kind(ordered: Iterable[Standing]) -> list[StandingGroup]:
 
 def trials_caught(one: Standing) -> int:
     return min(one.rejected.get(OURS, 0), one.trials)
+
+
+def naming_in_words(exam: Exam) -> str:
+    """How many trials caught a fault by no detector that its declaration expects, and which faults were never named by one."""
+    caught = sum(trials_caught(one) for one in exam.faults)
+    unnamed = sum(one.unnamed for one in exam.faults)
+    never = [text.one_line(one.id, 80) for one in exam.unnamed()]
+    listed = f"; never named: {', '.join(never[:MOST_SEEING])}" if never else ""
+    more = f" and {len(never) - MOST_SEEING:,} more" if len(never) > MOST_SEEING else ""
+    trials = text.number(caught, "trial")
+    return f"Of {trials} that caught a fault, {unnamed:,} did so by no detector that names it{listed}{more}."
 
 
 def narrowly_caught(faults: Iterable[Standing]) -> list[Standing]:

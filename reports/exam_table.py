@@ -19,6 +19,7 @@ from reports.exam_figures import (
     in_order,
     lines_of,
     milliseconds,
+    naming_in_words,
     percent,
     relative,
     subjects_in_words,
@@ -47,6 +48,8 @@ def render(exam: Exam, width: int = 100, *, colour: bool = False) -> str:
     )
     page.blank()
     _rules(page, exam)
+    if exam.faults:
+        page.wrapped(naming_in_words(exam))
     _listed_missed(page, exam)
     rejected = [one for one in in_order(exam, exam.variants) if one.caught_by(OURS)]
     _listed(

@@ -33,7 +33,8 @@ class Cases:
 class Effort:
     """How many cases a kernel is judged on, by kind of stage and lane, and how many random combinations of legal choices.
 
-    A faulty kernel is judged on more than its least number until our rule has found it, which the other rules see as well. Where
+    A faulty kernel is judged on more than its least number until our rule has found and named it, which the other rules see as
+    well. Where
     ``measures`` is set, a faulty torch kernel is judged until it has had as many cases as its power so far asks for
     (``trials_for``): the one whose power is poor is measured longest.
     The catalogue has a fault or a variant in every stage to which it means something; a ``sample`` has it once among the single

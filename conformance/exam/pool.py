@@ -234,6 +234,7 @@ def _join(whole: Standing, part: Standing) -> None:
         whole.first = whole.trials + part.first
     whole.trials += part.trials
     whole.in_outputs += part.in_outputs
+    whole.unnamed += part.unnamed
     for name, count in part.rejected.items():
         whole.rejected[name] = whole.rejected.get(name, 0) + count
     for name, counts in part.regimes.items():

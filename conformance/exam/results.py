@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Standing:
     kind: str | None
     summary: str
     hidden: str = ""
+    #: The detectors that name the fault: one of them says what is wrong. None of a legal kernel.
+    naming: list[str] = dataclasses.field(default_factory=list)
     trials: int = 0
     #: By rule, how many trials it rejected. A capability that does not hold counts as one trial of ours.
     rejected: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -52,6 +54,8 @@ class Standing:
     in_outputs: int = 0
     #: The detectors of ours that fired.
     detectors: list[str] = dataclasses.field(default_factory=list)
+    #: Trials that our rule rejected, by none of the detectors that name the fault.
+    unnamed: int = 0
     #: The first trial that our rule rejected, counted from 1; 0 if none was.
     first: int = 0
     #: The largest share of the allowance that a run which passed used.
@@ -66,7 +70,7 @@ class Standing:
     def of(cls, subject: KnownKernel, error: str = "") -> Standing:
         """That of a subject before its first trial."""
         about = subject.id, subject.stage, subject.name, subject.lane, subject.kind, subject.summary, subject.hidden
-        return cls(*about, error=error)
+        return cls(*about, naming=list(subject.detectors), error=error)
 
     @property
     def legal(self) -> bool:
@@ -85,6 +89,10 @@ class Standing:
         Interpreted kernels are run once a case and have fewer cases: they say nothing of the number of examples.
         """
         return self.lane == "eager" and self.kind != "nondeterminism"
+
+    def names(self, fired: Iterable[str]) -> bool:
+        """Whether one of the detectors that fired names the fault; any does if none is declared."""
+        return not self.naming or not set(self.naming).isdisjoint(fired)
 
     def caught_by(self, rule: str) -> bool:
         """Whether the rule rejected any trial."""
@@ -143,6 +151,10 @@ class Exam:
         """Faults that no trial showed to a rule."""
         return [one for one in self.faults if not one.caught_by(rule)]
 
+    def unnamed(self) -> list[Standing]:
+        """Faults that our rule caught, in no trial by a detector that names them."""
+        return [one for one in self.faults if one.caught_by(OURS) and not one.names(one.detectors)]
+
     def score(self, rule: str) -> Score:
         """Of one rule: faults and legal runs together."""
         faults, variants = self.faults, self.variants
@@ -170,11 +182,16 @@ class Exam:
 
     @property
     def failed(self) -> bool:
-        """Whether a legal kernel was rejected, a fault of a single stage missed or hardly shown, or too many of layers missed."""
+        """Whether the rule is not as good as it has to be.
+
+        A legal kernel was rejected, a fault of a single stage missed or hardly shown, too many of layers missed, or a fault never
+        named.
+        """
         missed = self.missed()
         of_layers = sum(one.composite for one in missed)
         too_many = len(missed) > of_layers or of_layers > (1 - COMPOSITE_TARGET) * self.layer_faults
-        return too_many or bool(self.too_few_examples()) or any(one.caught_by(OURS) for one in self.variants)
+        rejects = any(one.caught_by(OURS) for one in self.variants)
+        return too_many or rejects or bool(self.too_few_examples()) or bool(self.unnamed())
 
     @property
     def passed(self) -> bool:

@@ -125,7 +125,7 @@ def judge_known_kernel(
     first: int = 0,
     measures: bool = False,
 ) -> Standing:
-    """Judge one subject on ``least`` trials, and on more until it is found, or its power measured, if it is faulty.
+    """Judge one subject on ``least`` trials, and on more until it is found and named, or its power measured, if it is faulty.
 
     ``first`` is the number of the first trial, by which its row checks are chosen. Whatever goes wrong is this subject's error.
     """
@@ -159,7 +159,7 @@ def _judge_trials(
         for trial in trials:
             if standing.trials >= least:
                 settled = _is_settled(standing, measures) if standing.first else _show_together(standing, judged)
-                if subject.legal or settled:
+                if subject.legal or (settled and standing.names(standing.detectors)):
                     break
             if kernel.refusal(trial.case.dims) is not None:
                 continue
@@ -185,6 +185,7 @@ def _judge_trials(
                 standing.first = standing.trials
                 standing.rejected[OURS] = 1
                 standing.detectors = ["capability"]
+                standing.unnamed = not standing.names(standing.detectors)
                 standing.rejections = [refuted[0].message]
 
 
@@ -199,6 +200,7 @@ def _show_together(standing: Standing, judged: Sequence[Judged]) -> bool:
             standing.rejected[OURS] = 1
             standing.in_outputs = 1  # whoever compares outputs had all of these to go by
             standing.detectors = [finding.detector]
+            standing.unnamed = not standing.names(standing.detectors)
             standing.rejections = [f"{one.case} ({one.check}): {finding.detector}: {finding.message}"]
     return standing.first > 0
 
@@ -221,6 +223,7 @@ def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[Ju
         standing.in_outputs += any(run.check == "example" and finding.detector not in BEYOND_OUTPUTS for run, finding in findings)
         fired = dict.fromkeys(finding.detector for _, finding in findings)
         standing.detectors += [name for name in fired if name not in standing.detectors]
+        standing.unnamed += not standing.names(fired)
         if standing.legal and len(standing.rejections) < MOST_REJECTIONS:
             run, finding = findings[0]
             standing.rejections.append(f"{run.case} ({run.check}): {finding.detector}: {finding.message}")

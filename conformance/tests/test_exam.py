@@ -39,7 +39,7 @@ from conformance.exam.rules import RULES
 from conformance.exam.trials import Trial
 from conformance.lanes.base import Outcome
 from kernels.qwen3.exam.torch.kernels import torch_kernel
-from reports import exam_page, exam_table
+from reports import exam_figures, exam_page, exam_table
 
 #: A few cases of each kind.
 SHORT = Effort(
@@ -109,8 +109,8 @@ def test_a_fault_that_is_never_named_fails_the_exam(monkeypatch: pytest.MonkeyPa
     assert standing.unnamed == standing.rejected[OURS]
     assert not found.missed()
     assert not found.passed
-    assert "1 fault caught and never named" in exam_report.verdict(found)[1]
-    words = " ".join(exam_report.table(found).split())
+    assert "1 fault caught and never named" in exam_figures.verdict(found)[1]
+    words = " ".join(exam_table.render(found).split())
     assert f"{standing.unnamed} did so by no detector that names it; never named: rms_norm/misnamed." in words
 
 

@@ -14,7 +14,6 @@ from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey
 from conformance.numerics.arithmetic import CONTRACT, EXACT, SINGLE, RoundingSites
 from conformance.numerics.ulp import distance
-from kernels.qwen3.exam.torch.layers import LAYER_WEIGHTS
 
 Tensor = torch.Tensor
 
