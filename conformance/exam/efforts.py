@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 
 from conformance.contract.loading import load_module
-from conformance.contract.registry import models, stage_named
+from conformance.contract.registry import model_named, models, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 from conformance.exam.known_kernels import KnownKernel
@@ -102,7 +102,7 @@ def catalogue() -> list[KnownKernel]:
 
 def random_variants(stage: str) -> Callable[[str, int, int], KnownKernel] | None:
     """What makes the random legal kernels of a stage, if its model has some (``Model.random_variants``)."""
-    (name,) = (model.random_variants for model in models() if stage in {one.name for one in model.stages})
+    name = model_named(stage_named(stage).model).random_variants
     return pkgutil.resolve_name(name) if name else None
 
 
