@@ -21,7 +21,7 @@ def scale_missing(fragments: Any) -> None:
     fragments.attend_block = block_step(fragments, scale=lambda dims: 1.0)
 
 
-@faulty.edits("attention", "paged_attention")
+@faulty.edits("attention", "paged_attention", detectors=("not_finite", "element"))
 def no_maximum(fragments: Any) -> None:
     """The exponentials are taken of the scores as they are, without their maximum: those over 88 are infinite."""
     fragments.attend_block = block_step(fragments, of_largest=lambda largest: fragments.pypto.mul(largest, 0.0))
@@ -87,7 +87,7 @@ def _attends(fragments: Any, length_of: Any = None, values: str = "v_cache") -> 
     fragments.attend_sequence = attend_sequence
 
 
-@faulty.edits("attention", "decode_layer", "paged_attention")
+@faulty.edits("attention", "decode_layer", "paged_attention", detectors=("element", "raised"))
 def one_row_too_many(fragments: Any) -> None:
     """Attention reads one row past the sequence's end."""
     _attends(fragments, lambda length, rows, dims: (length + 1).min(dims.S))
@@ -158,7 +158,7 @@ def _reads_page(fragments: Any, page_of: Any) -> None:
     fragments.attend_pages = attend_pages
 
 
-@faulty.edits("paged_attention", "paged_decode_layer")
+@faulty.edits("paged_attention", "paged_decode_layer", detectors=("not_finite", "element"))
 def identity_block_table(fragments: Any) -> None:
     """The block table is ignored: a sequence's pages are taken to follow one another."""
     _reads_page(fragments, lambda cache, dims, sequence, page: (sequence * dims.MB + page) % (dims.NB - 1))
@@ -184,7 +184,7 @@ def page_of_the_next_sequence(fragments: Any) -> None:
     _reads_page(fragments, page_of)
 
 
-@faulty.edits("paged_attention")
+@faulty.edits("paged_attention", detectors=("raised",))
 def transposed_block_table(fragments: Any) -> None:
     """The block table is read as ``[MB, B]``."""
     _reads_page(fragments, lambda cache, dims, sequence, page: cache.block_table[page * cache.seq_lens.shape[0] + sequence])
@@ -201,7 +201,7 @@ def stale_page(fragments: Any) -> None:
     _reads_page(fragments, page_of)
 
 
-@faulty.edits("paged_attention")
+@faulty.edits("paged_attention", detectors=("raised",))
 def minus_one_dereferenced(fragments: Any) -> None:
     """One page more than there are is read: its entry of the table is -1."""
     _attends(fragments, lambda length, rows, dims: (length + rows - 1) // rows * rows + rows)

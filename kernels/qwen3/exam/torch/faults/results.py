@@ -45,7 +45,7 @@ def gain(value: Tensor) -> Tensor:
     return value * 1.005
 
 
-@fault("result", "precision", "qkv_proj", "o_proj", "lm_head", *TO_LOGITS)
+@fault("result", "precision", "qkv_proj", "o_proj", "lm_head", *TO_LOGITS, detectors=("element", *SIGNATURES))
 def bf16_result(value: Tensor) -> Tensor:
     """An fp32 result is rounded to bf16."""
     return rounded(value, BF16)
