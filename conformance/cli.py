@@ -163,6 +163,7 @@ def _judge(
     options: dict[str, Any],
 ) -> int:
     """Judge the cases as they are recorded, print the report, and return the exit code."""
+    from conformance.contract.registry import short_name
     from conformance.running.check import Report, capability_runs, case_runs, worker_runner
     from conformance.running.session import relative_source
     from reports import check_report
@@ -181,7 +182,7 @@ def _judge(
                 sum(one.check == "example" for one in runs),
                 number(sum(len(one.verdict.findings) for one in runs), "finding"),
             )
-    report = Report(subject.kernel.stage_name, subject.kernel.name, subject.lane, tuple(runs), planned=len(keys))
+    report = Report(short_name(subject.kernel.stage), subject.name, subject.lane, tuple(runs), planned=len(keys))
     click.echo(str(report))
     again = check_report.replay_line(report, relative_source(subject.kernel), options)
     if again:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 
 from conformance.contract.loading import load_module
-from conformance.contract.registry import model_named, models, stage_named
+from conformance.contract.registry import model_named, models, short_name, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 from conformance.exam.known_kernels import KnownKernel
@@ -34,8 +34,7 @@ class Effort:
     """How many cases a kernel is judged on, by kind of stage and lane, and how many random combinations of legal choices.
 
     A faulty kernel is judged on more than its least number until our rule has found and named it, which the other rules see as
-    well. Where
-    ``measures`` is set, a faulty torch kernel is judged until it has had as many cases as its power so far asks for
+    well. Where ``measures`` is set, a faulty torch kernel is judged until it has had as many cases as its power so far asks for
     (``trials_for``): the one whose power is poor is measured longest.
     The catalogue has a fault or a variant in every stage to which it means something; a ``sample`` has it once among the single
     stages and once among the composite ones, and one in ``INTERPRETED_SAMPLE`` of the others, faulty and legal ones of each lane.
@@ -96,8 +95,13 @@ EFFORTS: dict[str, Effort] = {
 
 
 def catalogue() -> list[KnownKernel]:
-    """Every kernel of the exam, as the models bring them."""
-    return [one for model in models() for name in model.exam_modules for one in load_module(name).KNOWN_KERNELS]
+    """Every kernel of the exam, as the models bring them; its stage by ``model/name`` where several models have the name."""
+    found = []
+    for model in models():
+        called = {stage.name: short_name(stage) for stage in model.stages}
+        for name in model.exam_modules:
+            found += [dataclasses.replace(one, stage=called[one.stage]) for one in load_module(name).KNOWN_KERNELS]
+    return found
 
 
 def random_variants(stage: str) -> Callable[[str, int, int], KnownKernel] | None:
@@ -111,7 +115,7 @@ def random_variant(stage: str, index: int, seed: int) -> KnownKernel:
     make = random_variants(stage)
     if make is None:
         raise UsageError(f"the model of stage {stage} has no random legal kernels (Model.random_variants)")
-    return make(stage, index, seed)
+    return dataclasses.replace(make(stage_named(stage).name, index, seed), stage=stage)
 
 
 def chosen_subjects(effort: Effort, stage: str | None = None, lane: str | None = None) -> list[KnownKernel]:
@@ -119,9 +123,8 @@ def chosen_subjects(effort: Effort, stage: str | None = None, lane: str | None =
 
     Where a fault is sampled, its stage follows from its name, so that all stages come up.
     """
-    if stage is not None:
-        stage_named(stage)
-    found = [one for one in catalogue() if stage in (None, one.stage) and lane in (None, one.lane)]
+    wanted = None if stage is None else short_name(stage_named(stage))
+    found = [one for one in catalogue() if wanted in (None, one.stage) and lane in (None, one.lane)]
     if not found:
         raise UsageError(f"the exam has no kernel of stage {stage or 'any'} in lane {lane or 'any'}")
     if not effort.sample or stage is not None:

@@ -200,7 +200,7 @@ def _in_turn(shelf: Sequence[Trial], subject: KnownKernel, least: int, seed: int
     """
     stage = stage_named(subject.stage)
     first, others, more = shelf[:1], shelf[1 : len(stage.regimes)], shelf[len(stage.regimes) :]
-    place = list(stages()).index(stage.name) if stage.composite else number_of(subject.id)
+    place = list(stages()).index(subject.stage) if stage.composite else number_of(subject.id)
     start = (place * (least - 1) + seed) % max(1, len(others))
     return [*first, *others[start:], *others[:start], *more]
 

@@ -50,7 +50,7 @@ def prove(kernel: Kernel, space: Space, run: Runner) -> Iterator[Judged]:
         if impossible:
             for name in impossible:
                 reason = (
-                    f"{kernel.stage_name} has no arguments that {name} ({capability.meanings[name]}) concerns: declare it no more"
+                    f"{kernel.stage.name} has no arguments that {name} ({capability.meanings[name]}) concerns: declare it no more"
                 )
                 yield not_held(CHECK_PREFIX + name, space.largest, reason)
             continue

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conformance.contract.kernel import Kernel
-from conformance.contract.registry import capability_meanings, model_named, stages
+from conformance.contract.registry import capability_meanings, model_named, short_name, stages
 from conformance.errors import UsageError
 from conformance.running.capabilities import proven
 from conformance.running.check import Report
@@ -67,7 +67,7 @@ def of_report(kernel: Kernel, report: Report) -> Standing:
     shares = [run.verdict.share for run in cases if run.verdict.share is not None]
     return Standing(
         kernel.name,
-        kernel.stage_name,
+        short_name(kernel.stage),
         kernel.capabilities,
         frozenset(shown - refuted.keys()),
         refuted,

@@ -13,6 +13,7 @@ from conformance.cases.key import CaseKey
 from conformance.cases.profiles import SuiteProfile
 from conformance.cases.space import Space, stratified_keys
 from conformance.cases.strategies import keys
+from conformance.contract.registry import short_name
 from conformance.errors import UsageError
 from conformance.judge.judgement import judge_without_outputs
 from conformance.lanes.base import Outcome
@@ -154,7 +155,7 @@ class SubjectJudging:
         kernel = self.subject.kernel
         if sum(map(is_lost, self.runs)) >= MOST_LOST:
             self.log.skipped(self.subject, f"the remaining cases were not tried after {MOST_LOST} runs that crashed or timed out")
-        report = Report(kernel.stage_name, kernel.name, self.subject.lane, tuple(self.runs))
+        report = Report(short_name(kernel.stage), self.subject.name, self.subject.lane, tuple(self.runs))
         if self.expected_reason is not None:
             self.log.expected(self.subject, self.expected_reason, fixed=report.ok)
             if not report.ok:

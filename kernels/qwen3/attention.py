@@ -9,7 +9,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("attention", name="attention", toolchain="pypto", profile="probabilities")
+@kernel("qwen3/attention", name="attention", toolchain="pypto", profile="probabilities")
 def attention(dims: Dims) -> Any:
     """Softmax attention of one new token a sequence over its first ``seq_lens[b]`` cache rows, by blocks.
 

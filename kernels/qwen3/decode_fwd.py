@@ -9,7 +9,9 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("decode_fwd", name="decode_fwd", toolchain="pypto", capabilities=("stacked_weights", "fused_layers", "fused_lm_head"))
+@kernel(
+    "qwen3/decode_fwd", name="decode_fwd", toolchain="pypto", capabilities=("stacked_weights", "fused_layers", "fused_lm_head")
+)
 def decode_fwd(dims: Dims) -> Any:
     """L decoder layers, the final norm and the vocabulary projection: one dispatch from hidden states to logits.
 

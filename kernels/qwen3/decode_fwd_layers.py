@@ -10,7 +10,7 @@ from conformance.contract.kernel import kernel
 
 
 @kernel(
-    "decode_fwd_layers",
+    "qwen3/decode_fwd_layers",
     name="decode_fwd_layers",
     toolchain="pypto",
     capabilities=("stacked_weights", "fused_layers", "chunked_layers"),

@@ -9,7 +9,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("decode_layer", name="decode_layer", toolchain="pypto", capabilities=("host_loop",))
+@kernel("qwen3/decode_layer", name="decode_layer", toolchain="pypto", capabilities=("host_loop",))
 def decode_layer(dims: Dims) -> Any:
     """One decoder layer for one new token a sequence, from bf16 hidden states to bf16 hidden states.
 

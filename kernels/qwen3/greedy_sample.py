@@ -9,7 +9,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("greedy_sample", name="greedy_sample", toolchain="pypto", capabilities=("variable_batch",))
+@kernel("qwen3/greedy_sample", name="greedy_sample", toolchain="pypto", capabilities=("variable_batch",))
 def greedy_sample(dims: Dims) -> Any:
     """The index of every row's largest logit, the lowest one on a tie, chosen on the device.
 

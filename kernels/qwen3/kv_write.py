@@ -9,7 +9,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("kv_write", name="kv_write", toolchain="pypto", capabilities=("paged_kv",))
+@kernel("qwen3/kv_write", name="kv_write", toolchain="pypto", capabilities=("paged_kv",))
 def kv_write(dims: Dims) -> Any:
     """Put each sequence's new key and value into its slot, for every KV head; the values are cast to bf16 once.
 

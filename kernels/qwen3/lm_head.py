@@ -9,7 +9,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("lm_head", name="lm_head", toolchain="pypto", capabilities=("variable_batch",), profile="contract")
+@kernel("qwen3/lm_head", name="lm_head", toolchain="pypto", capabilities=("variable_batch",), profile="contract")
 def lm_head(dims: Dims) -> Any:
     """``bf16(rn(hidden, final_norm_weight)) @ lm_head_weight.T``: logits of the whole vocabulary, in fp32.
 

@@ -9,7 +9,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("mlp", name="mlp", toolchain="pypto")
+@kernel("qwen3/mlp", name="mlp", toolchain="pypto")
 def mlp(dims: Dims) -> Any:
     """``bf16(silu(x @ w_gate) * (x @ w_up)) @ w_down``; gate and up stay fp32 until their product is cast.
 

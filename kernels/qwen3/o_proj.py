@@ -9,7 +9,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("o_proj", name="o_proj", toolchain="pypto")
+@kernel("qwen3/o_proj", name="o_proj", toolchain="pypto")
 def o_proj(dims: Dims) -> Any:
     """``attn @ wo + residual``: the product accumulates in fp32 and stays there for the sum.
 

@@ -10,7 +10,7 @@ from conformance.contract.kernel import kernel
 
 
 @kernel(
-    "paged_attention",
+    "qwen3/paged_attention",
     name="paged_attention",
     toolchain="pypto",
     capabilities=("paged_kv", "variable_batch"),

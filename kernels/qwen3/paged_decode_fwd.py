@@ -10,7 +10,7 @@ from conformance.contract.kernel import kernel
 
 
 @kernel(
-    "paged_decode_fwd",
+    "qwen3/paged_decode_fwd",
     name="paged_decode_fwd",
     toolchain="pypto",
     capabilities=("paged_kv", "variable_batch", "stacked_weights", "fused_layers", "fused_lm_head"),

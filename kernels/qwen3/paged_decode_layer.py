@@ -10,7 +10,7 @@ from conformance.contract.kernel import kernel
 
 
 @kernel(
-    "paged_decode_layer",
+    "qwen3/paged_decode_layer",
     name="paged_decode_layer",
     toolchain="pypto",
     capabilities=("paged_kv", "variable_batch", "host_loop"),

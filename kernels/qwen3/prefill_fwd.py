@@ -10,7 +10,7 @@ from conformance.contract.kernel import kernel
 
 
 @kernel(
-    "prefill_fwd",
+    "qwen3/prefill_fwd",
     name="prefill_fwd",
     toolchain="pypto",
     capabilities=("paged_kv", "variable_batch", "stacked_weights", "fused_layers", "fused_lm_head"),

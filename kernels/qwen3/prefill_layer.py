@@ -10,7 +10,7 @@ from conformance.contract.kernel import kernel
 
 
 @kernel(
-    "prefill_layer",
+    "qwen3/prefill_layer",
     name="prefill_layer",
     toolchain="pypto",
     capabilities=("paged_kv", "variable_batch", "host_loop"),

@@ -9,7 +9,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("qk_norm", name="qk_norm", toolchain="pypto")
+@kernel("qwen3/qk_norm", name="qk_norm", toolchain="pypto")
 def qk_norm(dims: Dims) -> Any:
     """RMSNorm of every query head and every key head by itself, in fp32 throughout.
 

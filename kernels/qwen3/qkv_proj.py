@@ -9,7 +9,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("qkv_proj", name="qkv_proj", toolchain="pypto")
+@kernel("qwen3/qkv_proj", name="qkv_proj", toolchain="pypto")
 def qkv_proj(dims: Dims) -> Any:
     """Three products of the same B rows; bf16 operands, fp32 accumulation, no rounding of the results.
 

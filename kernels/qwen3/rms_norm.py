@@ -9,7 +9,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("rms_norm", name="rms_norm", toolchain="pypto")
+@kernel("qwen3/rms_norm", name="rms_norm", toolchain="pypto")
 def rms_norm(dims: Dims) -> Any:
     """RMSNorm of B rows of H bf16 values; everything is fp32 until one cast at the end.
 

@@ -9,7 +9,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("rope", name="rope", toolchain="pypto")
+@kernel("qwen3/rope", name="rope", toolchain="pypto")
 def rope(dims: Dims) -> Any:
     """Rotate-half of every head at its sequence's current position, in fp32, then one cast to bf16.
 

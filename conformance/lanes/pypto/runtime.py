@@ -193,7 +193,7 @@ def require_agreement(jit: Any, kernel: Kernel, dims: Dims, pypto: Any) -> None:
     required = [name for name in others if name not in jit._cached_non_tensor_defaults]
     if found != expected or required:
         raise UsageError(
-            f"kernel {kernel.name}: expected the parameters of {kernel.stage_name}, ({', '.join(expected)}), each annotated "
+            f"kernel {kernel.name}: expected the parameters of {kernel.stage.name}, ({', '.join(expected)}), each annotated "
             f"with pypto.Tensor(shape, dtype); found ({', '.join([*found, *required])})"
         )
     for argument, tensor in zip(kernel.stage.arguments, tensors, strict=True):

@@ -158,7 +158,7 @@ class TokenVerifier:
             return noise
         prefill = _TeacherForcedPrefill.of(self._model, requests, counts)
         most = [torch.zeros(())] * len(requests)
-        for profile in stage_named("prefill_fwd").profiles:
+        for profile in stage_named("qwen3/prefill_fwd").profiles:
             hidden = error_model.prefill_fwd(prefill.inputs, prefill.dims, profile)["out"]
             for index, rows in enumerate(prefill.predecessors):
                 last = bounds.rounding(hidden[rows], profile)

@@ -53,7 +53,7 @@ class ReferenceExecutor:
 
     def run(self, stage: str, dims: Dims, inputs: Tensors) -> dict[str, Tensor]:
         """Every output; float64 if exact, of the contract's dtypes otherwise. Token ids are int32 either way."""
-        contract = stage_named(stage)
+        contract = stage_named(f"qwen3/{stage}")
         results = contract.reference(inputs, dims, EXACT if self.exact else CONTRACT)
         dtypes = {argument.name: argument.dtype for argument in contract.outputs}
         wide = {name for name, dtype in dtypes.items() if self.exact and dtype.is_floating_point}
@@ -155,7 +155,7 @@ def open_executor(name: str, locations: Sequence[str] = (), seconds: float = Lim
         npu = find_npu()
         if not npu.usable:
             raise UnavailableError(f"the device executor cannot run here: {npu.reason}")
-    bundled = {kernel.stage_name: kernel for kernel in bundled_kernels()}
+    bundled = {kernel.stage.name: kernel for kernel in bundled_kernels() if kernel.stage.model == "qwen3"}
     return KernelExecutor({**bundled, **own}, name, seconds=seconds)
 
 
@@ -172,8 +172,8 @@ def _kernels_of(locations: Iterable[str]) -> dict[str, Kernel]:
         if not kernels:
             raise UsageError(f"{file} defines no kernel: decorate one with @conformance.kernel(STAGE)")
         for kernel in kernels:
-            if kernel.stage_name in found:
-                names = f"{found[kernel.stage_name].name} and {kernel.name}"
-                raise UsageError(f"two kernels of stage {kernel.stage_name}, {names}: choose one with --kernels FILE.py:NAME")
-            found[kernel.stage_name] = kernel
+            if kernel.stage.name in found:
+                names = f"{found[kernel.stage.name].name} and {kernel.name}"
+                raise UsageError(f"two kernels of stage {kernel.stage.name}, {names}: choose one with --kernels FILE.py:NAME")
+            found[kernel.stage.name] = kernel
     return found

@@ -9,7 +9,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import kernel
 
 
-@kernel("rms_norm", toolchain="pypto")
+@kernel("qwen3/rms_norm", toolchain="pypto")
 def rms_norm(dims: Dims) -> Any:
     """RMSNorm by ``compute(x, weight, out, dims)``."""
     import pypto
@@ -29,7 +29,7 @@ def rms_norm(dims: Dims) -> Any:
     return rms_norm
 
 
-@kernel("qkv_proj", toolchain="pypto")
+@kernel("qwen3/qkv_proj", toolchain="pypto")
 def qkv_proj(dims: Dims) -> Any:
     """The projections by ``compute(x, wq, wk, wv, q, k, v, dims)``."""
     import pypto
@@ -53,7 +53,7 @@ def qkv_proj(dims: Dims) -> Any:
     return qkv_proj
 
 
-@kernel("kv_write", toolchain="pypto")
+@kernel("qwen3/kv_write", toolchain="pypto")
 def kv_write(dims: Dims) -> Any:
     """The write to the cache by ``compute(k, v, slot_mapping, k_cache, v_cache, dims)``."""
     import pypto
@@ -75,7 +75,7 @@ def kv_write(dims: Dims) -> Any:
     return kv_write
 
 
-@kernel("o_proj", toolchain="pypto")
+@kernel("qwen3/o_proj", toolchain="pypto")
 def o_proj(dims: Dims) -> Any:
     """The output projection by ``compute(attn, wo, residual, out, dims)``."""
     import pypto
@@ -96,7 +96,7 @@ def o_proj(dims: Dims) -> Any:
     return o_proj
 
 
-@kernel("mlp", toolchain="pypto")
+@kernel("qwen3/mlp", toolchain="pypto")
 def mlp(dims: Dims) -> Any:
     """The MLP by ``compute(x, w_gate, w_up, w_down, out, dims)``."""
     import pypto
@@ -118,7 +118,7 @@ def mlp(dims: Dims) -> Any:
     return mlp
 
 
-@kernel("paged_attention", toolchain="pypto")
+@kernel("qwen3/paged_attention", toolchain="pypto")
 def paged_attention(dims: Dims) -> Any:
     """Paged attention of any batch by ``compute(q, cache, out, dims)``."""
     import pypto
@@ -141,7 +141,7 @@ def paged_attention(dims: Dims) -> Any:
     return paged_attention
 
 
-@kernel("lm_head", toolchain="pypto")
+@kernel("qwen3/lm_head", toolchain="pypto")
 def lm_head(dims: Dims) -> Any:
     """The LM head of ``dims.B`` rows by ``compute(hidden, final_norm_weight, lm_head_weight, logits, dims)``."""
     import pypto

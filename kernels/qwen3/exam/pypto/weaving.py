@@ -145,8 +145,8 @@ class Collection:
         name = name or declared.__name__
         made = []
         for base in bases:
-            one = edited(base, f"{base.stage_name}[{name}]", edit, **{"capabilities": (), "profile": None, **changes})
-            setattr(sys.modules[declared.__module__], f"{base.stage_name}_{declared.__name__}", one)
+            one = edited(base, f"{base.stage.name}[{name}]", edit, **{"capabilities": (), "profile": None, **changes})
+            setattr(sys.modules[declared.__module__], f"{base.stage.name}_{declared.__name__}", one)
             made.append(one)
         self.add(*made, name=name, hook=hook, function=declared, kind=kind, detectors=detectors, dims=dims, lane=lane)
 
@@ -164,18 +164,18 @@ class Collection:
         """Kernels that are attributes of their module already: one fault, or one variant, in several stages."""
         fault = None
         if self._faults is not None:
-            stages = [kernel.stage_name for kernel in kernels]
+            stages = [kernel.stage.name for kernel in kernels]
             self._faults.declare(hook, kind, *stages, name=name, detectors=detectors)(function)
             fault = self._faults.by_stage[stages[0]][name]
         for kernel in kernels:
             known = KnownKernel(
-                kernel.stage_name,
+                kernel.stage.name,
                 name,
                 fault.kind if fault else None,
                 fault.summary if fault else as_clause(kernel.summary),
                 functools.partial(_same, kernel),
                 lane=lane,
-                dims=SMALL[kernel.stage_name] if dims is None else dims,
+                dims=SMALL[kernel.stage.name] if dims is None else dims,
                 detectors=fault.detectors if fault else (),
             )
             self.known.append(known)

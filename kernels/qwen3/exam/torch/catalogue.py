@@ -190,7 +190,7 @@ def variants_of(stage: str) -> dict[str, Variant]:
 def dims_of(stage: str, fault: str = "") -> dict[str, str | int]:
     """Dimensions at which a fault shows, small ones where there are layers; those of a legal kernel without a fault."""
     dims: dict[str, str | int] = {"preset": "tiny"}
-    contract = stage_named(stage)
+    contract = stage_named(f"qwen3/{stage}")
     if contract.composite:
         dims["S"] = 48
     if "L" in contract.drawn:
@@ -241,7 +241,7 @@ def random_variant(stage: str, index: int, seed: int = 0) -> KnownKernel:
     One time in eight round the stage's regimes it is made for ``awkward``, one in 32 for many heads (single stages: the
     rest of a layer does not depend on their number); both take several times as long.
     """
-    contract = stage_named(stage)
+    contract = stage_named(f"qwen3/{stage}")
     dims = dims_of(stage)
     turn = index // len(contract.regimes)
     if turn % 8 == 1:

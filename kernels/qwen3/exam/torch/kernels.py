@@ -157,7 +157,7 @@ def torch_kernel(stage: str, choices: Choices | None = None, fault: str = "") ->
         call = Call(declared.stage, tensors, dims, calls, kept, ops, functools.partial(_run, ops, declared.stage))
         return ops.at("call", Call.run)(call)
 
-    declared = kernel(stage, name=f"{stage}[{fault}]" if fault else stage)(run)
+    declared = kernel(f"qwen3/{stage}", name=f"{stage}[{fault}]" if fault else stage)(run)
     return declared
 
 

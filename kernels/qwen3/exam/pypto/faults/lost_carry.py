@@ -73,31 +73,31 @@ def _program(dims: Dims, fault: str) -> Any:
     return decode_fwd_layers
 
 
-@kernel("decode_fwd_layers", name="carry_rebound", toolchain="pypto", capabilities=CAPABILITIES)
+@kernel("qwen3/decode_fwd_layers", name="carry_rebound", toolchain="pypto", capabilities=CAPABILITIES)
 def carry_rebound(dims: Dims) -> Any:
     """``hidden = ...`` in the loop names another tensor: every layer reads the first input; the last one's result is out."""
     return _program(dims, "carry_rebound")
 
 
-@kernel("decode_fwd_layers", name="carry_reads_first_input", toolchain="pypto", capabilities=CAPABILITIES)
+@kernel("qwen3/decode_fwd_layers", name="carry_reads_first_input", toolchain="pypto", capabilities=CAPABILITIES)
 def carry_reads_first_input(dims: Dims) -> Any:
     """The carry is written but never read: every layer takes ``hidden_states``."""
     return _program(dims, "carry_reads_first_input")
 
 
-@kernel("decode_fwd_layers", name="carry_half_written", toolchain="pypto", capabilities=CAPABILITIES)
+@kernel("qwen3/decode_fwd_layers", name="carry_half_written", toolchain="pypto", capabilities=CAPABILITIES)
 def carry_half_written(dims: Dims) -> Any:
     """Only the first half of the columns is carried; the second half of ``hidden`` stays the first input."""
     return _program(dims, "carry_half_written")
 
 
-@kernel("decode_fwd_layers", name="carry_never_written", toolchain="pypto", capabilities=CAPABILITIES)
+@kernel("qwen3/decode_fwd_layers", name="carry_never_written", toolchain="pypto", capabilities=CAPABILITIES)
 def carry_never_written(dims: Dims) -> Any:
     """Nothing is written to the carry before the first layer reads it: PyPTO compiles it, its interpreter refuses."""
     return _program(dims, "carry_never_written")
 
 
-@kernel("decode_fwd_layers", name="last_layer_dropped", toolchain="pypto")
+@kernel("qwen3/decode_fwd_layers", name="last_layer_dropped", toolchain="pypto")
 def last_layer_dropped(dims: Dims) -> Any:
     """The loop ends one layer early."""
     return _program(dims, "last_layer_dropped")
