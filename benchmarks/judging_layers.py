@@ -4,6 +4,9 @@ For each stage of layers the first N stratified cases of ``tiny``. Each case is 
 comparing compiler passes, and its outputs are judged once, oracle included, in turn. Both sides are CPU seconds (user and system)
 of the process that does the work, so what else the machine does hardly matters. Compilation counts as interpreting: a check
 compiles for each batch size and number of layers too.
+
+Measured on two cores beside other work, five cases a stage: 0.7 (layers), 0.8 (chains), 1.9 (``prefill_layer``) and 2.2 times
+(``prefill_fwd``) what interpreting takes. The part aimed at is ``MOST``; the script exits with 1 where that is not reached.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ def measure(stage: str, cases: int) -> bool:
     interpreting, judging = [], []
     with KernelProcess(kernel, "interpret") as process:
         keys = list(itertools.islice(stratified_keys(Space.of(kernel.stage, "tiny"), 0), cases))
-        process.run(make_case(smallest(keys[0])), passes="none")  # starts the process, which is no case's part
+        # What is set up on first use, on both sides, is no case's part.
+        first = make_case(smallest(keys[0]))
+        judge(first, process.run(first, passes="none"))
         for key in keys:
             case = make_case(key)
             began = cpu_seconds_of_children()

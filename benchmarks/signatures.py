@@ -34,7 +34,7 @@ def main() -> None:
     ours = time.perf_counter() - began
     began = time.perf_counter()
     directions = unit_directions({name: one.value for name, one in bounds.items()}, case.dims.B)
-    covariance = sensitivity.effects(directions).covariances()
+    covariance = sensitivity.effects(directions).covariances
     size = covariance.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-150)
     correlation = covariance / size.unsqueeze(1) / size.unsqueeze(2) + RIDGE * torch.eye(size.shape[1], dtype=torch.float64)
     found = list(signatures(case, {name: one.rows for name, one in bounds.items()}))
