@@ -14,13 +14,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from conformance.errors import UnavailableError, UsageError
+from conformance.lanes import LANES, find_lane
 
 if TYPE_CHECKING:
     from conformance.cases.key import CaseKey
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
     from conformance.running.check import Judged, RunPlan
     from conformance.running.diff import Standing
     from conformance.running.session import RunLog, Subject
+
+
+def _any_of(names: Iterable[str]) -> str:
+    """``one, two or three``, for help texts."""
+    *before, last = names
+    return f"{', '.join(before)} or {last}"
+
 
 PASSED, FINDINGS, USAGE, COULD_NOT_RUN = 0, 1, 2, 3
 
@@ -78,7 +86,7 @@ def list_command(locations: tuple[str, ...]) -> None:
     """List stages with their arguments, and kernels with their lanes and capabilities."""
     from conformance.contract.loading import bundled_kernels, kernels_in, load_module
     from conformance.contract.registry import stages
-    from conformance.lanes.base import LANES_OF
+    from conformance.lanes import lanes_of
     from reports import inventory
 
     kernels = bundled_kernels()
@@ -87,7 +95,7 @@ def list_command(locations: tuple[str, ...]) -> None:
     for name, stage in stages().items():
         arguments = [argument.describe() for argument in stage.arguments]
         of_stage = {
-            kernel.name: (kernel.toolchain, LANES_OF[kernel.toolchain], kernel.capabilities)
+            kernel.name: (kernel.toolchain, tuple(lane.name for lane in lanes_of(kernel.toolchain)), kernel.capabilities)
             for kernel in kernels
             if kernel.stage.id == stage.id
         }
@@ -102,7 +110,7 @@ def list_command(locations: tuple[str, ...]) -> None:
 @click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
 @click.option("--case", "case_key", default=None, metavar="KEY", help="run this one case again")
 @click.option("--all-passes", is_flag=True, help="with --case: compare every compiler pass, not only the last")
-@click.option("--lane", default="auto", show_default=True, help="eager, compile_only, interpret or device")
+@click.option("--lane", default="auto", show_default=True, help=_any_of(lane.name for lane in LANES))
 @click.option("--timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run")
 @click.option("--out", type=click.Path(path_type=Path), default=None, metavar="DIR", help="keep records and reports here")
 @click.option("--expected-failures", type=click.Path(path_type=Path), metavar="FILE", help="lines KERNEL[@LANE] REASON")
@@ -252,7 +260,7 @@ def read_dims(text: str, example: str = "B=3,S=64") -> str | dict[str, Any]:
 @click.option("--dims", default="tiny", metavar="PRESET|B=3,S=64", help="a preset, or overrides of tiny (preset=NAME among them)")
 @click.option("--examples", default=12, show_default=True, help="how many cases for each kernel")
 @click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
-@click.option("--lane", default="auto", show_default=True, help="eager, interpret or device")
+@click.option("--lane", default="auto", show_default=True, help=_any_of(lane.name for lane in LANES if lane.executes))
 @click.option("--timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run")
 def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, timeout: float | None) -> None:
     """Compare two kernels, NEW in the place of OLD: what is served less, what changed.
@@ -264,8 +272,9 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
     from conformance.running.check import chosen_keys, resolve_lane
     from reports import diff_report
 
-    if lane == "compile_only":
-        raise UsageError("diff compares what kernels compute: compile_only executes nothing")
+    named = find_lane(lane)
+    if named is not None and not named.executes:
+        raise UsageError(f"diff compares what kernels compute: {lane} executes nothing")
     # Both are looked up, and asked whether they take what is asked, before either is judged, which takes its time.
     before, after = _subject_of_diff(old), _subject_of_diff(new)
     for subject in (before, after):
@@ -347,7 +356,7 @@ def _interrupted_once() -> Iterator[Callable[[], None]]:
     "--full", is_flag=True, help="many examples, 10,000 random legal runs of each single stage: hours; writes JSON and a page"
 )
 @click.option("--stage", default=None, help="only the kernels of this stage")
-@click.option("--lane", default=None, metavar="LANE", help="only eager (torch), or interpret or compile_only (PyPTO) kernels")
+@click.option("--lane", default=None, metavar="LANE", help="only kernels that this lane shows")
 @click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
 @click.option("--processes", type=int, default=None, metavar="N", help="as many as there are cores by default")
 @click.option("--out", type=click.Path(path_type=Path), default=None, metavar="DIR", help="write exam.json and exam.html here")

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from conformance.lanes import LANES, default_lane, lane_named, lanes_of
+from conformance.lanes.device import DEVICE, DEVICE_EXECUTORS, NPU
+
 if TYPE_CHECKING:
     from conformance.cases.profiles import SuiteProfile
     from conformance.contract.kernel import Kernel
@@ -21,10 +24,9 @@ if TYPE_CHECKING:
     from conformance.suites.live import SuiteProgress
 
 MARKERS = {
-    "compile_only": "compiles kernels with PyPTO's own compiler; nothing is executed, no NPU needed",
-    "interpret": "runs kernels through PyPTO's CPU interpreter and judges the results; no NPU needed",
-    "device": "runs kernels on an NPU; skipped where none is usable, unless --conformance-require-device",
+    **{lane.name: lane.summary for lane in LANES if lane.marker == lane.name},
     "full_size": "runs at a model's real size and needs the memory that the model says; skipped with less",
+    "conformance(shows)": "a test of the suites, which shows compiles, values or capabilities of every kernel",
 }
 
 #: Options that had no prefix once. The old spelling still works, where no other plugin has an option of that name.
@@ -91,8 +93,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--conformance-device-executor",
-        choices=("npu", "interpret"),
-        default="npu",
+        choices=DEVICE_EXECUTORS,
+        default=NPU,
         help="interpret: exercise the device lane with the interpreter standing in for the card",
     )
     group.addoption(
@@ -167,26 +169,33 @@ def pytest_collection(session: pytest.Session) -> None:
     )
     if any(given):
         state = session.config.stash[_STATE]
-        if options.conformance_require_device and not any(kernel.toolchain == "pypto" for kernel in state.kernels()):
+        if options.conformance_require_device and not any(kernel.toolchain in DEVICE.toolchains for kernel in state.kernels()):
             raise pytest.UsageError("--conformance-require-device: no PyPTO kernel is judged, nothing could run on a device")
         state.presets()
         assert state.expected is not None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test per kernel and preset of the lane that a suite's test is marked with."""
+    """One test per kernel, preset and lane that can show what a suite's test is marked with."""
     if not {"subject", "judging"} <= set(metafunc.fixturenames):
         return
     state = metafunc.config.stash[_STATE]
     marks = {marker.name: marker for marker in metafunc.definition.iter_markers()}
-    full_size = marks.get("full_size")
-    if full_size is not None:
-        subjects = state.full_size_subjects(full_size.kwargs.get("lane", "interpret"))
-    elif "interpret" in marks and "declares" in marks["interpret"].kwargs:
+    if "conformance" not in marks:
+        return
+    shows, full_size = marks["conformance"].args[0], "full_size" in marks
+    executes = shows != "compiles"
+    if shows == "capabilities":
         subjects = state.declaring_subjects()
     else:
-        subjects = state.subjects(next((name for name in ("compile_only", "device") if name in marks), "interpret"))
-    metafunc.parametrize("subject", subjects, ids=[subject.id for subject in subjects])
+        subjects = state.full_size_subjects(executes) if full_size else state.subjects(executes)
+    parameters = []
+    for subject in subjects:
+        lane = lane_named(subject.lane)
+        # A test's name says the lane where others run the same test.
+        identity = subject.id if lane.default or not executes else f"{subject.id}-{lane.name}"
+        parameters.append(pytest.param(subject, id=identity, marks=() if full_size else getattr(pytest.mark, lane.marker)))
+    metafunc.parametrize("subject", parameters)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -366,44 +375,51 @@ class PluginState:
             raise pytest.UsageError(str(UsageError(f"unknown preset {unknown[0]!r}; known are {', '.join(presets())}")))
         return found
 
-    def subjects(self, lane: str) -> list[Subject]:
-        """Every kernel that the lane takes, at every preset of the lane."""
+    def subjects(self, executes: bool) -> list[Subject]:
+        """Every kernel in every lane that takes it and executes, or that only compiles, at every preset of the lane."""
         from conformance.contract.registry import names_in_short
         from conformance.running.session import Subject
 
-        # Compiling is about the text more than the sizes: one preset keeps the lane that every commit runs under a minute.
-        most = 1 if lane == "compile_only" and not self.config.option.conformance_presets else None
-        presets = {model: chosen[:most] for model, chosen in self.presets().items()}
+        chosen, presets = bool(self.config.option.conformance_presets), self.presets()
         names = names_in_short(kernel.id for kernel in self.kernels())
-        # A torch callable has one lane, where it is: it runs with those that are interpreted.
-        takes = {"compile_only": ("pypto",), "interpret": ("pypto", "torch"), "device": ("pypto",)}[lane]
+        lanes = [lane for lane in LANES if lane.executes == executes]
         return [
-            Subject(kernel, preset, "eager" if kernel.toolchain == "torch" else lane, called=names[kernel.id])
+            Subject(kernel, preset, lane.name, called=names[kernel.id])
+            for marker in sorted({lane.marker for lane in lanes}, key=[lane.name for lane in LANES].index)
             for kernel in self.kernels()
-            if kernel.toolchain in takes
-            for preset in presets[kernel.stage.model]
+            for lane in lanes
+            if lane.marker == marker and kernel.toolchain in lane.toolchains
+            for preset in presets[kernel.stage.model][: None if chosen else lane.presets]
         ]
 
     def declaring_subjects(self) -> list[Subject]:
         """Every kernel that declares a capability, at the first preset: what a kernel serves does not depend on its sizes."""
-        subjects = [subject for subject in self.subjects("interpret") if subject.kernel.capabilities]
+        subjects = [
+            subject
+            for subject in self.subjects(executes=True)
+            if subject.kernel.capabilities and lane_named(subject.lane).default
+        ]
         first = {subject.name: subject for subject in reversed(subjects)}
         return [subject for subject in subjects if first[subject.name] is subject]
 
-    def full_size_subjects(self, lane: str) -> list[Subject]:
-        """Every PyPTO kernel at the model's real size: the fused loops only compile there, all others execute."""
+    def full_size_subjects(self, executes: bool) -> list[Subject]:
+        """Every kernel of a compiler at the model's real size: the fused loops only compile there, all others execute."""
         from conformance.contract.registry import model_named
         from conformance.running.session import Subject
 
         subjects = []
         for kernel in self.kernels():
             full_size = model_named(kernel.stage.model).full_size
-            if kernel.toolchain == "pypto" and full_size is not None:
-                sizes = full_size.compiled if lane == "compile_only" else full_size.executed
-                subjects += [
-                    Subject(kernel, full_size.preset, lane, tuple(overrides.items()), full_size.memory)
-                    for overrides in sizes(kernel.stage)
-                ]
+            usual = default_lane(kernel.toolchain)
+            if full_size is None or usual.in_process:
+                continue
+            lanes = [usual] if executes else [lane for lane in lanes_of(kernel.toolchain) if not lane.executes]
+            sizes = full_size.executed if executes else full_size.compiled
+            subjects += [
+                Subject(kernel, full_size.preset, lane.name, tuple(overrides.items()), full_size.memory)
+                for lane in lanes
+                for overrides in sizes(kernel.stage)
+            ]
         return subjects
 
     def show_progress(self, planned: int) -> None:

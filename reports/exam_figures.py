@@ -262,7 +262,7 @@ def _stage_order(exam: Exam) -> Callable[[Standing], tuple[object, ...]]:
 
     def order(one: Standing) -> tuple[object, ...]:
         place = order_of_stages.get(one.stage, len(order_of_stages))
-        return one.lane != "eager", one.lane, place, one.stage, kinds.get(one.kind or "", len(kinds)), one.name
+        return text.worth_naming(one.lane), one.lane, place, one.stage, kinds.get(one.kind or "", len(kinds)), one.name
 
     return order
 
@@ -276,7 +276,7 @@ def by_stage(ordered: Iterable[Standing]) -> list[StandingGroup]:
     for one in ordered:
         found.setdefault((one.lane, one.stage), []).append(one)
     return [
-        StandingGroup(stage, "" if lane == "eager" else f"lane {text.one_line(lane, 40)}", tuple(members))
+        StandingGroup(stage, f"lane {text.one_line(lane, 40)}" if text.worth_naming(lane) else "", tuple(members))
         for (lane, stage), members in found.items()
     ]
 

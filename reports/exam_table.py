@@ -124,7 +124,7 @@ def _listed(page: TextPage, title: str, standings: Sequence[Standing], told: Cal
         return
     page.section(f"{title}: {len(standings):,}")
     for one in standings[:MOST_LISTED]:
-        lane = "" if one.lane == "eager" else f" ({text.one_line(one.lane, 40)})"
+        lane = f" ({text.one_line(one.lane, 40)})" if text.worth_naming(one.lane) else ""
         first, *more = told(one)
         page.wrapped(
             f"{text.one_line(one.stage, 60)} {text.one_line(one.name, 120)}{lane}: {text.one_line(first, 600)}", indent=2

@@ -98,6 +98,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         finalize=_finalise,
     )
+    made.tests["worth_naming"] = text.worth_naming
     made.filters.update(
         line=text.one_line,
         breakable=_breakable,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from conformance.judge.verdict import DETECTORS, Finding
+from conformance.lanes import LANES
 from conformance.running.records import Record
 from reports import text
 
@@ -259,7 +260,7 @@ class RunSummary:
 
     @property
     def lanes(self) -> tuple[str, ...]:
-        """The lanes that were planned or ran, in the order of ``LANE_ORDER``."""
+        """The lanes that were planned or ran, in the order of ``lane_order``."""
         return tuple(sorted(dict.fromkeys(row.lane for row in self.rows), key=lane_order))
 
     @property
@@ -291,12 +292,11 @@ class RunSummary:
 _INCOMPLETE: tuple[CellStatus, ...] = ("could not run", "cut short", "nothing ran")
 _WORTH_SAYING: tuple[CellStatus, ...] = (*_INCOMPLETE, "failed as expected", "skipped")
 
-#: Lanes from the cheapest to the dearest; unknown ones come after, by name.
-LANE_ORDER = ("eager", "compile_only", "interpret", "simulate", "device")
-
 
 def lane_order(lane: str) -> tuple[int, str]:
-    return (LANE_ORDER.index(lane) if lane in LANE_ORDER else len(LANE_ORDER), lane)
+    """Lanes from the cheapest to the dearest; those that only another version has come after, by name."""
+    known = [one.name for one in LANES]
+    return (known.index(lane) if lane in known else len(known), lane)
 
 
 def orderable(value: float) -> float:

@@ -9,6 +9,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from conformance.lanes import find_lane
+
 # What XML 1.0 forbids, what a terminal would obey (escape sequences), and what reverses the text around it (bidi overrides).
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
 
@@ -18,8 +20,11 @@ LONGEST_COMMAND = 2000
 # What a case key says of sizes and sequences besides the model.
 _VARIED_BY_A_CHECK = ("B", "L", "NB", "T", "seq_lens", "chunk_lens", "rows")
 
-# The command runs a kernel where its toolchain executes it, unless told otherwise: eager or interpret.
-_LANES_TO_NAME = ("compile_only", "device")
+
+def worth_naming(lane: str) -> bool:
+    """Whether a lane is to be named beside a kernel of the exam: most of its kernels run in the process that judges."""
+    known = find_lane(lane)
+    return known is None or not known.in_process
 
 
 def clean(text: object, limit: int | None = None) -> str:
@@ -161,9 +166,12 @@ def replay_command(
     if not (stage and source and kernel):
         return None
     words = ["conformance", "check", stage, f"{source}:{kernel.rpartition('/')[2]}"]
-    if lane in _LANES_TO_NAME:
+    # The command runs a kernel where its toolchain executes it, unless told otherwise.
+    known = find_lane(lane)
+    elsewhere = known is not None and not known.default
+    if elsewhere:
         words += ["--lane", lane]
-    if detector == "compiler_pass" or (detector == "unwritten_read" and lane not in _LANES_TO_NAME):
+    if detector == "compiler_pass" or (detector == "unwritten_read" and not elsewhere):
         # The interpreter's lane looks at the compiled graph where it compares all passes.
         words += ["--all-passes"]
     if detector == "pooled_signature" and options and "dims" in options:

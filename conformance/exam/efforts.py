@@ -14,6 +14,7 @@ from conformance.contract.registry import model_named, models, short_name, stage
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 from conformance.exam.known_kernels import KnownKernel
+from conformance.lanes import lane_named
 
 #: How many interpreted kernels, or compiled ones, there are to each one of a sample: every one needs a process of its own, which
 #: takes seconds.
@@ -54,7 +55,7 @@ class Effort:
 
     def cases(self, subject: KnownKernel) -> Cases:
         """The numbers that hold for one subject."""
-        if subject.lane != "eager":
+        if not lane_named(subject.lane).in_process:
             return self.interpreted
         return self.composite if stage_named(subject.stage).composite else self.single
 
@@ -132,7 +133,7 @@ def chosen_subjects(effort: Effort, stage: str | None = None, lane: str | None =
     alike: dict[tuple[str, bool], list[KnownKernel]] = collections.defaultdict(list)
     others: dict[tuple[str, bool], list[KnownKernel]] = collections.defaultdict(list)
     for one in found:
-        if one.lane == "eager":
+        if lane_named(one.lane).in_process:
             alike[one.name, stage_named(one.stage).composite].append(one)
         else:
             others[one.lane, one.legal].append(one)

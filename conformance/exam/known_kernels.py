@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from conformance.contract.kernel import Kernel
+from conformance.lanes import lane_named
+from conformance.lanes.eager import EAGER
 
 #: The classes of faults.
 Kind = Literal["value", "indexing", "unwritten", "memory", "precision", "dependency", "nondeterminism", "robustness"]
@@ -146,7 +148,7 @@ class KnownKernel:
     kind: Kind | None
     summary: str
     make: Callable[[], Kernel]
-    lane: str = "eager"
+    lane: str = EAGER.name
     dims: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     hidden: str = ""
     detectors: tuple[str, ...] = ()
@@ -154,7 +156,7 @@ class KnownKernel:
     @property
     def id(self) -> str:
         """Unique in the exam: stage and name, and the lane for other than torch kernels."""
-        prefix = "" if self.lane == "eager" else f"{self.lane}:"
+        prefix = "" if lane_named(self.lane).in_process else f"{self.lane}:"
         return f"{prefix}{self.stage}/{self.name}"
 
     @property

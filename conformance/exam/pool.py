@@ -24,6 +24,7 @@ from conformance.exam.efforts import Effort, chosen_subjects, number_of, random_
 from conformance.exam.known_kernels import KnownKernel
 from conformance.exam.results import OURS, Cost, Exam, Standing
 from conformance.exam.trials import MOST_REJECTIONS, Trial, judge_known_kernel
+from conformance.lanes import lane_named
 
 #: Seconds between two times that an exam so far is kept.
 KEPT_EVERY = 60.0
@@ -114,14 +115,14 @@ _COMBINATIONS_PER_TASK = 250
 
 def _tasks(chosen: Sequence[KnownKernel], effort: Effort, seed: int) -> Iterator[_Task]:
     def alike(one: KnownKernel) -> tuple[bool, str, str, str]:
-        return one.lane == "eager", one.stage, one.lane, str(sorted(one.dims.items()))
+        return lane_named(one.lane).in_process, one.stage, one.lane, str(sorted(one.dims.items()))
 
-    for (is_eager, stage, _, _), group in itertools.groupby(sorted(chosen, key=alike), key=alike):
-        size = effort.together if is_eager else 1
+    for (in_process, stage, _, _), group in itertools.groupby(sorted(chosen, key=alike), key=alike):
+        size = effort.together if in_process else 1
         ids = [one.id for one in group]
         for start in range(0, len(ids), size):
             yield _Task(stage, effort, seed, tuple(ids[start : start + size]))
-    for stage in dict.fromkeys(one.stage for one in chosen if one.lane == "eager"):
+    for stage in dict.fromkeys(one.stage for one in chosen if lane_named(one.lane).in_process):
         count = effort.random(stage_named(stage)) if random_variants(stage) else 0
         for start in range(0, count, _COMBINATIONS_PER_TASK):
             yield _Task(stage, effort, seed, first=start, last=min(start + _COMBINATIONS_PER_TASK, count))

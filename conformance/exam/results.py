@@ -14,6 +14,7 @@ from conformance.errors import UsageError
 from conformance.exam.efforts import Cases, Effort
 from conformance.exam.known_kernels import KnownKernel
 from conformance.exam.rules import RULES
+from conformance.lanes import find_lane
 
 #: What our own rule is called in tables.
 OURS = "conformance"
@@ -88,7 +89,8 @@ class Standing:
 
         Interpreted kernels are run once a case and have fewer cases: they say nothing of the number of examples.
         """
-        return self.lane == "eager" and self.kind != "nondeterminism"
+        lane = find_lane(self.lane)
+        return lane is not None and lane.in_process and self.kind != "nondeterminism"
 
     def names(self, fired: Iterable[str]) -> bool:
         """Whether one of the detectors that fired names the fault; any does if none is declared."""

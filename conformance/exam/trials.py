@@ -21,6 +21,7 @@ from conformance.exam.results import OURS, Cost, Standing, trials_for
 from conformance.exam.rules import RULES, Compared
 from conformance.judge.judgement import judge
 from conformance.judge.oracle import Oracle
+from conformance.lanes import lane_named
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import bits
 from conformance.lanes.messages import Passes
@@ -152,7 +153,8 @@ def _judge_trials(
 ) -> None:
     kernel = subject.make()
     # A torch kernel runs here: none of the catalogue takes its process down, and a process each would take an hour.
-    runner = eager_runner(kernel) if subject.lane == "eager" else worker_runner(kernel, subject.lane)
+    in_process = lane_named(subject.lane).in_process
+    runner = eager_runner(kernel) if in_process else worker_runner(kernel, subject.lane)
     lost, plans = 0, Plans(subject.lane, kernel.stage, first)
     judged: list[Judged] = []
     with runner as run:
@@ -164,7 +166,7 @@ def _judge_trials(
             if kernel.refusal(trial.case.dims) is not None:
                 continue
             watched = _Watched(run)
-            plan = plans.following(trial.key) if subject.lane == "eager" else _INTERPRETED[kernel.stage.composite]
+            plan = plans.following(trial.key) if in_process else _INTERPRETED[kernel.stage.composite]
             runs: list[Judged] = []
             for one in judged_runs(kernel, trial.key, watched, plan, oracle=trial.oracle):
                 runs.append(one)

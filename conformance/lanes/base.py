@@ -7,10 +7,6 @@ from typing import Literal
 
 import torch
 
-LANES = ("eager", "compile_only", "interpret", "device")
-#: Which lanes a toolchain has.
-LANES_OF: dict[str, tuple[str, ...]] = {"torch": ("eager",), "pypto": ("compile_only", "interpret", "device")}
-
 Status = Literal["ok", "raised", "crashed", "timed_out", "unavailable"]
 
 

@@ -1,29 +1,31 @@
-"""The compile_only lane: the front end, every compiler pass and control-flow code generation; nothing is executed.
-
-What the front end made of the kernel is looked at by itself: see ``unwritten.py``.
-"""
+"""The compile_only lane: front end, compiler passes and control-flow code generation; nothing is executed."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
-import torch
-
-from conformance.contract.dims import Dims
-from conformance.contract.stage import Stage
-from conformance.lanes.base import Outcome
-from conformance.lanes.pypto.runtime import Runtime
-from conformance.lanes.pypto.unwritten import look_at_graph
-
-#: The last stage that this machine can do. The kernels of the AI cores themselves need the device's compiler.
-LAST_STAGE = "CODEGEN_BINARY"
+from conformance.lanes.lane import Lane
 
 
-def compile_only(runtime: Runtime, jit: Any, stage: Stage, dims: Dims) -> Outcome:
-    """Compile for arguments of these dimensions; their memory is never touched, so real sizes cost none."""
-    arguments = [torch.empty(argument.size(dims), dtype=argument.dtype) for argument in stage.arguments]
-    with runtime.output_folder(sum(argument.nbytes for argument in arguments)):
-        runtime.call(jit, arguments, stage=LAST_STAGE)
-    outcome = Outcome("ok")
-    look_at_graph(outcome, runtime, jit, stage, dims)
-    return outcome
+class CompileOnlyLane(Lane):
+    """PyPTO's compiler, which needs neither a calculator nor a card."""
+
+    def require(self, device_executor: str, progress: Callable[[str], None] | None = None) -> Path | None:
+        """Raise ``ToolchainUnavailableError`` unless the supported PyPTO is installed."""
+        from conformance.toolchains.detection import detect
+
+        detect().require()
+        return None
+
+
+COMPILE_ONLY = CompileOnlyLane(
+    name="compile_only",
+    summary="compiles kernels with PyPTO's own compiler; nothing is executed, no NPU needed",
+    toolchains=("pypto",),
+    worker="conformance.lanes.pypto.compile_only",
+    preload="conformance.lanes.pypto.serve",
+    executes=False,
+    # Compiling is about the text more than the sizes: one preset keeps the lane that every commit runs under a minute.
+    presets=1,
+)

@@ -1,134 +1,52 @@
-"""The device lane: the same kernel on an NPU, or on the interpreter standing in for one.
-
-What differs is behind ``Card``: where tensors are placed, how the kernel is launched, and how memory is read back. Guards,
-poison, limits and verdicts are the same, so that all of it is tested where there is no card.
-"""
+"""The device lane: the same kernel on an NPU, or on the interpreter standing in for one."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from pathlib import Path
 
-import torch
+from conformance.lanes.interpret import INTERPRET
+from conformance.lanes.lane import Lane
 
-from conformance.contract.dims import Dims
-from conformance.contract.stage import Stage
-from conformance.lanes.base import Outcome
-from conformance.lanes.buffers import Guarded, bits
-from conformance.lanes.interpret import expected_nothing, read_results
-from conformance.lanes.pypto.runtime import Runtime
-from conformance.toolchains.npu import device_index
+NPU = "npu"
+#: What may stand in for the card: PyPTO's interpreter.
+STAND_INS = (INTERPRET.name,)
+#: What the lane may run on.
+DEVICE_EXECUTORS = (NPU, *STAND_INS)
 
 
-class Card(Protocol):
-    """Something that runs a kernel on memory of its own."""
+class DeviceLane(Lane):
+    """A card, which most machines do not have."""
 
-    def place(self, storage: torch.Tensor) -> torch.Tensor:
-        """A copy of a one-dimensional tensor in the card's memory, aligned to 512 bytes at least."""
+    def require(self, device_executor: str, progress: Callable[[str], None] | None = None) -> Path | None:
+        """The stand-in's calculator; raises ``ToolchainUnavailableError`` for a card that is not there."""
+        from conformance.toolchains.detection import ToolchainUnavailableError, detect
 
-    def launch(self, jit: Any, arguments: Sequence[torch.Tensor]) -> None:
-        """Run the kernel on placed tensors and wait until it has ended."""
+        if device_executor in STAND_INS:
+            return INTERPRET.require(device_executor, progress)
+        detect().require()
+        reason = self.missing(device_executor)
+        if reason:
+            raise ToolchainUnavailableError(reason)
+        return None
 
-    def read_back(self, storage: torch.Tensor) -> torch.Tensor:
-        """A copy of placed memory on the host."""
+    def missing(self, device_executor: str) -> str:
+        """Why no card is usable; empty if one is, or if the interpreter stands in for it."""
+        from conformance.toolchains.npu import find_npu
 
+        if device_executor in STAND_INS:
+            return ""
+        npu = find_npu()
+        return "" if npu.usable else npu.reason
 
-class NpuCard:
-    """An NPU, driven through torch_npu."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        import torch_npu  # noqa: F401  registers the device
-
-        self._runtime = runtime
-        self._npu: Any = torch.npu  # type: ignore[attr-defined]
-        self._device = f"npu:{device_index()}"
-        self._npu.set_device(device_index())
-
-    def place(self, storage: torch.Tensor) -> torch.Tensor:
-        """Copy to the card; its allocator aligns to 512 bytes."""
-        return storage.to(self._device)
-
-    def launch(self, jit: Any, arguments: Sequence[torch.Tensor]) -> None:
-        """Compile, run on the current stream, and wait."""
-        with self._runtime.output_folder(sum(argument.nbytes for argument in arguments)):
-            self._runtime.call(jit, arguments, stage="ALL_COMPLETE", run_mode="NPU")
-            self._npu.synchronize()
-
-    def read_back(self, storage: torch.Tensor) -> torch.Tensor:
-        """Copy to the host."""
-        return storage.cpu()
+    def preloads(self, device_executor: str) -> str | None:
+        """Only the stand-in is forked: what a driver sets up in a process is not known to outlive a fork."""
+        return INTERPRET.preload if device_executor in STAND_INS else None
 
 
-class InterpreterCard:
-    """The interpreter standing in for a card: results are written to the placed tensors, as a card would."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-
-    def place(self, storage: torch.Tensor) -> torch.Tensor:
-        """Copy, with the alignment that a card's allocator gives."""
-        guarded = Guarded.of(tuple(storage.shape), storage.dtype)
-        return guarded.tensor.copy_(storage)
-
-    def launch(self, jit: Any, arguments: Sequence[torch.Tensor]) -> None:
-        """Interpret, then write every argument's result to where the argument was placed."""
-        with self._runtime.output_folder(sum(argument.nbytes for argument in arguments)) as folder:
-            golden = [expected_nothing(argument) for argument in arguments]
-            verify = {"pass_verify_save_tensor": False, "pass_verify_pass_filter": []}
-            self._runtime.call(jit, arguments, stage="EXECUTE_GRAPH", golden=golden, verify=verify)
-            (results,) = folder.glob("output/output_*/verify_*")
-            for index, result in read_results(results, arguments).items():
-                arguments[index].copy_(result)
-
-    def read_back(self, storage: torch.Tensor) -> torch.Tensor:
-        """Copy."""
-        return storage.clone()
-
-
-@dataclasses.dataclass(frozen=True)
-class Placed:
-    """One argument on the card, between guards. ``host`` is what was placed."""
-
-    host: Guarded
-    storage: torch.Tensor
-    tensor: torch.Tensor
-
-    @classmethod
-    def on(cls, card: Card, shape: tuple[int, ...], dtype: torch.dtype, contents: torch.Tensor | None) -> Placed:
-        """Poisoned, or holding ``contents``."""
-        host = Guarded.of(shape, dtype)
-        if contents is not None:
-            host.tensor.copy_(contents)
-        storage = card.place(host.storage)
-        start = host.tensor.storage_offset() - host.storage.storage_offset()
-        return cls(host, storage, storage[start : start + host.tensor.numel()].view(shape))
-
-    def read_back(self, card: Card) -> tuple[torch.Tensor, str | None]:
-        """The argument as it is now, and where its guards were overwritten."""
-        held = card.read_back(self.storage)
-        start = self.host.tensor.storage_offset() - self.host.storage.storage_offset()
-        return held[start : start + self.host.tensor.numel()].view(self.host.tensor.shape), self.host.damage(held)
-
-
-def run_on_card(card: Card, jit: Any, stage: Stage, dims: Dims, inputs: Mapping[str, torch.Tensor]) -> Outcome:
-    """Place the case, launch, and read back every argument: outputs, inputs that must not have changed, and all guards."""
-    placed = {
-        argument.name: Placed.on(card, argument.size(dims), argument.dtype, inputs.get(argument.name))
-        for argument in stage.arguments
-    }
-    card.launch(jit, [placed[argument.name].tensor for argument in stage.arguments])
-    outputs: dict[str, torch.Tensor] = {}
-    changed: dict[str, int] = {}
-    damage: dict[str, str] = {}
-    for argument in stage.arguments:
-        held, where = placed[argument.name].read_back(card)
-        if where is not None:
-            damage[argument.name] = where
-        if argument.access != "in":
-            outputs[argument.name] = held
-            continue
-        count = int((bits(held) != bits(inputs[argument.name])).sum())
-        if count:
-            changed[argument.name] = count
-    return Outcome("ok", outputs=outputs, changed_inputs=changed, guard_damage=damage)
+DEVICE = DeviceLane(
+    name="device",
+    summary="runs kernels on an NPU; skipped where none is usable, unless --conformance-require-device",
+    toolchains=("pypto",),
+    worker="conformance.lanes.pypto.device",
+)

@@ -1,17 +1,58 @@
-"""The eager lane: a torch callable, run here on guarded and poisoned buffers."""
+"""The eager lane: a torch callable, run here on guarded and poisoned buffers.
+
+What takes long to import is imported where it is used: whoever asks which lanes there are needs none of it.
+"""
 
 from __future__ import annotations
 
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from conformance.lanes.lane import Lane
 
-from conformance.cases.case import Case
-from conformance.contract.kernel import Kernel, takes_dims
-from conformance.lanes.base import Outcome
-from conformance.lanes.buffers import Guarded, bits
+if TYPE_CHECKING:
+    import torch
+
+    from conformance.cases.case import Case
+    from conformance.contract.kernel import Kernel
+    from conformance.lanes.base import Outcome
+    from conformance.lanes.messages import Run, RunRequest, Start
+
+EAGER = Lane(
+    name="eager",
+    summary="calls torch kernels directly, on guarded buffers",
+    toolchains=("torch",),
+    worker="conformance.lanes.eager",
+    preload="conformance.lanes.eager",
+    default=True,
+    in_process=True,
+    repeats_every_case=True,
+    survives_failure=True,
+    # A torch callable has one lane, where it is: it runs with those that are interpreted.
+    marker="interpret",
+)
+
+
+def preload(folder: Path) -> None:
+    """Import what a torch kernel's worker needs, in a fork server; ``folder`` is not used."""
+    import torch
+
+    import conformance.lanes.buffers  # noqa: F401
+
+    torch.set_num_threads(1)  # a thread pool would not survive the fork
+
+
+def open_lane(kernel: Kernel, start: Start) -> RunRequest:
+    """What a worker of the lane does with a request."""
+    from conformance.cases.case import Case
+
+    def run(request: Run, tensors: dict[str, torch.Tensor]) -> Outcome:
+        assert request.key is not None
+        return run_eager(kernel, Case(request.key, kernel.stage, request.dims, tensors))
+
+    return run
 
 
 def run_eager(kernel: Kernel, case: Case) -> Outcome:
@@ -21,6 +62,10 @@ def run_eager(kernel: Kernel, case: Case) -> Outcome:
     afterwards. It is given other tensor objects on the same memory, so that rebinding one (``out.data = ...``, ``x.t_()``)
     changes nothing that is judged. An exception of the kernel is an outcome, ``SystemExit`` too; ``KeyboardInterrupt`` passes.
     """
+    from conformance.contract.kernel import takes_dims
+    from conformance.lanes.base import Outcome
+    from conformance.lanes.buffers import Guarded, bits
+
     tensors: dict[str, torch.Tensor] = {}
     guards: dict[str, Guarded] = {}
     for argument in case.stage.arguments:

@@ -2,115 +2,30 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from conformance.contract.dims import Dims
-from conformance.contract.stage import Stage
-from conformance.lanes.base import Outcome
-from conformance.lanes.buffers import bits, poison
-from conformance.lanes.messages import Passes
-from conformance.lanes.pypto.passes import LAST_PASS, compare_passes
-from conformance.lanes.pypto.runtime import Runtime
-
-#: Inputs are read back, to see whether the kernel changed them, where they are not larger than this altogether, in bytes: what
-#: a kernel writes to does not depend on its size, and every argument that is read back costs two files of its size.
-READ_INPUTS_BELOW = 32 << 20
-
-_RESULT = re.compile(r"tensor_graph~(\d+)~\d+\.data")
+from conformance.lanes.lane import Lane
 
 
-def interpret(
-    runtime: Runtime, jit: Any, stage: Stage, dims: Dims, inputs: Mapping[str, torch.Tensor], passes: Passes
-) -> Outcome:
-    """Run the kernel on a case; outputs start poisoned. The interpreter works on copies, ``inputs`` are only read.
+class InterpretLane(Lane):
+    """PyPTO's interpreter, with the calculator that is built once per machine."""
 
-    Interpreting a pass takes as many steps as the kernel has tiles: a real-size MLP did not end in five minutes, against 30 s
-    with ``passes="none"``.
-    """
-    arguments = [
-        poison(torch.empty(argument.size(dims), dtype=argument.dtype)) if argument.access == "out" else inputs[argument.name]
-        for argument in stage.arguments
-    ]
-    scale = sum(tensor.nbytes for tensor in arguments)
-    read_inputs = sum(inputs[argument.name].nbytes for argument in stage.arguments if argument.access == "in") < READ_INPUTS_BELOW
-    wanted = [argument.access != "in" or read_inputs for argument in stage.arguments]
-    with runtime.output_folder(scale) as folder:
-        runtime.call(
-            jit,
-            arguments,
-            stage="EXECUTE_GRAPH",
-            golden=[expected_nothing(tensor) if want else None for tensor, want in zip(arguments, wanted, strict=True)],
-            verify=_verify_options(passes),
-        )
-        output = _only(folder.glob("output/output_*"), "output folder")
-        results = read_results(_only(output.glob("verify_*"), "verification folder"), arguments)
-        comparison = compare_passes(output) if passes != "none" else None
-    if comparison is not None and not comparison.compared and not comparison.differences:
-        raise RuntimeError("no compiler pass left anything to compare: the kernel computes nothing, or PyPTO's files changed")
-    missing = [
-        argument.name for index, argument in enumerate(stage.arguments) if argument.access != "in" and index not in results
-    ]
-    if missing:
-        raise RuntimeError(f"the interpreter left no result for {', '.join(missing)}")
-    changed: dict[str, int] = {}
-    for index, argument in enumerate(stage.arguments):
-        if argument.access == "in" and index in results:
-            count = int((bits(results[index]) != bits(arguments[index])).sum())
-            if count:
-                changed[argument.name] = count
-    outputs = {argument.name: results[index] for index, argument in enumerate(stage.arguments) if argument.access != "in"}
-    return Outcome(
-        "ok",
-        outputs=outputs,
-        changed_inputs=changed,
-        pass_differences=comparison.differences if comparison else (),
-        passes_compared=comparison.compared if comparison else 0,
-    )
+    def require(self, device_executor: str, progress: Callable[[str], None] | None = None) -> Path | None:
+        """The calculator, built if this is its first use; raises ``ToolchainUnavailableError``."""
+        from conformance.toolchains.calculator import calculator
+        from conformance.toolchains.detection import detect
+
+        detect().require()
+        return calculator(progress)
 
 
-def expected_nothing(tensor: torch.Tensor) -> torch.Tensor:
-    """The expected value to give for an argument so that the interpreter writes its result to a file.
-
-    Its own comparison is not used (it forgives a share of wrong elements and all NaN), and is cheapest against NaN: an
-    expected 0.0 beside a result of 0.0 costs a record of its own for every element.
-    """
-    if not tensor.is_floating_point():
-        return tensor
-    return torch.full_like(tensor, math.nan)
-
-
-def read_results(folder: Path, arguments: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-    """What the arguments held after the run, by their position, from the files that the interpreter wrote."""
-    results: dict[int, torch.Tensor] = {}
-    for path in (folder / "tensor_graph").iterdir():
-        match = _RESULT.fullmatch(path.name)
-        if match is None:
-            continue
-        like = arguments[int(match[1])]
-        data = bytearray(path.read_bytes())
-        if len(data) != like.nbytes:
-            raise RuntimeError(f"the interpreter wrote {len(data)} bytes of argument {match[1]}, which has {like.nbytes}")
-        results[int(match[1])] = torch.frombuffer(data, dtype=like.dtype).view(like.shape)
-    return results
-
-
-def _verify_options(passes: Passes) -> dict[str, Any]:
-    return {
-        # Every operation's tensor is needed: after the graph is cut into subgraphs, what PyPTO saves (and compares) of a
-        # function's result is its first tile only.
-        "pass_verify_save_tensor": passes != "none",
-        "pass_verify_pass_filter": {"none": [], "last": [LAST_PASS], "all": ["all"]}[passes],
-    }
-
-
-def _only(paths: Any, what: str) -> Path:
-    found = list(paths)
-    if len(found) != 1:
-        raise RuntimeError(f"expected one {what} of the interpreter, found {len(found)}")
-    return Path(found[0])
+INTERPRET = InterpretLane(
+    name="interpret",
+    summary="runs kernels through PyPTO's CPU interpreter and judges the results; no NPU needed",
+    toolchains=("pypto",),
+    worker="conformance.lanes.pypto.interpret",
+    preload="conformance.lanes.pypto.serve",
+    default=True,
+    compares_passes=True,
+)

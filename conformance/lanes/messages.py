@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from conformance.contract.dims import Dims
 from conformance.lanes.arena import Slot
@@ -47,6 +50,10 @@ class Run:
     passes: Passes
     key: CaseKey | None = None
     slots: tuple[Slot, ...] = ()
+
+
+#: Runs one request with the tensors of a case by name.
+RunRequest = Callable[[Run, dict[str, torch.Tensor]], Outcome]
 
 
 @dataclasses.dataclass(frozen=True)

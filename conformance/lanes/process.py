@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
 from conformance.errors import UsageError
+from conformance.lanes import lane_named, lanes_of
 from conformance.lanes.arena import Arena
-from conformance.lanes.base import LANES, LANES_OF, Outcome
+from conformance.lanes.base import Outcome
+from conformance.lanes.device import DEVICE_EXECUTORS
 from conformance.lanes.forking import ForkedProcess, fork_server
 from conformance.lanes.messages import Done, KernelAddress, Passes, Ready, Refused, Run, Start
 from conformance.lanes.scratch import ScratchFolder
-from conformance.toolchains.calculator import Progress, calculator
-from conformance.toolchains.detection import ToolchainUnavailableError, detect
-from conformance.toolchains.npu import find_npu
+from conformance.toolchains.calculator import Progress
+from conformance.toolchains.detection import ToolchainUnavailableError
 
 if TYPE_CHECKING:
     from conformance.cases.case import Case
@@ -70,9 +71,9 @@ class _FailureError(Exception):
 class KernelProcess:
     """Runs one kernel in one lane, in a process of its own.
 
-    ``lane`` is ``eager`` for a torch kernel, ``compile_only``, ``interpret`` or ``device`` for a PyPTO kernel. ``folder`` takes
-    the worker's logs; without one they go to a temporary folder that ``close`` removes. ``device_executor="interpret"`` lets
-    the interpreter stand in for the card in the device lane. ``progress`` is told of a wait (the calculator's first build).
+    ``lane`` is the name of one that takes the kernel's toolchain (``conformance.lanes.LANES``). ``folder`` takes the worker's
+    logs; without one they go to a temporary folder that ``close`` removes. ``device_executor="interpret"`` lets the interpreter
+    stand in for the card in the device lane. ``progress`` is told of a wait (the calculator's first build).
 
     What a kernel does is an ``Outcome``, whatever it does. ``UsageError`` is raised for what is wrong with the question: a lane
     that the toolchain does not have, a kernel that another process cannot import, annotations that are not the contract's.
@@ -88,15 +89,12 @@ class KernelProcess:
         device_executor: str = "npu",
         progress: Progress | None = None,
     ) -> None:
-        if lane not in LANES:
-            raise UsageError(f"unknown lane {lane!r}; known are {', '.join(LANES)}")
-        if lane not in LANES_OF[kernel.toolchain]:
-            raise UsageError(
-                f"kernel {kernel.name} is a {kernel.toolchain} kernel, whose lanes are {', '.join(LANES_OF[kernel.toolchain])}; "
-                f"found {lane!r}"
-            )
-        if device_executor not in ("npu", "interpret"):
-            raise UsageError(f"device_executor is 'npu' or 'interpret', found {device_executor!r}")
+        self._lane = lane_named(lane)
+        if kernel.toolchain not in self._lane.toolchains:
+            known = ", ".join(one.name for one in lanes_of(kernel.toolchain))
+            raise UsageError(f"kernel {kernel.name} is a {kernel.toolchain} kernel, whose lanes are {known}; found {lane!r}")
+        if device_executor not in DEVICE_EXECUTORS:
+            raise UsageError(f"device_executor is {' or '.join(map(repr, DEVICE_EXECUTORS))}, found {device_executor!r}")
         self.kernel = kernel
         self.lane = lane
         self.limits = limits
@@ -134,8 +132,8 @@ class KernelProcess:
 
     def run(self, case: Case, passes: Passes = "last") -> Outcome:
         """Run the kernel on a case; ``passes`` says which compiler passes the interpret lane compares with the tensor graph."""
-        if self.lane == "compile_only":
-            raise UsageError("the compile_only lane executes nothing: use compile(dims)")
+        if not self._lane.executes:
+            raise UsageError(f"the {self.lane} lane executes nothing: use compile(dims)")
         if passes not in ("last", "all", "none"):
             raise UsageError(f"passes is 'last', 'all' or 'none', found {passes!r}")
         if self._arena is None:
@@ -145,7 +143,7 @@ class KernelProcess:
 
     def compile(self, dims: Dims) -> Outcome:
         """Compile the kernel for these dimensions; no input is needed and nothing is executed."""
-        if self.lane != "compile_only":
+        if self._lane.executes:
             raise UsageError(f"the {self.lane} lane runs cases: use run(case)")
         return self._ask(Run(dims, "none"))
 
@@ -200,7 +198,7 @@ class KernelProcess:
     def _start(self) -> None:
         if self._process is not None:
             return
-        library = self._requirements()
+        library = self._lane.require(self._device_executor, self._progress)
         if self._folder is None:
             self._temporary = ScratchFolder(Path(tempfile.gettempdir()))
             self._folder = self._temporary.path
@@ -239,7 +237,7 @@ class KernelProcess:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
         environment = {**os.environ, "PYTHONPATH": path, INSIDE_WORKER: "1"}
-        preload = self._preload()
+        preload = self._lane.preloads(self._device_executor)
         server = fork_server(preload, environment) if preload is not None else None
         forked = server.fork(descriptors, out, errors, environment) if server is not None else None
         if forked is not None:
@@ -254,28 +252,6 @@ class KernelProcess:
             start_new_session=True,
             env=environment,
         )
-
-    def _preload(self) -> str | None:
-        """The module whose ``preload()`` imports what a worker of the lane needs; ``None`` if it must not be forked."""
-        if self.lane == "eager":
-            return "conformance.lanes.worker"
-        if self.lane == "device" and self._device_executor == "npu":
-            return None  # what a driver sets up in a process is not known to outlive a fork
-        return "conformance.lanes.pypto.lanes"
-
-    def _requirements(self) -> Path | None:
-        """The calculator where the lane needs it; raises ``ToolchainUnavailableError`` for what is not on this machine."""
-        if self.lane == "eager":
-            return None
-        detect().require()
-        if self.lane == "compile_only":
-            return None
-        if self.lane == "device" and self._device_executor == "npu":
-            npu = find_npu()
-            if not npu.usable:
-                raise ToolchainUnavailableError(npu.reason)
-            return None
-        return calculator(self._progress)
 
     def _exchange(self, request: object, seconds: float) -> object:
         """Send a request and wait for its answer, within the limits."""

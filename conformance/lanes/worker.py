@@ -9,32 +9,23 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import fcntl
+import importlib
 import os
 import select
 import sys
 import time
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from conformance.cases.case import Case
 from conformance.contract.kernel import Kernel, as_kernel
 from conformance.contract.loading import load_module
 from conformance.errors import UsageError
+from conformance.lanes import Lane, lane_named
 from conformance.lanes.arena import Arena
-from conformance.lanes.base import Outcome
-from conformance.lanes.messages import Done, KernelAddress, Ready, Refused, Run, Start
+from conformance.lanes.messages import Done, KernelAddress, Ready, Refused, Run, RunRequest, Start
 from conformance.toolchains.detection import ToolchainUnavailableError
-
-#: Runs one request with the tensors of a case by name.
-Lane = Callable[[Run, dict[str, torch.Tensor]], Outcome]
-
-
-def preload(folder: Path) -> None:
-    """Import what a torch kernel's worker needs, in a fork server; ``folder`` is not used."""
-    torch.set_num_threads(1)  # a thread pool would not survive the fork
 
 
 def main(arguments: list[str]) -> int:
@@ -49,7 +40,8 @@ def main(arguments: list[str]) -> int:
     start = connection.recv()
     assert isinstance(start, Start)
     try:
-        lane = _open_lane(start)
+        lane = lane_named(start.lane)
+        run = _open_lane(lane, start)
     except UsageError as error:
         connection.send(Refused(str(error)))
         return 0
@@ -63,15 +55,15 @@ def main(arguments: list[str]) -> int:
         except EOFError:
             return 0
         assert isinstance(request, Run)
-        connection.send(_serve(lane, request, arena, start.lane))
+        connection.send(_serve(lane, run, request, arena))
 
 
-def _serve(lane: Lane, request: Run, arena: Arena, lane_name: str) -> Done | Refused:
+def _serve(lane: Lane, run: RunRequest, request: Run, arena: Arena) -> Done | Refused:
     _reset_peak_memory()
     began = time.perf_counter()
     tensors = {slot.name: arena.view(slot) for slot in request.slots}
     try:
-        outcome = lane(request, tensors)
+        outcome = run(request, tensors)
     except UsageError as error:
         return Refused(str(error))
     except ToolchainUnavailableError as error:
@@ -79,32 +71,18 @@ def _serve(lane: Lane, request: Run, arena: Arena, lane_name: str) -> Done | Ref
     end = max((slot.end for slot in request.slots), default=0)
     slots = arena.write(((name, tensor.contiguous()) for name, tensor in outcome.outputs.items()), start=end)
     bare = dataclasses.replace(outcome, outputs={}, seconds=time.perf_counter() - began, peak_memory=_peak_memory())
-    # A torch kernel that raises leaves the process as it was; PyPTO's compiler does not survive a failure.
-    return Done(bare, slots, healthy=outcome.status == "ok" or lane_name == "eager")
+    return Done(bare, slots, healthy=outcome.status == "ok" or lane.survives_failure)
 
 
-def _open_lane(start: Start) -> Lane:
+def _open_lane(lane: Lane, start: Start) -> RunRequest:
     sys.path.extend(entry for entry in start.search_path if entry not in sys.path)
     kernel = find(start.kernel)
     if start.kernel.module.endswith(".py"):
         # A builder may import what lies beside its file when it is called, long after the file itself was imported.
         sys.path.append(str(Path(start.kernel.module).parent))
-    if start.lane == "eager":
-        return _eager(kernel)
-    # Imported here, and only in a worker: PyPTO's native libraries stay out of every other process.
-    from conformance.lanes.pypto.lanes import open_lane
-
-    return open_lane(kernel, start)
-
-
-def _eager(kernel: Kernel) -> Lane:
-    from conformance.lanes.eager import run_eager
-
-    def run(request: Run, tensors: dict[str, torch.Tensor]) -> Outcome:
-        assert request.key is not None
-        return run_eager(kernel, Case(request.key, kernel.stage, request.dims, tensors))
-
-    return run
+    # Imported here, and only in a worker: a toolchain's native libraries stay out of every other process.
+    opened: RunRequest = importlib.import_module(lane.worker).open_lane(kernel, start)
+    return opened
 
 
 def find(address: KernelAddress) -> Kernel:

@@ -20,7 +20,8 @@ from conformance.judge.judgement import judge
 from conformance.judge.oracle import Oracle
 from conformance.judge.signatures import judge_together
 from conformance.judge.verdict import DETECTORS, Finding, Verdict, worst_first
-from conformance.lanes.base import LANES_OF, Outcome
+from conformance.lanes import default_lane, lane_named, lanes_of
+from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import bits
 from conformance.lanes.messages import Passes
 from reports import check_report
@@ -137,7 +138,7 @@ def check(
     keys = chosen_keys(kernel, Space.of(contract, dims), chosen, examples, seed, case)
     replay = RunPlan(repeat=True) if case is not None else None
     runs: list[Judged] = []
-    in_process = chosen == "eager" and not isolated
+    in_process = lane_named(chosen).in_process and not isolated
     with eager_runner(kernel) if in_process else worker_runner(kernel, chosen, timeout) as run:
         runs.extend(case_runs(kernel, keys, run, chosen, replay))
         if case is None:
@@ -151,7 +152,7 @@ def chosen_keys(kernel: Kernel, space: Space, lane: str, examples: int | None, s
     require_count(examples, seed)
     if case is not None:
         return [require_stage(CaseKey.parse(case), kernel.stage_name)]
-    if lane == "compile_only":
+    if not lane_named(lane).executes:
         return acceptable(kernel, [space.largest], 1)
     return acceptable(kernel, stratified_keys(space, seed), examples)
 
@@ -188,7 +189,7 @@ def capability_runs(kernel: Kernel, space: Space, run: Runner, lane: str, before
     """
     from conformance.running.capabilities import prove
 
-    if lane != "compile_only" and sum(map(is_lost, before)) < MOST_LOST:
+    if lane_named(lane).executes and sum(map(is_lost, before)) < MOST_LOST:
         yield from prove(kernel, space, run)
 
 
@@ -233,9 +234,9 @@ def acceptable(kernel: Kernel, keys: Iterable[CaseKey], count: int) -> list[Case
 
 def resolve_lane(kernel: Kernel, lane: str) -> str:
     """The lane to use; raises ``UsageError`` for one that the kernel's toolchain has not."""
-    lanes = LANES_OF[kernel.toolchain]
     if lane == "auto":
-        return "eager" if kernel.toolchain == "torch" else "interpret"
+        return default_lane(kernel.toolchain).name
+    lanes = [one.name for one in lanes_of(kernel.toolchain)]
     if lane not in lanes:
         raise UsageError(f"a {kernel.toolchain} kernel has no lane {lane!r}; it has {', '.join(lanes)}")
     return lane
@@ -255,22 +256,23 @@ class RunPlan:
 class Plans:
     """Which extra runs the cases of one kernel get, case after case, of which there were ``first`` before.
 
-    Eager runs are cheap: each is repeated, and of those that have several rows every fifth is run with its rows in another order,
-    the one after it with a row alone: a few cases have both. Elsewhere all extra runs come once per kernel and dimensions.
+    Where runs are cheap (``Lane.repeats_every_case``) each is repeated, and of those that have several rows every fifth is run
+    with its rows in another order, the one after it with a row alone: a few cases have both. Elsewhere all extra runs come once
+    per kernel and dimensions.
     """
 
     def __init__(self, lane: str, stage: Stage, first: int = 0) -> None:
-        self._is_eager, self._composite, self._count = lane == "eager", stage.composite, first
+        self._lane, self._composite, self._count = lane_named(lane), stage.composite, first
 
     def following(self, key: CaseKey) -> RunPlan:
         """The plan of the next case."""
         count = self._count
-        if self._is_eager:
+        if self._lane.repeats_every_case:
             self._count += key.dims.batch > 1
             return RunPlan(True, count % ROW_CHECK_PERIOD == 0, count % ROW_CHECK_PERIOD == 1)
         self._count += 1
         if count == 0:
-            return RunPlan(True, True, True, all_passes=True)
+            return RunPlan(True, True, True, all_passes=self._lane.compares_passes)
         return RunPlan(passes="none" if self._composite and count % PASS_PERIOD else "last")
 
 
@@ -361,4 +363,4 @@ def worker_runner(kernel: Kernel, lane: str, timeout: float | None = None) -> It
         def compiled(case: Case, passes: Passes = "none") -> Outcome:
             return process.compile(case.dims)
 
-        yield compiled if lane == "compile_only" else process.run
+        yield process.run if lane_named(lane).executes else compiled

@@ -16,7 +16,7 @@ import conformance
 from conformance.contract.kernel import Kernel
 from conformance.contract.registry import names_in_short, short_name
 from conformance.errors import UsageError
-from conformance.lanes.base import LANES
+from conformance.lanes import LANES
 from conformance.running.check import Judged
 from conformance.running.records import Record, RecordWriter
 
@@ -199,7 +199,8 @@ class ExpectedFailures:
         """Raise ``UsageError`` for an entry that matches no kernel: a typing error would otherwise hide."""
         names = set(names_in_short(kernel.id for kernel in kernels).values())
         for kernel, lane in self.reasons:
-            if lane and lane not in LANES:
-                raise UsageError(f"{self.path}: unknown lane {lane!r} of {kernel}; known are {', '.join(LANES)}")
+            known = [one.name for one in LANES]
+            if lane and lane not in known:
+                raise UsageError(f"{self.path}: unknown lane {lane!r} of {kernel}; known are {', '.join(known)}")
             if kernel not in names:
                 raise UsageError(f"{self.path}: no kernel {kernel!r} is judged here; known are {', '.join(sorted(names))}")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from conformance.lanes import lane_named
+
 if TYPE_CHECKING:
     from conformance.suites.judging import SubjectJudging
 
@@ -31,17 +33,13 @@ def require_memory(judging: SubjectJudging, needed: int) -> None:
         pytest.skip(reason)
 
 
-def require_npu(judging: SubjectJudging) -> None:
-    """Skip, with a record, where no NPU is usable; fail instead with ``--conformance-require-device``."""
-    if judging.options.conformance_device_executor == "interpret":
-        return
-    from conformance.toolchains.npu import find_npu
-
-    status = find_npu()
-    if status.usable:
+def require_lane(judging: SubjectJudging) -> None:
+    """Skip, with a record, where the machine lacks the subject's lane; fail instead with ``--conformance-require-device``."""
+    reason = lane_named(judging.subject.lane).missing(judging.options.conformance_device_executor)
+    if not reason:
         return
     if judging.options.conformance_require_device:
-        judging.log.could_not_run(judging.subject, status.reason)
-        pytest.fail(f"--conformance-require-device: {status.reason}", pytrace=False)
-    judging.log.skipped(judging.subject, status.reason)
-    pytest.skip(status.reason)
+        judging.log.could_not_run(judging.subject, reason)
+        pytest.fail(f"--conformance-require-device: {reason}", pytrace=False)
+    judging.log.skipped(judging.subject, reason)
+    pytest.skip(reason)

@@ -26,8 +26,8 @@ from conformance.contract.registry import stage_named
 from conformance.errors import UsageError
 from conformance.lanes.arena import Arena, Slot
 from conformance.lanes.buffers import Guarded, bits, poisoned, same_bits
-from conformance.lanes.device import run_on_card
 from conformance.lanes.process import KernelProcess, Limits
+from conformance.lanes.pypto.device import run_on_card
 from conformance.lanes.pypto.passes import compare_passes
 from conformance.lanes.scratch import ScratchFolder
 from conformance.toolchains import detect, find_npu
@@ -468,7 +468,7 @@ from conformance.cases.key import CaseKey
 from conformance.cases.case import make_case
 from conformance.contract.loading import load_module
 from conformance.errors import UsageError
-from conformance.lanes import interpret
+from conformance.lanes.pypto import interpret
 from conformance.lanes.pypto.runtime import Builds
 from conformance.lanes.pypto.runtime import Runtime
 from conformance.toolchains import calculator

@@ -49,8 +49,8 @@ def test_each_worker_has_the_environment_and_the_folder_its_owner_has_now(
 
 def test_without_its_server_a_worker_starts_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOLD", "alone")
-    server = forking.ForkServer("conformance.lanes.worker", dict(os.environ))
-    monkeypatch.setitem(forking._SERVERS, (os.getpid(), "conformance.lanes.worker"), server)
+    server = forking.ForkServer("conformance.lanes.eager", dict(os.environ))
+    monkeypatch.setitem(forking._SERVERS, (os.getpid(), "conformance.lanes.eager"), server)
     assert server.usable
     server._process.kill()
     server._process.wait()

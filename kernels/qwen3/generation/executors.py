@@ -19,6 +19,10 @@ from conformance.contract.loading import bundled_kernels, find_kernel, kernels_i
 from conformance.contract.registry import stage_named
 from conformance.contract.stage import Tensors
 from conformance.errors import UnavailableError, UsageError
+from conformance.lanes import default_lane, lane_named
+from conformance.lanes.device import DEVICE, NPU
+from conformance.lanes.eager import EAGER
+from conformance.lanes.interpret import INTERPRET
 from conformance.lanes.process import KernelProcess, Limits
 from conformance.numerics.arithmetic import CONTRACT, EXACT
 
@@ -95,7 +99,7 @@ class KernelExecutor:
         if refusal is not None:
             raise UsageError(refusal)
         if stage not in self._processes:
-            lane = "eager" if kernel.toolchain == "torch" else self._lane
+            lane = self._lane if kernel.toolchain in lane_named(self._lane).toolchains else default_lane(kernel.toolchain).name
             self._processes[stage] = KernelProcess(kernel, lane, limits=self._limits)
         case = Case(CaseKey(stage, "generate", "generate", 0), kernel.stage, dims, dict(inputs))
         outcome = self._processes[stage].run(case, "none")
@@ -122,9 +126,9 @@ class KernelExecutor:
 EXECUTORS: dict[str, str] = {
     "reference": "the fp64 reference, nothing rounded",
     "contract": "the reference with the contract's bf16 roundings",
-    "interpret": "PyPTO kernels through PyPTO's interpreter",
-    "eager": "torch kernels of --kernels; where they have none, the contract",
-    "device": "PyPTO kernels on an NPU",
+    INTERPRET.name: "PyPTO kernels through PyPTO's interpreter",
+    EAGER.name: "torch kernels of --kernels; where they have none, the contract",
+    DEVICE.name: "PyPTO kernels on an NPU",
 }
 
 
@@ -141,20 +145,18 @@ def open_executor(name: str, locations: Sequence[str] = (), seconds: float = Lim
             raise UsageError(f"the {name} executor runs no kernels: --kernels goes with interpret, eager or device")
         return ReferenceExecutor(exact=name == "reference")
     own = _kernels_of(locations)
-    if name == "eager":
+    lane = lane_named(name)
+    if lane.in_process:
         if not own:
             raise UsageError("the eager executor runs torch kernels of yours: name their file with --kernels FILE.py")
         for kernel in own.values():
             if kernel.toolchain != "torch":
                 raise UsageError(f"kernel {kernel.name} is a {kernel.toolchain} one, and eager runs torch kernels: use interpret")
-        return KernelExecutor(own, "eager", rest=ReferenceExecutor(exact=False), seconds=seconds)
-    if name == "device":
-        from conformance.toolchains.npu import find_npu
-
-        # Said before a model is read, which takes a while.
-        npu = find_npu()
-        if not npu.usable:
-            raise UnavailableError(f"the device executor cannot run here: {npu.reason}")
+        return KernelExecutor(own, lane.name, rest=ReferenceExecutor(exact=False), seconds=seconds)
+    # Said before a model is read, which takes a while.
+    reason = lane.missing(NPU)
+    if reason:
+        raise UnavailableError(f"the {name} executor cannot run here: {reason}")
     bundled = {kernel.stage.name: kernel for kernel in bundled_kernels() if kernel.stage.model == "qwen3"}
     return KernelExecutor({**bundled, **own}, name, seconds=seconds)
 

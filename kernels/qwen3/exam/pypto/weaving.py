@@ -25,6 +25,8 @@ import kernels.qwen3
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
 from conformance.exam.known_kernels import Faults, Kind, KnownKernel, as_clause
+from conformance.lanes import lane_named
+from conformance.lanes.interpret import INTERPRET
 from kernels.qwen3.contract import MODEL
 from kernels.qwen3.exam.torch import faults as torch_faults
 
@@ -133,7 +135,7 @@ class Collection:
         kind: Kind | None = None,
         detectors: tuple[str, ...] = (),
         dims: Mapping[str, Any] | None = None,
-        lane: str = "interpret",
+        lane: str = INTERPRET.name,
         **changes: Any,
     ) -> None:
         """Make the kernels attributes of the module that declares them, and kernels of the exam.
@@ -159,7 +161,7 @@ class Collection:
         kind: Kind | None = None,
         detectors: tuple[str, ...] = (),
         dims: Mapping[str, Any] | None = None,
-        lane: str = "interpret",
+        lane: str = INTERPRET.name,
     ) -> None:
         """Kernels that are attributes of their module already: one fault, or one variant, in several stages."""
         fault = None
@@ -179,8 +181,8 @@ class Collection:
                 detectors=fault.detectors if fault else (),
             )
             self.known.append(known)
-            if lane == "compile_only":
-                self.known.append(dataclasses.replace(known, lane="interpret", hidden=READS_ZEROS))
+            if not lane_named(lane).executes:
+                self.known.append(dataclasses.replace(known, lane=INTERPRET.name, hidden=READS_ZEROS))
 
 
 def _same(kernel: Kernel) -> Kernel:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from conformance.contract.dims import Dims
+from conformance.lanes.compile_only import COMPILE_ONLY
 from kernels.qwen3.exam.pypto.weaving import faulty
 
 Tensor = Any
 
 
-@faulty.computes("rms_norm", kind="unwritten", detectors=("unwritten_read",), lane="compile_only")
+@faulty.computes("rms_norm", kind="unwritten", detectors=("unwritten_read",), lane=COMPILE_ONLY.name)
 def padding_not_cleared(fragments: Any, x: Tensor, weight: Tensor, out: Tensor, dims: Dims) -> None:
     """The squares are added up over rows padded to a wider tile, and nothing clears the padding."""
     pypto, width = fragments.pypto, dims.H + 64
@@ -27,7 +28,7 @@ def padding_not_cleared(fragments: Any, x: Tensor, weight: Tensor, out: Tensor, 
     out[:] = pypto.cast(pypto.mul(normalised, weight), pypto.DT_BF16)
 
 
-@faulty.computes("o_proj", lane="compile_only", name="padding_not_cleared")
+@faulty.computes("o_proj", lane=COMPILE_ONLY.name, name="padding_not_cleared")
 def k_not_cleared(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """K is padded to twice its depth, and nothing clears the activations' padding."""
     pypto, width = fragments.pypto, dims.NH * dims.D
@@ -41,7 +42,7 @@ def k_not_cleared(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, ou
     out[:] = pypto.add(product, pypto.cast(residual, pypto.DT_FP32))
 
 
-@faulty.computes("o_proj", kind="unwritten", detectors=("unwritten_read",), lane="compile_only")
+@faulty.computes("o_proj", kind="unwritten", detectors=("unwritten_read",), lane=COMPILE_ONLY.name)
 def accumulator_half_cleared(fragments: Any, attn: Tensor, wo: Tensor, residual: Tensor, out: Tensor, dims: Dims) -> None:
     """A loop over K adds to a buffer of which only the left half was cleared."""
     pypto, depth = fragments.pypto, 64

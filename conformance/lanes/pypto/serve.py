@@ -1,26 +1,23 @@
-"""The lanes of a PyPTO kernel, inside its worker: compile_only, interpret and device."""
+"""What the lanes of PyPTO have in common, inside a worker: building a kernel, and explaining its failures."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from conformance.contract.kernel import Kernel
+from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 from conformance.lanes.base import Outcome
-from conformance.lanes.compile_only import compile_only
-from conformance.lanes.device import InterpreterCard, NpuCard, run_on_card
-from conformance.lanes.interpret import interpret
-from conformance.lanes.messages import Run, Start
+from conformance.lanes.messages import Run, RunRequest, Start
 from conformance.lanes.pypto.runtime import Builds, FirstCause, Runtime, explain, prepare
-from conformance.lanes.pypto.unwritten import look_at_graph
 from conformance.toolchains.detection import ToolchainUnavailableError
-
-Lane = Callable[[Run, dict[str, torch.Tensor]], Outcome]
 
 
 def preload(folder: Path) -> None:
@@ -30,28 +27,31 @@ def preload(folder: Path) -> None:
     import pypto  # noqa: F401
 
 
-def open_lane(kernel: Kernel, start: Start) -> Lane:
-    """The lane that a worker was started for; raises ``UsageError`` for one that there is not."""
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """A kernel's program for the dimensions of a request, and what compiles it."""
+
+    runtime: Runtime
+    jit: Any
+    stage: Stage
+
+
+def serve(kernel: Kernel, start: Start, run: Callable[[Build, Run, dict[str, torch.Tensor]], Outcome]) -> RunRequest:
+    """A lane of PyPTO: builds the kernel, lets ``run`` do the lane's own part, and explains what goes wrong.
+
+    ``run`` gets the build, the request and the tensors of the case by name.
+    """
     runtime = Runtime(start.folder, start.scratch, start.calculator)
     builds = Builds(runtime, kernel)
 
-    def run(request: Run, tensors: dict[str, torch.Tensor]) -> Outcome:
+    def run_request(request: Run, tensors: dict[str, torch.Tensor]) -> Outcome:
         logging.getLogger().setLevel(logging.ERROR)
         began = datetime.datetime.now()
         jit = None
         with FirstCause().listening() as first:
             try:
                 jit = builds[request.dims]
-                if request.key is None:
-                    return compile_only(runtime, jit, kernel.stage, request.dims)
-                if start.lane == "interpret":
-                    outcome = interpret(runtime, jit, kernel.stage, request.dims, tensors, request.passes)
-                    if request.passes == "all":
-                        # It takes another compile: made where everything is looked at, not for every case.
-                        look_at_graph(outcome, runtime, jit, kernel.stage, request.dims)
-                    return outcome
-                card = NpuCard(runtime) if start.device_executor == "npu" else InterpreterCard(runtime)
-                return run_on_card(card, jit, kernel.stage, request.dims, tensors)
+                return run(Build(runtime, jit, kernel.stage), request, tensors)
             except (UsageError, ToolchainUnavailableError, KeyboardInterrupt):
                 raise
             except BaseException as error:
@@ -61,7 +61,7 @@ def open_lane(kernel: Kernel, start: Start) -> Lane:
                 )
                 return Outcome("raised", message=explanation.message, location=explanation.location)
 
-    return run
+    return run_request
 
 
 class _Builder:

@@ -1,0 +1,41 @@
+"""The compile_only lane, in its worker: the front end, every compiler pass and control-flow code generation; nothing is executed.
+
+What the front end made of the kernel is looked at by itself: see ``unwritten.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import Kernel
+from conformance.contract.stage import Stage
+from conformance.lanes.base import Outcome
+from conformance.lanes.messages import Run, RunRequest, Start
+from conformance.lanes.pypto.runtime import Runtime
+from conformance.lanes.pypto.serve import Build, serve
+from conformance.lanes.pypto.unwritten import look_at_graph
+
+#: The last stage that this machine can do. The kernels of the AI cores themselves need the device's compiler.
+LAST_STAGE = "CODEGEN_BINARY"
+
+
+def open_lane(kernel: Kernel, start: Start) -> RunRequest:
+    """What a worker of the lane does with a request, which has no case."""
+
+    def run(build: Build, request: Run, tensors: dict[str, torch.Tensor]) -> Outcome:
+        return compile_only(build.runtime, build.jit, build.stage, request.dims)
+
+    return serve(kernel, start, run)
+
+
+def compile_only(runtime: Runtime, jit: Any, stage: Stage, dims: Dims) -> Outcome:
+    """Compile for arguments of these dimensions; their memory is never touched, so real sizes cost none."""
+    arguments = [torch.empty(argument.size(dims), dtype=argument.dtype) for argument in stage.arguments]
+    with runtime.output_folder(sum(argument.nbytes for argument in arguments)):
+        runtime.call(jit, arguments, stage=LAST_STAGE)
+    outcome = Outcome("ok")
+    look_at_graph(outcome, runtime, jit, stage, dims)
+    return outcome
