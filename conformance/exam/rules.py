@@ -332,14 +332,14 @@ RULES: tuple[Rule, ...] = (
         "2 bf16 ULPs",
         "common practice",
         "every element within 2 bf16 ULPs of the golden; NaN fails",
-        "first table of the numerics document",
+        "a rule of thumb, of no single project",
         _judge(partial(_bf16_ulps, ulps=2)),
     ),
     Rule(
         "8 bf16 ULPs + floor",
         "common practice",
         "every element within 8 bf16 ULPs of the golden or within 2**-6 of its row's root mean square; NaN fails",
-        "first table of the numerics document",
+        "a rule of thumb, of no single project",
         _judge(partial(_bf16_ulps, ulps=8, floor=True)),
     ),
 )

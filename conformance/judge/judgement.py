@@ -1,7 +1,6 @@
 """The judgement of one run: is every output within what a correct kernel can return, and if not, where.
 
-The tests and constants are those of the numerics document, and signatures of known mistakes inside layers besides; each
-constant's reason stands beside it in ``limits.py``.
+The tests are derived in docs/rule.md; each constant's reason stands beside it in ``limits.py``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 
 from conformance.judge.sensitivity import chi_square_mean
 
-#: Probability that a correct tensor has an element beyond its allowance, in a normal model: sets kappa.
+#: Probability that a correct tensor has an element beyond its allowance: sets kappa (docs/rule.md, Element).
 FALSE_ALARM = 1e-6
 
 
@@ -20,14 +20,16 @@ HALF_ULP_SLACK = 1 + 2.0**-12
 FLUSHED = 2.0**-126
 
 
-#: Spread: 5.5 standard deviations of a chi-square mean (Wilson-Hilferty), and 10% for what the model leaves out.
+#: Spread: 5.5 standard deviations of a chi-square mean (Wilson-Hilferty), and 10% for what the model leaves out
+#: (docs/rule.md, Spread).
 SPREAD_SIGMAS = 5.5
 
 
 SPREAD_SLACK = 1.1
 
 
-#: A known mistake is believed where the errors along its signature exceed 5.5 standard deviations, and half of what it adds.
+#: A known mistake is believed where the errors along its signature exceed 5.5 standard deviations, and half of what it adds
+#: (docs/rule.md, Matched filters).
 SIGNATURE_SIGMAS = 5.5
 
 
@@ -36,7 +38,7 @@ SIGNATURE_PART = 0.5
 
 #: The same of all cases together. A kernel that rounds elsewhere than a signature takes for granted adds less than that says,
 #: two thirds at least of what was tried. What legal kernels do in all cases alike, such as where their ties go, does not average
-#: out: in long runs the part alone tells it from a mistake (``benchmarks/constants.md``).
+#: out: in long runs the part alone tells it from a mistake (docs/rule.md, Pooling).
 POOLED_SIGMAS = 5.5
 
 
@@ -52,7 +54,7 @@ MOST_INPUTS = 10_000_000
 TILE = 16
 
 
-#: Bias: 6 standard deviations, and 2% of a rounding error per element.
+#: Bias: 6 standard deviations, and 2% of a rounding error per element (docs/rule.md, Bias).
 BIAS_SIGMAS = 6.0
 
 

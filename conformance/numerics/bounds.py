@@ -1,8 +1,8 @@
 """How far a correct kernel's result can be from the exact one: value, variance and worst case, operation by operation.
 
-First-order running error analysis. Each tensor carries ``(value, variance, worst)`` in float64: the value under a profile of
-roundings, the variance of the error of a kernel that sums in any order, and a bound that no correct kernel exceeds. Inputs are
-exact. ``U`` is fp32's unit roundoff.
+First-order running error analysis (docs/rule.md, Error model). Each tensor carries ``(value, variance, worst)`` in float64: the
+value under a profile of roundings, the variance of the error of a kernel that sums in any order, and a bound that no correct
+kernel exceeds. Inputs are exact. ``U`` is fp32's unit roundoff.
 
 How far a sum of K terms t strays in fp32: the k-th addition adds an error of variance ``(U * partial_sum)**2 / 3``. Over random
 orders the squares of the partial sums add up to ``K * (y**2 / 3 + sum(t**2) / 6)`` for a sum y, which gives the deviation

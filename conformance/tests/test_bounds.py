@@ -93,7 +93,7 @@ def test_projection_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def _projection_in_float64(x: Bounds, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, variance and worst case as the numerics document writes them, everything in float64."""
+    """Value, variance and worst case as docs/rule.md, Error model, writes them, everything in float64."""
     wide, depth = weight.double(), weight.shape[0]
     value, total = x.value @ wide, x.value.abs() @ wide.abs()
     of_squares = bounds.SUM_OF_SQUARES * math.sqrt(depth) * (x.value.square() @ wide.square()).sqrt()
@@ -329,7 +329,7 @@ def test_sums_and_products_of_uncertain_tensors() -> None:
     assert 0.95 < float((products / bounds.multiply(left, right).variance).mean()) < 1.05
 
 
-# -- the formulas of the numerics document --------------------------------------------------------------------------------------
+# -- the formulas of docs/rule.md, Error model -----------------------------------------------------------------------------------
 
 
 def assert_same(found: Bounds, value: Tensor, variance: Tensor, worst: Tensor) -> None:

@@ -614,7 +614,7 @@ def verdict_on(case: Case, out: torch.Tensor, oracle: Oracle | None = None) -> V
 
 
 def spread_allows(count: float) -> float:
-    """The mean square of ``count`` independent errors that the numerics document allows."""
+    """The mean square of ``count`` independent errors that docs/rule.md, Spread, allows."""
     part = 2 / (9 * max(2.0, count))
     return 1.1 * (1 - part + 5.5 * math.sqrt(part)) ** 3
 

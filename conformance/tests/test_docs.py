@@ -1,0 +1,241 @@
+"""Every code block of the README and of docs/ does what the text says: python runs, commands run or at least parse.
+
+What follows a block's language says how it is taken:
+
+- ``python``: executed, in order within a file, in one namespace and one folder; one that begins with ``# NAME.py`` is saved there
+  under that name as well.
+- ``console``: each line is a command, run in that folder, with exit code 0. ``console exit=N``: with another one.
+  ``console parse``: what is too dear to run; programs, commands and options must exist.
+- ``output``: what the block before it prints.
+- ``text``: no code. Any language with ``no-run: REASON``: code that cannot be run here; how much there is of it is counted below.
+
+``python -m conformance.tests.test_docs docs/NAME.md ...`` writes what the blocks print into the documents, after a message was
+changed on purpose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from conformance.cli import main as conformance_command
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+LANGUAGES = ("python", "console", "output", "text", "yaml", "toml")
+#: Blocks that are not run, by document. A new one needs a reason in its info string, and a line here.
+NOT_RUN: dict[str, int] = {}
+
+_FENCE = re.compile(r"^```(?P<language>[a-z]*)(?: (?P<info>[^\n]*))?\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, what its info string says besides, its text, and the place of the text in the document."""
+
+    language: str
+    info: str
+    code: str
+    start: int
+    line: int
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the block is executed, compared or parsed."""
+        return not self.info.startswith("no-run:")
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The blocks of a document, in order."""
+    return [
+        Block(match["language"], match["info"] or "", match["code"], match.start("code"), text.count("\n", 0, match.start()) + 1)
+        for match in _FENCE.finditer(text)
+    ]
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before, path = Path.cwd(), list(sys.path)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        sys.path[:] = path
+
+
+@dataclasses.dataclass
+class Document:
+    """One document being run: the names its python blocks share, the folder that they share, and what the last block printed."""
+
+    path: Path
+    folder: Path
+    names: dict[str, Any] = dataclasses.field(default_factory=lambda: {"__name__": "document"})
+
+    def outputs(self) -> Iterator[tuple[Block, str]]:
+        """Run every block; yields each ``output`` block with what the block before it printed."""
+        printed = ""
+        with _inside(self.folder):
+            for block in blocks_of(self.path.read_text()):
+                if block.language == "output" and block.is_run:
+                    yield block, printed
+                elif block.is_run:
+                    try:
+                        printed = self._printed(block)
+                    except BaseException as error:
+                        raise AssertionError(f"{self.path.name}:{block.line}: {type(error).__name__}: {error}") from error
+
+    def _printed(self, block: Block) -> str:
+        if block.language == "python":
+            return self._python(block)
+        if block.language == "console":
+            commands = block.code.replace("\\\n", " ").splitlines()
+            run = parsed if block.info == "parse" else functools.partial(executed, code=_number(block.info, "exit"))
+            return "".join(run(shlex.split(command, comments=True)) for command in commands if command.strip())
+        return ""
+
+    def _python(self, block: Block) -> str:
+        name = re.match(r"# (\S+\.py)\n", block.code)
+        if name is not None:
+            (self.folder / name[1]).write_text(block.code)
+        # Kernels say where they are defined: tracebacks and replay commands need the file.
+        file = self.folder / (name[1] if name is not None else f"{self.path.stem}_{block.line}.py")
+        file.write_text(block.code)
+        code = compile(block.code, str(file), "exec")
+        stdout = io.StringIO()
+        with contextlib.redirect_stdout(stdout):
+            exec(code, self.names)
+        return stdout.getvalue()
+
+
+def _number(info: str, name: str) -> int:
+    return int(info.removeprefix(f"{name}=")) if info.startswith(f"{name}=") else 0
+
+
+def _without_environment(words: list[str]) -> list[str]:
+    """A command without the folder of its program."""
+    return [words[0].removeprefix(".venv/bin/"), *words[1:]]
+
+
+def executed(words: list[str], code: int) -> str:
+    """What a command of ours prints; it must end with that exit code. Other programs are not run."""
+    program, *arguments = _without_environment(words)
+    assert program == "conformance", f"{program} is not run here: mark the block 'parse' or 'no-run: REASON'"
+    result = CliRunner().invoke(conformance_command, arguments)
+    assert result.exit_code == code, f"{shlex.join(words)}: exit code {result.exit_code}, expected {code}\n{result.output}"
+    return result.output
+
+
+def parsed(words: list[str]) -> str:
+    """Nothing; fails if the program, its command or one of its options does not exist."""
+    program, *arguments = _without_environment(words)
+    if program == "conformance":
+        name, *rest = arguments
+        command = conformance_command.commands[name]
+        command.make_context(name, rest)
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        for word in arguments:
+            variable, equals, value = word.partition("=")
+            if equals:
+                assert re.search(rf"\$\({variable}\)", (ROOT / "Makefile").read_text()), f"make knows no {variable}"
+                _require_options(_pytest_help(), shlex.split(value) if variable == "OPTIONS" else [])
+            else:
+                assert word in targets, f"make has no target {word}"
+    elif program == "pytest":
+        _require_options(_pytest_help(), arguments)
+    elif program == "python" and arguments[:1] == ["-m"]:
+        assert importlib.util.find_spec(arguments[1]) is not None, f"there is no module {arguments[1]}"
+        if arguments[1] == "pytest":
+            _require_options(_pytest_help(), arguments[2:])
+    else:
+        raise AssertionError(f"{program} cannot be parsed here: mark the block 'no-run: REASON'")
+    return ""
+
+
+@functools.cache
+def _pytest_help() -> str:
+    return subprocess.run([sys.executable, "-m", "pytest", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def _require_options(known: str, words: list[str]) -> None:
+    for word in words:
+        option = word.partition("=")[0]
+        if option.startswith("-"):
+            assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", known), f"there is no option {option}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_block_runs_and_prints_what_the_text_says(path: Path, tmp_path: Path) -> None:
+    for block, printed in Document(path, tmp_path).outputs():
+        assert printed == block.code, f"{path.name}:{block.line}: the block before it prints otherwise"
+
+
+def test_every_block_says_what_it_is_and_those_that_are_not_run_are_counted() -> None:
+    not_run: dict[str, int] = {}
+    for path in DOCUMENTS:
+        text = path.read_text()
+        assert text.count("```") == 2 * len(blocks_of(text)), f"{path.name}: a fence that is not one of a block"
+        for block in blocks_of(text):
+            assert block.language in LANGUAGES, f"{path.name}:{block.line}: a block needs one of {', '.join(LANGUAGES)}"
+            if not block.is_run:
+                assert block.info.removeprefix("no-run:").strip(), f"{path.name}:{block.line}: no reason is given"
+                not_run[path.name] = not_run.get(path.name, 0) + 1
+    assert not_run == NOT_RUN
+
+
+def _anchors(text: str) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\\(.)", r"\1", heading).lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", path.read_text())):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.exists(), f"{path.name} links to {target}"
+        if anchor:
+            assert anchor in _anchors(file.read_text()), f"{path.name} links to {target}"
+
+
+def test_sections_of_the_rule_that_the_code_cites_exist() -> None:
+    known = set(re.findall(r"^#+ (.+)$", (ROOT / "docs" / "rule.md").read_text(), re.MULTILINE))
+    for folder in ("conformance", "kernels", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for section in re.findall(r"docs/rule\.md, ([A-Z][A-Za-z0-9 ]*\w)", file.read_text()):
+                if file != Path(__file__):
+                    assert section in known, f"{file.relative_to(ROOT)} cites docs/rule.md, {section}"
+
+
+def rewrite(paths: list[Path]) -> None:
+    """Write what the blocks print into these documents, all of them if none is given."""
+    for path in paths or DOCUMENTS:
+        with tempfile.TemporaryDirectory() as folder:
+            text = path.read_text()
+            for block, printed in reversed(list(Document(path, Path(folder)).outputs())):
+                text = text[: block.start] + printed + text[block.start + len(block.code) :]
+            path.write_text(text)
+
+
+if __name__ == "__main__":
+    rewrite([Path(name).resolve() for name in sys.argv[1:]])
