@@ -2,8 +2,9 @@
 
 What follows a block's language says how it is taken:
 
-- ``python``: executed, in order within a file, in one namespace and one folder; one that begins with ``# NAME.py`` is saved there
-  under that name as well.
+- ``python``: executed, in order within a file, in one namespace and one folder.
+- ``python`` or ``toml`` that begins with ``# NAME``, a file: saved there, for the blocks that follow to use; ``# NAME (add)``:
+  added at the end of that file, of a copy if it is one of ``kernels/``.
 - ``console``: each line is a command, run in that folder, with exit code 0. ``console exit=N``: with another one.
   ``console parse``: what is too dear to run; programs, commands and options must exist.
 - ``output``: what the block before it prints.
@@ -15,14 +16,17 @@ changed on purpose.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,7 +40,7 @@ from click.testing import CliRunner
 from conformance.cli import main as conformance_command
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 LANGUAGES = ("python", "console", "output", "text", "yaml", "toml")
 #: Blocks that are not run, by document. A new one needs a reason in its info string, and a line here.
 NOT_RUN: dict[str, int] = {}
@@ -102,26 +106,69 @@ class Document:
                         raise AssertionError(f"{self.path.name}:{block.line}: {type(error).__name__}: {error}") from error
 
     def _printed(self, block: Block) -> str:
-        if block.language == "python":
+        named = re.match(r"# (\S+\.(?:py|toml))( \(add\))?\n", block.code)
+        if named is not None:
+            self._save(named[1], block.code, bool(named[2]))
+        elif block.language == "python":
             return self._python(block)
-        if block.language == "console":
+        elif block.language == "console":
             commands = block.code.replace("\\\n", " ").splitlines()
-            run = parsed if block.info == "parse" else functools.partial(executed, code=_number(block.info, "exit"))
-            return "".join(run(shlex.split(command, comments=True)) for command in commands if command.strip())
+            words = [shlex.split(command, comments=True) for command in commands]
+            if block.info == "parse":
+                for command in filter(None, words):
+                    require_options(command)
+            else:
+                return "".join(self._command(command, _number(block.info, "exit")) for command in filter(None, words))
         return ""
 
+    def _save(self, name: str, code: str, add: bool) -> None:
+        path = self.folder / name
+        compile(code if name.endswith(".py") else "", name, "exec")
+        if name.startswith("kernels/") and not (self.folder / "kernels").exists():
+            shutil.copytree(ROOT / "kernels", self.folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert path.exists() == add, f"{name}: {'there is no such file' if add else 'that file is there already'}"
+        path.write_text((path.read_text() + "\n\n" if add else "") + code)
+
     def _python(self, block: Block) -> str:
-        name = re.match(r"# (\S+\.py)\n", block.code)
-        if name is not None:
-            (self.folder / name[1]).write_text(block.code)
         # Kernels say where they are defined: tracebacks and replay commands need the file.
-        file = self.folder / (name[1] if name is not None else f"{self.path.stem}_{block.line}.py")
+        file = self.folder / f"{self.path.stem}_{block.line}.py"
         file.write_text(block.code)
-        code = compile(block.code, str(file), "exec")
         stdout = io.StringIO()
         with contextlib.redirect_stdout(stdout):
-            exec(code, self.names)
+            exec(compile(block.code, str(file), "exec"), self.names)
         return stdout.getvalue()
+
+    def _command(self, words: list[str], code: int) -> str:
+        """What a command of ours prints; it must end with that exit code. Other programs are not run."""
+        program, *arguments = _without_environment(words)
+        if program == "pip" and arguments == ["install", "--editable", "."]:
+            self._install()
+            return ""
+        assert program == "conformance", f"{program} is not run here: mark the block 'parse' or 'no-run: REASON'"
+        if any((self.folder / name).exists() for name in ("kernels", "pyproject.toml")):
+            # The folder has models of its own, which this process must not get to know.
+            path = os.pathsep.join([str(self.folder), str(ROOT)])
+            environment = {**os.environ, "PYTHONPATH": path}
+            command = [sys.executable, "-m", "conformance.cli", *arguments]
+            found = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+            exit_code, output = found.returncode, found.stdout + found.stderr
+        else:
+            result = CliRunner().invoke(conformance_command, arguments)
+            exit_code, output = result.exit_code, result.output
+        assert exit_code == code, f"{shlex.join(words)}: exit code {exit_code}, expected {code}\n{output}"
+        return output
+
+    def _install(self) -> None:
+        """What an editable install of the folder's ``pyproject.toml`` leaves for entry points to be found by."""
+        text = (self.folder / "pyproject.toml").read_text()
+        information = self.folder / "installed.egg-info"
+        information.mkdir()
+        (information / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: installed\nVersion: 0\n")
+        groups = re.findall(r'^\[project\.entry-points\."(.+)"\]\n((?:.+\n?)*)', text, re.MULTILINE)
+        assert groups, "pyproject.toml has no entry points"
+        lines = [f"[{group}]\n{entries.replace(chr(34), '')}" for group, entries in groups]
+        (information / "entry_points.txt").write_text("\n".join(lines))
 
 
 def _number(info: str, name: str) -> int:
@@ -133,17 +180,8 @@ def _without_environment(words: list[str]) -> list[str]:
     return [words[0].removeprefix(".venv/bin/"), *words[1:]]
 
 
-def executed(words: list[str], code: int) -> str:
-    """What a command of ours prints; it must end with that exit code. Other programs are not run."""
-    program, *arguments = _without_environment(words)
-    assert program == "conformance", f"{program} is not run here: mark the block 'parse' or 'no-run: REASON'"
-    result = CliRunner().invoke(conformance_command, arguments)
-    assert result.exit_code == code, f"{shlex.join(words)}: exit code {result.exit_code}, expected {code}\n{result.output}"
-    return result.output
-
-
-def parsed(words: list[str]) -> str:
-    """Nothing; fails if the program, its command or one of its options does not exist."""
+def require_options(words: list[str]) -> None:
+    """Fail if the program, its command or one of its options does not exist."""
     program, *arguments = _without_environment(words)
     if program == "conformance":
         name, *rest = arguments
@@ -164,9 +202,11 @@ def parsed(words: list[str]) -> str:
         assert importlib.util.find_spec(arguments[1]) is not None, f"there is no module {arguments[1]}"
         if arguments[1] == "pytest":
             _require_options(_pytest_help(), arguments[2:])
+        else:
+            command = importlib.import_module(f"{arguments[1]}.command").main
+            command.make_context(arguments[1], arguments[2:])
     else:
         raise AssertionError(f"{program} cannot be parsed here: mark the block 'no-run: REASON'")
-    return ""
 
 
 @functools.cache
@@ -225,6 +265,36 @@ def test_sections_of_the_rule_that_the_code_cites_exist() -> None:
             for section in re.findall(r"docs/rule\.md, ([A-Z][A-Za-z0-9 ]*\w)", file.read_text()):
                 if file != Path(__file__):
                     assert section in known, f"{file.relative_to(ROOT)} cites docs/rule.md, {section}"
+
+
+def _imports(part: str) -> set[str]:
+    """The parts of ``conformance/`` that one imports, but for type annotations."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    folder = ROOT / "conformance" / part
+    for file in folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        visit(ast.parse(file.read_text()))
+    return {name.split(".")[1] for name in found if name.startswith("conformance.")} - {part, "__version__"}
+
+
+def test_the_architectures_table_of_imports_is_that_of_the_code() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\w, ]*)\|$", text, re.MULTILINE)
+    table = {part: set(filter(None, imports.strip().split(", "))) for part, imports in rows}
+    parts = {path.stem for path in (ROOT / "conformance").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert table.keys() == parts - {"__init__", "cli", "plugin", "tests"}
+    assert table == {part: _imports(part) for part in table}
+    assert all(imported in list(table)[:place] for place, part in enumerate(table) for imported in table[part]), "see the order"
 
 
 def rewrite(paths: list[Path]) -> None:
