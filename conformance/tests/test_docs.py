@@ -3,8 +3,9 @@
 What follows a block's language says how it is taken:
 
 - ``python``: executed, in order within a file, in one namespace and one folder.
-- ``python`` or ``toml`` that begins with ``# NAME``, a file: saved there, for the blocks that follow to use; ``# NAME (add)``:
-  added at the end of that file, of a copy if it is one of ``kernels/``.
+- ``python`` or ``toml`` that begins with ``# NAME``, a file: saved there, for the blocks that follow to use.
+- ``diff`` that begins with ``--- NAME``: applied to that file of a copy of the repository, in which commands run from then on. The
+  lines that it says are there must be there, once.
 - ``console``: each line is a command, run in that folder, with exit code 0. ``console exit=N``: with another one.
   ``console parse``: what is too dear to run; programs, commands and options must exist.
 - ``output``: what the block before it prints.
@@ -38,10 +39,11 @@ import pytest
 from click.testing import CliRunner
 
 from conformance.cli import main as conformance_command
+from conformance.contract import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
-LANGUAGES = ("python", "console", "output", "text", "yaml", "toml")
+LANGUAGES = ("python", "toml", "diff", "console", "output", "text")
 #: Blocks that are not run, by document. A new one needs a reason in its info string, and a line here.
 NOT_RUN: dict[str, int] = {}
 
@@ -74,6 +76,7 @@ def blocks_of(text: str) -> list[Block]:
 
 @contextlib.contextmanager
 def _inside(folder: Path) -> Iterator[None]:
+    """The working directory, and what can be imported from it; no module or model of it is left behind."""
     before, path = Path.cwd(), list(sys.path)
     os.chdir(folder)
     sys.path.insert(0, str(folder))
@@ -82,6 +85,10 @@ def _inside(folder: Path) -> Iterator[None]:
     finally:
         os.chdir(before)
         sys.path[:] = path
+        for name, module in list(sys.modules.items()):
+            if (getattr(module, "__file__", None) or "").startswith(str(folder)):
+                del sys.modules[name]
+        registry.models.cache_clear()
 
 
 @dataclasses.dataclass
@@ -106,9 +113,11 @@ class Document:
                         raise AssertionError(f"{self.path.name}:{block.line}: {type(error).__name__}: {error}") from error
 
     def _printed(self, block: Block) -> str:
-        named = re.match(r"# (\S+\.(?:py|toml))( \(add\))?\n", block.code)
+        named = re.match(r"# (\S+\.(?:py|toml))\n", block.code)
         if named is not None:
-            self._save(named[1], block.code, bool(named[2]))
+            self._save(named[1], block.code)
+        elif block.language == "diff":
+            self._apply(block.code)
         elif block.language == "python":
             return self._python(block)
         elif block.language == "console":
@@ -121,14 +130,24 @@ class Document:
                 return "".join(self._command(command, _number(block.info, "exit")) for command in filter(None, words))
         return ""
 
-    def _save(self, name: str, code: str, add: bool) -> None:
-        path = self.folder / name
+    def _save(self, name: str, code: str) -> None:
         compile(code if name.endswith(".py") else "", name, "exec")
-        if name.startswith("kernels/") and not (self.folder / "kernels").exists():
-            shutil.copytree(ROOT / "kernels", self.folder / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        assert path.exists() == add, f"{name}: {'there is no such file' if add else 'that file is there already'}"
-        path.write_text((path.read_text() + "\n\n" if add else "") + code)
+        assert not path.exists(), f"{name} is there already"
+        path.write_text(code)
+
+    def _apply(self, diff: str) -> None:
+        if not (self.folder / "conformance").exists():
+            ignore = shutil.ignore_patterns("__pycache__", "tests")
+            for name in ("conformance", "kernels", "reports", "fixtures"):
+                shutil.copytree(ROOT / name, self.folder / name, symlinks=True, ignore=ignore, dirs_exist_ok=True)
+        header, *lines = diff.splitlines()
+        path = self.folder / header.removeprefix("--- ")
+        before, after = ("\n".join(line[1:] for line in lines if line[:1] != other) for other in "+-")
+        text = path.read_text()
+        assert text.count(before) == 1, f"{path.name} has these lines {text.count(before)} times:\n{before}"
+        path.write_text(text.replace(before, after))
 
     def _python(self, block: Block) -> str:
         # Kernels say where they are defined: tracebacks and replay commands need the file.
@@ -146,10 +165,8 @@ class Document:
             self._install()
             return ""
         assert program == "conformance", f"{program} is not run here: mark the block 'parse' or 'no-run: REASON'"
-        if any((self.folder / name).exists() for name in ("kernels", "pyproject.toml")):
-            # The folder has models of its own, which this process must not get to know.
-            path = os.pathsep.join([str(self.folder), str(ROOT)])
-            environment = {**os.environ, "PYTHONPATH": path}
+        if (self.folder / "conformance").exists():
+            environment = {**os.environ, "PYTHONPATH": str(self.folder)}
             command = [sys.executable, "-m", "conformance.cli", *arguments]
             found = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
             exit_code, output = found.returncode, found.stdout + found.stderr
@@ -169,6 +186,7 @@ class Document:
         assert groups, "pyproject.toml has no entry points"
         lines = [f"[{group}]\n{entries.replace(chr(34), '')}" for group, entries in groups]
         (information / "entry_points.txt").write_text("\n".join(lines))
+        registry.models.cache_clear()
 
 
 def _number(info: str, name: str) -> int:
