@@ -164,10 +164,11 @@ class Document:
         if program == "pip" and arguments == ["install", "--editable", "."]:
             self._install()
             return ""
-        assert program == "conformance", f"{program} is not run here: mark the block 'parse' or 'no-run: REASON'"
-        if (self.folder / "conformance").exists():
+        is_script = program == "python" and (self.folder / arguments[0]).is_file()
+        assert is_script or program == "conformance", f"{program} is not run here: mark the block 'parse' or 'no-run: REASON'"
+        if is_script or (self.folder / "conformance").exists():
             environment = {**os.environ, "PYTHONPATH": str(self.folder)}
-            command = [sys.executable, "-m", "conformance.cli", *arguments]
+            command = [sys.executable, *([] if is_script else ["-m", "conformance.cli"]), *arguments]
             found = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
             exit_code, output = found.returncode, found.stdout + found.stderr
         else:
