@@ -4,11 +4,11 @@ What follows a block's language says how it is taken:
 
 - ``python``: executed, in order within a file, in one namespace and one folder.
 - ``python`` or ``toml`` that begins with ``# NAME``, a file: saved there, for the blocks that follow to use.
-- ``diff`` that begins with ``--- NAME``: applied to that file of a copy of the repository, in which commands run from then on. The
-  lines that it says are there must be there, once.
+- ``diff`` that begins with ``--- NAME``: applied to that file of a copy of the repository, in which commands run from then on.
+  The lines that it says are there must be there, once.
 - ``console``: each line is a command, run in that folder, with exit code 0. ``console exit=N``: with another one.
   ``console parse``: what is too dear to run; programs, commands and options must exist.
-- ``output``: what the block before it prints.
+- ``output``: what the block before it prints; numbers may differ by a twentieth, as they do between processors.
 - ``text``: no code. Any language with ``no-run: REASON``: code that cannot be run here; how much there is of it is counted below.
 
 ``python -m conformance.tests.test_docs docs/NAME.md ...`` writes what the blocks print into the documents, after a message was
@@ -240,10 +240,18 @@ def _require_options(known: str, words: list[str]) -> None:
             assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", known), f"there is no option {option}"
 
 
+def _parts(text: str) -> tuple[list[str], list[float]]:
+    """The words of a text, with a placeholder for each number, and the numbers."""
+    number = r"\d+(?:\.\d+)?(?:e[+-]\d+)?"
+    return re.sub(number, "#", text).split(), [float(found) for found in re.findall(number, text)]
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_block_runs_and_prints_what_the_text_says(path: Path, tmp_path: Path) -> None:
     for block, printed in Document(path, tmp_path).outputs():
-        assert printed == block.code, f"{path.name}:{block.line}: the block before it prints otherwise"
+        words, numbers = _parts(printed)
+        assert words == _parts(block.code)[0], f"{path.name}:{block.line}: the block before it prints otherwise"
+        assert numbers == pytest.approx(_parts(block.code)[1], rel=0.05), f"{path.name}:{block.line}"
 
 
 def test_every_block_says_what_it_is_and_those_that_are_not_run_are_counted() -> None:
