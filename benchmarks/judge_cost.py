@@ -37,7 +37,7 @@ PARTS = ("logits", "layer")
 ROUNDS = 15
 LOGITS = CaseKey("lm_head", "qwen3_14b", "normal", 1, (("B", 16),))
 LAYER = CaseKey("decode_layer", "qwen3_14b", "normal", 1, (("B", 16), ("S", 256)), tuple(range(16, 257, 16)))
-#: What interpreting that layer takes at least, in seconds (README, Figures).
+#: What interpreting that layer takes at least, in seconds (README.md here).
 INTERPRETING = 28.0
 
 MOST_OF_ASSERT_CLOSE = 3.0

@@ -1,4 +1,4 @@
-"""Elements that are not finite, or further from the oracle than any correct kernel's can be."""
+"""Elements that are not finite, or further from the oracle than any correct kernel's can be: docs/rule.md, Element."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Composed rounding noise hides them element by element. But their shape is known before a kernel runs, from the reference evaluated
 as the mistaken kernel would; and so is the shape of the noise. A weighted sum of all errors, large for the mistake and small for
-roundings, tells the two apart (a matched filter).
+roundings, tells the two apart (docs/rule.md, Matched filters).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each rounding inside a composite stage does to its outputs, to first order."""
+"""What each rounding inside a composite stage does to its outputs, to first order: docs/rule.md, Effective degrees of freedom."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The errors of a layer or a chain, held against the signatures of known mistakes; of one case, and of all cases together."""
+"""The errors of a layer or a chain, held against the signatures of known mistakes; of one case, and of all cases together.
+
+The limits and the sums over cases: docs/rule.md, Pooling.
+"""
 
 from __future__ import annotations
 

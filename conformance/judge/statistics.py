@@ -1,4 +1,4 @@
-"""Spread and bias: errors that are each small enough, and together impossible."""
+"""Spread and bias: errors that are each small enough, and together impossible: docs/rule.md, Spread, and docs/rule.md, Bias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is wrong with an output as a whole: unwritten, stale, touched where it must not be, all zeros, a copy of an input."""
+"""What is wrong with an output as a whole: unwritten, stale, touched where it must not be, all zeros, a copy of an input.
+
+Why, and how: docs/rule.md, Structure.
+"""
 
 from __future__ import annotations
 

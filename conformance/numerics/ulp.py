@@ -1,6 +1,6 @@
 """Units in the last place of bf16, fp16 and fp32, computed exactly on float64 tensors by their bits.
 
-A floored ``log2`` is wrong just below powers of two, so exponents are read from the representation.
+A floored ``log2`` is wrong just below powers of two, so exponents are read from the representation (docs/rule.md, Spacing).
 """
 
 from __future__ import annotations
