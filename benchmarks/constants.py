@@ -25,7 +25,7 @@ from conformance.judge.judgement import judge
 from conformance.judge.oracle import Oracle
 from conformance.lanes.base import Outcome
 from conformance.lanes.eager import run_eager
-from conformance.numerics import bounds
+from conformance.numerics import attention, bounds
 from kernels.qwen3.exam.torch.catalogue import random_variant, torch_kernels
 
 #: Integers and copies are right or wrong: no constant decides.
@@ -76,8 +76,8 @@ SETTINGS = [
     Setting(bounds, "SUM_OF_RESULT", 1.5),
     Setting(bounds, "SUM_ONTO", 0.1),
     Setting(bounds, "SUM_ONTO", 3.0),
-    Setting(bounds, "PROBABILITY_VARIANCE", 2.0**-16 / 20),
-    Setting(bounds, "PROBABILITY_VARIANCE", 2.0**-16),
+    Setting(attention, "PROBABILITY_VARIANCE", 2.0**-16 / 20),
+    Setting(attention, "PROBABILITY_VARIANCE", 2.0**-16),
     Setting(limits, "STATISTICAL", FP32),
 ]
 

@@ -38,6 +38,7 @@ COPY = ROOT / "build" / "mutation"
 COPIED = ("conformance", "kernels", "fixtures", "reports", "benchmarks", "conftest.py", "pyproject.toml")
 MODULES = (
     "conformance.numerics.ulp",
+    "conformance.numerics.attention",
     "conformance.numerics.bounds",
     "conformance.judge.elements",
     "conformance.judge.judgement",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -52,14 +53,23 @@ def judge_elements(
         scan = _scan(part, estimate, skip)
     if bool(scan.broken.any()):
         result.wrong += count_true(scan.broken)
-        nan = part.found[scan.broken].isnan()
-        what = "NaN" if bool(nan.all()) else "NaN or infinite" if bool(nan.any()) else "infinite"
+        # Block by block: a selection of the whole would take as much memory as the output.
+        kinds = {kind for block in blocks_of(part.found) for kind in _kinds(part.found[block], scan.broken[block])}
+        what = " or ".join(sorted(kinds))
         text = f"is {what} where the exact result is finite"
         result.findings.append(extent_finding(case, part, scan.broken, "not_finite", text))
     if scan.worst is not None:
         result.wrong += count_true(scan.beyond)
         result.findings.append(_element_finding(case, part, estimate, scan.worst, scan.beyond))
     return scan.highest
+
+
+def _kinds(found: torch.Tensor, broken: torch.Tensor) -> Iterator[str]:
+    nan = found.isnan()
+    if bool((nan & broken).any()):
+        yield "NaN"
+    if bool((broken & ~nan).any()):
+        yield "infinite"
 
 
 @dataclasses.dataclass(frozen=True)

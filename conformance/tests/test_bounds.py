@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from conformance.numerics import bounds
-from conformance.numerics.bounds import BF16, Bounds, NewRows, Profile
+from conformance.numerics.attention import PROBABILITY_VARIANCE, NewRows
+from conformance.numerics.attention import attention as attention_bounds
+from conformance.numerics.bounds import BF16, Bounds, Profile
 from conformance.numerics.ulp import Mode, rounded, spacing
 
 Tensor = torch.Tensor
@@ -223,7 +225,7 @@ def test_attention_carries_errors_of_the_query_and_of_the_new_rows() -> None:
     query = uncertain(normal(1, NKV * G, D), 3e-3, 1)
     keys, values = bf16(1, NKV, KEYS + 3, D, seed=2), bf16(1, NKV, KEYS + 3, D, seed=3)
     new = NewRows(uncertain(normal(NKV, 2, D, seed=4), 3e-3, 5), uncertain(normal(NKV, 2, D, seed=6), 3e-3, 7))
-    estimate = bounds.attention(query, keys, values, [KEYS], D**-0.5, PLAIN, [new])
+    estimate = attention_bounds(query, keys, values, [KEYS], D**-0.5, PLAIN, [new])
 
     def attended(draw: int) -> Tensor:
         k, v = keys[0, :, :KEYS].double(), values[0, :, :KEYS].double()
@@ -236,9 +238,9 @@ def test_attention_carries_errors_of_the_query_and_of_the_new_rows() -> None:
 
 def test_attention_never_looks_past_the_length() -> None:
     query, keys, values = bounds.exact(bf16(1, NKV * G, D)), bf16(1, NKV, KEYS, D, seed=2), bf16(1, NKV, KEYS, D, seed=3)
-    before = bounds.attention(query, keys, values, [KEYS - 4], D**-0.5, PLAIN)
+    before = attention_bounds(query, keys, values, [KEYS - 4], D**-0.5, PLAIN)
     keys[:, :, KEYS - 4 :], values[:, :, KEYS - 4 :] = math.nan, math.inf
-    after = bounds.attention(query, keys, values, [KEYS - 4], D**-0.5, PLAIN)
+    after = attention_bounds(query, keys, values, [KEYS - 4], D**-0.5, PLAIN)
     for name in ("value", "variance", "worst"):
         assert torch.equal(getattr(before, name), getattr(after, name))
 
@@ -257,7 +259,7 @@ def test_bf16_probabilities_stay_within_their_variance(query_size: float) -> Non
     for length in range(5, 60):
         query = bf16(1, NKV * G, D, seed=length, scale=query_size)
         keys, values = bf16(1, NKV, length, D, seed=1000 + length), bf16(1, NKV, length, D, seed=2000 + length)
-        estimate = bounds.attention(bounds.exact(query), keys, values, [length], D**-0.5, profile)
+        estimate = attention_bounds(bounds.exact(query), keys, values, [length], D**-0.5, profile)
         scores = torch.einsum("hgd,hnd->hgn", query[0].double().view(NKV, G, D), keys[0].double()) * D**-0.5
         p = rounded(torch.softmax(scores, -1), BF16)
         found = torch.einsum("hgn,hnd->hgd", p, values[0].double()).reshape(NKV * G, D)
@@ -273,7 +275,7 @@ def test_bf16_probabilities_stay_within_their_variance(query_size: float) -> Non
 def test_the_only_probability_is_not_rounded() -> None:
     query, keys, values = bounds.exact(bf16(1, NKV * G, D)), bf16(1, NKV, 1, D, seed=2), bf16(1, NKV, 1, D, seed=3)
     rounds = Profile("probabilities", frozenset({"probabilities"}))
-    plain, found = (bounds.attention(query, keys, values, [1], D**-0.5, profile) for profile in (PLAIN, rounds))
+    plain, found = (attention_bounds(query, keys, values, [1], D**-0.5, profile) for profile in (PLAIN, rounds))
     assert torch.equal(plain.variance, found.variance)
 
 
@@ -683,7 +685,7 @@ def heads_of(doubt: bool, length: int = 20) -> tuple[Heads, Bounds, Tensor, Tens
 @pytest.mark.parametrize("doubt", [False, True])
 def test_attention_follows_the_document(doubt: bool, length: int) -> None:
     heads, query, keys, values, new = heads_of(doubt, length)
-    found = bounds.attention(query, keys, values, [length], heads.scale, PLAIN, None if new is None else [new])
+    found = attention_bounds(query, keys, values, [length], heads.scale, PLAIN, None if new is None else [new])
     value, variance, worst = (torch.stack(part) for part in list(zip(*map(heads.head, range(NKV * G)), strict=True))[:3])
     assert found.correlation is None
     assert_same(found[0], value, variance, worst)
@@ -696,7 +698,7 @@ def test_probabilities_in_bf16_add_their_roundings(denominator: bool, modelled: 
     heads, query, keys, values, _ = heads_of(False)
     names = frozenset({"probabilities", "denominator_of_rounded"} if denominator else {"probabilities"})
     profile = Profile("probabilities", names, modelled=modelled)
-    found = bounds.attention(query, keys, values, [20], heads.scale, profile, want_correlation=True)
+    found = attention_bounds(query, keys, values, [20], heads.scale, profile, want_correlation=True)
     shared = own = shared_squares = own_squares = 0.0
     of_heads = []
     for number in range(NKV * G):
@@ -725,7 +727,7 @@ def test_the_errors_of_a_lone_element_are_its_probabilitys_and_its_own() -> None
     query, keys = torch.zeros(1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 2, 1, dtype=BF16)
     values = torch.full((1, 1, 2, 1), 1.9921875, dtype=BF16)
     rounds = Profile("probabilities", frozenset({"probabilities"}))
-    found = bounds.attention(bounds.exact(query), keys, values, [2], 1.0, rounds, want_correlation=True).correlation
+    found = attention_bounds(bounds.exact(query), keys, values, [2], 1.0, rounds, want_correlation=True).correlation
     assert found is not None
     own, shared = 2.0**-14 / 12, 2.0**-16 / 5 * 1.9921875**2
     assert found.independent.tolist() == pytest.approx([(own + shared) ** 2 / (own**2 + shared**2)], rel=1e-3)
@@ -735,19 +737,19 @@ def test_the_errors_of_a_lone_element_are_its_probabilitys_and_its_own() -> None
 def test_correlations_are_told_only_of_rounded_probabilities_and_only_on_request() -> None:
     heads, query, keys, values, _ = heads_of(False)
     rounds = Profile("probabilities", frozenset({"probabilities"}))
-    assert bounds.attention(query, keys, values, [20], heads.scale, PLAIN, want_correlation=True).correlation is None
-    assert bounds.attention(query, keys, values, [20], heads.scale, rounds).correlation is None
-    assert bounds.attention(query, keys, values, [20], heads.scale, rounds, want_correlation=False).correlation is None
+    assert attention_bounds(query, keys, values, [20], heads.scale, PLAIN, want_correlation=True).correlation is None
+    assert attention_bounds(query, keys, values, [20], heads.scale, rounds).correlation is None
+    assert attention_bounds(query, keys, values, [20], heads.scale, rounds, want_correlation=False).correlation is None
 
 
 def test_every_query_has_its_own_keys_and_length() -> None:
     query, keys, values = bounds.exact(bf16(3, NKV * G, D)), bf16(3, NKV, 9, D, seed=2), bf16(3, NKV, 9, D, seed=3)
     rounds, lengths = Profile("probabilities", frozenset({"probabilities"})), [9, 1, 4]
-    together = bounds.attention(query, list(keys), list(values), lengths, 0.3, rounds, want_correlation=True)
+    together = attention_bounds(query, list(keys), list(values), lengths, 0.3, rounds, want_correlation=True)
     assert together.correlation is not None
     for row in range(3):
         part = slice(row, row + 1)
-        alone = bounds.attention(query[part], keys[part], values[part], lengths[part], 0.3, rounds, want_correlation=True)
+        alone = attention_bounds(query[part], keys[part], values[part], lengths[part], 0.3, rounds, want_correlation=True)
         assert alone.correlation is not None
         assert_same(together[part], alone.value, alone.variance, alone.worst)
         assert torch.equal(together.correlation.sum_variance[part], alone.correlation.sum_variance)
@@ -765,19 +767,19 @@ def test_probabilities_that_are_nearly_equal_are_rounded_alike(apart: float, ali
     values = torch.ones(1, 1, 2, 1, dtype=BF16)
     rounds = Profile("probabilities", frozenset({"probabilities"}))
     plain, found = (
-        bounds.attention(bounds.exact(query), keys, values, [2], 1.0, profile).variance.item() for profile in (PLAIN, rounds)
+        attention_bounds(bounds.exact(query), keys, values, [2], 1.0, profile).variance.item() for profile in (PLAIN, rounds)
     )
     # Each moves the result by its own rounding: 1/2 each, so 1 together or the root of 1/2.
-    assert (found - plain) / bounds.PROBABILITY_VARIANCE == pytest.approx(1.0 if alike else 0.5, rel=1e-3)
+    assert (found - plain) / PROBABILITY_VARIANCE == pytest.approx(1.0 if alike else 0.5, rel=1e-3)
 
 
 def test_equal_probabilities_of_two_heads_are_not_rounded_alike() -> None:
     query = torch.zeros(1, 2, 1, dtype=torch.float64)
     keys, values = torch.ones(1, 1, 2, 1, dtype=BF16), torch.tensor([1.0, 3.0], dtype=BF16).view(1, 1, 2, 1)
     rounds = Profile("probabilities", frozenset({"probabilities"}))
-    plain, found = (bounds.attention(bounds.exact(query), keys, values, [2], 1.0, profile) for profile in (PLAIN, rounds))
+    plain, found = (attention_bounds(bounds.exact(query), keys, values, [2], 1.0, profile) for profile in (PLAIN, rounds))
     # (1/2 + 3/2)**2 in either head; the errors of all four would add up to more.
-    added = (found.variance - plain.variance).flatten() / bounds.PROBABILITY_VARIANCE
+    added = (found.variance - plain.variance).flatten() / PROBABILITY_VARIANCE
     assert added.tolist() == pytest.approx([4.0, 4.0], rel=1e-3)
 
 
@@ -786,12 +788,12 @@ def test_equal_probabilities_of_two_heads_lean_the_row_together() -> None:
     query = torch.zeros(1, 2, 1, dtype=torch.float64)
     keys, values = torch.ones(1, 1, 2, 1, dtype=BF16), torch.tensor([1.0, 3.0], dtype=BF16).view(1, 1, 2, 1)
     rounds = Profile("probabilities", frozenset({"probabilities"}))
-    found = bounds.attention(bounds.exact(query), keys, values, [2], 1.0, rounds, want_correlation=True)
+    found = attention_bounds(bounds.exact(query), keys, values, [2], 1.0, rounds, want_correlation=True)
     assert found.correlation is not None
     assert found.correlation.head_variance is not None
     own = 2.0**-12 / 12  # of 2 = 1/2 + 3/2
     whole = float(found.variance[0, 0]) + own
-    head = 4 * bounds.PROBABILITY_VARIANCE
+    head = 4 * PROBABILITY_VARIANCE
     assert found.correlation.head_variance.flatten().tolist() == pytest.approx([(head + own) / whole] * 2, rel=1e-6)
     assert found.correlation.sum_variance.tolist() == pytest.approx([(4 * head + 2 * own) / whole], rel=1e-6)
     assert found.correlation.independent.tolist() == pytest.approx(
@@ -816,9 +818,9 @@ def test_alike_probabilities_err_by_their_own_rounding_where_it_is_large(count: 
     values = torch.ones(1, 1, count + 1, 4, dtype=BF16)
     rounds = Profile("probabilities", frozenset({"probabilities"}))
     plain, found = (
-        bounds.attention(bounds.exact(query), keys, values, [count + 1], 1.0, one).variance for one in (PLAIN, rounds)
+        attention_bounds(bounds.exact(query), keys, values, [count + 1], 1.0, one).variance for one in (PLAIN, rounds)
     )
-    average = bounds.PROBABILITY_VARIANCE**0.5
+    average = PROBABILITY_VARIANCE**0.5
     for head, share in enumerate(shares):
         p = share / (1 + count * share)
 
@@ -838,7 +840,7 @@ def test_what_rounding_does_to_a_probability_below_fp32s_range_is_counted_once()
     values = torch.tensor([0.0] + [1e30] * 4).double().view(1, 1, 5, 1)
     assert 2.0**-127 < math.exp(-87.4) < 2.0**-126
     rounds = Profile("probabilities", frozenset({"probabilities"}))
-    found = bounds.attention(bounds.exact(query), keys, values, [5], 1.0, rounds)
+    found = attention_bounds(bounds.exact(query), keys, values, [5], 1.0, rounds)
     assert found.variance.sqrt().item() == pytest.approx(4e30 * 2.0**-126, rel=1e-3)
 
 
@@ -846,7 +848,7 @@ def test_a_probability_that_fp32_cannot_hold_may_be_lost() -> None:
     """A key of weight exp(-100), which flushing makes zero, with a value so large that its part is all that there is."""
     query, keys = torch.ones(1, 1, 1, dtype=torch.float64), torch.tensor([0.0, -100.0]).double().view(1, 1, 2, 1)
     values = torch.tensor([0.0, 1e30]).double().view(1, 1, 2, 1)
-    found = bounds.attention(bounds.exact(query), keys, values, [2], 1.0, PLAIN)
+    found = attention_bounds(bounds.exact(query), keys, values, [2], 1.0, PLAIN)
     assert found.value.item() == pytest.approx(math.exp(-100) * 1e30)
     assert found.worst.item() > found.value.item()
     assert found.variance.sqrt().item() > found.value.item()
@@ -857,6 +859,6 @@ def test_a_score_that_nobody_knows_leaves_its_worst_case_finite() -> None:
     heads, query, keys, values, _ = heads_of(False)
     hopeless = Bounds(query.value, query.variance, torch.full_like(query.value, 1e9))
     new = NewRows(bounds.exact(keys[0, :, 18:20]), bounds.exact(values[0, :, 18:20]))
-    found = bounds.attention(hopeless, keys, values, [20], heads.scale, PLAIN, [new])
+    found = attention_bounds(hopeless, keys, values, [20], heads.scale, PLAIN, [new])
     assert bool(torch.isfinite(found.worst).all())
     assert bool((found.worst > 1e20).all())

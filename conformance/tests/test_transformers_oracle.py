@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from conformance.cases.source import Source, rotation_table
+from conformance.cases.source import Source
 from conformance.contract.dims import Dims
 from conformance.contract.registry import stages
 from conformance.numerics.arithmetic import CONTRACT, EXACT
@@ -26,6 +26,7 @@ from kernels.qwen3 import reference
 from kernels.qwen3.config import Qwen3Dims
 from kernels.qwen3.generation.checkpoint import Checkpoint
 from kernels.qwen3.layout import Layout
+from kernels.qwen3.rotation import rotation_table
 
 Tensor = torch.Tensor
 

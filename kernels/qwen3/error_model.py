@@ -12,7 +12,9 @@ from conformance.contract.dims import Dims
 from conformance.contract.stage import Tensors, layer_of
 from conformance.numerics import bounds
 from conformance.numerics.arithmetic import EXACT
-from conformance.numerics.bounds import Bounds, NewRows, Profile
+from conformance.numerics.attention import NewRows
+from conformance.numerics.attention import attention as attention_bounds
+from conformance.numerics.bounds import Bounds, Profile
 from kernels.qwen3 import reference
 from kernels.qwen3.layout import Layout, paged_rows
 from kernels.qwen3.reference import weights_of
@@ -73,7 +75,7 @@ def attention(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds
     """``out``: attention over exact caches."""
     layout = Layout.of(inputs, dims)
     query = bounds.exact(inputs["q"].reshape(dims.B, dims.NH, dims.D))
-    estimate = bounds.attention(
+    estimate = attention_bounds(
         query,
         *_histories(layout, inputs["k_cache"], inputs["v_cache"]),
         layout.length.tolist(),
@@ -153,7 +155,7 @@ def _layer(
     q = _rotated(_heads_normalised(q, weights["q_norm_weight"], dims, profile), layout.length, tables, dims)
     k = _rotated(_heads_normalised(k, weights["k_norm_weight"], dims, profile), layout.length, tables, dims)
     q, k_row, v_row = (tensor.reshape(tokens, heads, dims.D) for tensor, heads in ((q, dims.NH), (k, dims.NKV), (v, dims.NKV)))
-    attn = bounds.attention(
+    attn = attention_bounds(
         bounds.rounding(q, profile),
         *_histories(layout, *caches),
         layout.length.tolist(),

@@ -20,11 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from conformance.cases.source import Source, rotation_table
+from conformance.cases.source import Source
 from conformance.contract.dims import Dims
 from conformance.errors import UsageError
 from conformance.numerics.ulp import rounded
 from kernels.qwen3.config import Qwen3Dims
+from kernels.qwen3.rotation import rotation_table
 
 Tensor = torch.Tensor
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from conformance.cases.source import rotation_table
 from conformance.contract.dims import Dims
 from kernels.qwen3.exam.torch.helpers import FP16, rounded
 from kernels.qwen3.exam.torch.hooks import ALL_LAYERS, CONTIGUOUS_LAYERS, PREFILLS, SIGNATURES, fault
 from kernels.qwen3.exam.torch.operations import BF16
+from kernels.qwen3.rotation import rotation_table
 
 Tensor = torch.Tensor
 
