@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from conformance.contract.kernel import Kernel
     from conformance.exam.results import Exam
     from conformance.running.check import Judged, RunPlan
-    from conformance.running.diff import Standing
+    from conformance.running.diff import KernelSummary
     from conformance.running.session import RunLog, Subject
 
 
@@ -284,15 +284,15 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
         before = comparison.for_kernel(after, before, old)
     elif isinstance(after, dict) and not isinstance(before, dict):
         after = comparison.for_kernel(before, after, new)
-    standings = [_standings(subject, dims, examples, seed, lane, timeout) for subject in (before, after)]
-    found = comparison.compare_runs(*standings)
+    summaries = [_summaries(subject, dims, examples, seed, lane, timeout) for subject in (before, after)]
+    found = comparison.compare_runs(*summaries)
     for one in found:
         click.echo(diff_report.render(one, colour=sys.stdout.isatty()))
     click.echo(diff_report.conclusion(found))
     sys.exit(comparison.exit_code(found))
 
 
-def _subject_of_diff(text: str) -> dict[str, Standing] | Kernel:
+def _subject_of_diff(text: str) -> dict[str, KernelSummary] | Kernel:
     """What is known of the kernels of a kept run, or a kernel that is to be judged: of a file or a bundled one."""
     from conformance.contract.kernel import Kernel
     from conformance.contract.loading import bundled_kernels, find_kernel
@@ -309,9 +309,9 @@ def _subject_of_diff(text: str) -> dict[str, Standing] | Kernel:
     return kernel
 
 
-def _standings(
-    subject: dict[str, Standing] | Kernel, dims: str, examples: int, seed: int, lane: str, timeout: float | None
-) -> dict[str, Standing]:
+def _summaries(
+    subject: dict[str, KernelSummary] | Kernel, dims: str, examples: int, seed: int, lane: str, timeout: float | None
+) -> dict[str, KernelSummary]:
     """What is known of the kernels of a run, or of one that is judged now."""
     from conformance.running import diff as comparison
     from conformance.running.check import check as judge_kernel

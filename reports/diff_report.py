@@ -16,7 +16,7 @@ _STYLES = {"LOST": "bold red", "gained": "green", "": ""}
 
 
 class KernelFacts(Protocol):
-    """What is known of one kernel: ``conformance.running.diff.Standing`` has it."""
+    """What is known of one kernel: ``conformance.running.diff.KernelSummary`` has it."""
 
     @property
     def kernel(self) -> str: ...

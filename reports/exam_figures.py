@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from conformance.contract.registry import stage_named, stages
 from conformance.exam.known_kernels import KINDS
-from conformance.exam.results import COMPOSITE_TARGET, OURS, Exam, Score, Standing
+from conformance.exam.results import COMPOSITE_TARGET, OURS, Exam, KernelResult, Score
 from conformance.exam.rules import RULES
 from conformance.judge.verdict import DETECTORS
 from reports import text
@@ -63,12 +63,12 @@ class RuleLine:
 
 
 @dataclasses.dataclass(frozen=True)
-class StandingGroup:
+class ResultGroup:
     """Standings of one kind or one stage."""
 
     name: str
     meaning: str
-    members: tuple[Standing, ...]
+    members: tuple[KernelResult, ...]
 
     def caught(self, rule: str = OURS) -> int:
         """How many of them the rule caught."""
@@ -201,7 +201,7 @@ def lines_of(exam: Exam) -> list[RuleLine]:
     return lines
 
 
-def showing_in_outputs(exam: Exam) -> list[Standing]:
+def showing_in_outputs(exam: Exam) -> list[KernelResult]:
     """The faults without those that only a look beyond the outputs shows: what any rule could have caught."""
     rules = [name for name in exam.rules if name != OURS]
     return [one for one in exam.faults if one.in_outputs or not one.caught_by(OURS) or any(map(one.caught_by, rules))]
@@ -252,7 +252,7 @@ def comparison_in_words(lines: Sequence[RuleLine]) -> list[str]:
     return sentences
 
 
-def _stage_order(exam: Exam) -> Callable[[Standing], tuple[object, ...]]:
+def _stage_order(exam: Exam) -> Callable[[KernelResult], tuple[object, ...]]:
     """Torch kernels before interpreted ones, stages as the model has them, kinds as they are defined, then names.
 
     The order of an exam's standings is that in which processes ended.
@@ -260,36 +260,36 @@ def _stage_order(exam: Exam) -> Callable[[Standing], tuple[object, ...]]:
     order_of_stages = {name: place for place, name in enumerate(stages())}
     kinds = {name: place for place, name in enumerate(KINDS)}
 
-    def order(one: Standing) -> tuple[object, ...]:
+    def order(one: KernelResult) -> tuple[object, ...]:
         place = order_of_stages.get(one.stage, len(order_of_stages))
         return text.worth_naming(one.lane), one.lane, place, one.stage, kinds.get(one.kind or "", len(kinds)), one.name
 
     return order
 
 
-def in_order(exam: Exam, standings: Iterable[Standing]) -> list[Standing]:
+def in_order(exam: Exam, standings: Iterable[KernelResult]) -> list[KernelResult]:
     return sorted(standings, key=_stage_order(exam))
 
 
-def by_stage(ordered: Iterable[Standing]) -> list[StandingGroup]:
-    found: dict[tuple[str, str], list[Standing]] = {}
+def by_stage(ordered: Iterable[KernelResult]) -> list[ResultGroup]:
+    found: dict[tuple[str, str], list[KernelResult]] = {}
     for one in ordered:
         found.setdefault((one.lane, one.stage), []).append(one)
     return [
-        StandingGroup(stage, f"lane {text.one_line(lane, 40)}" if text.worth_naming(lane) else "", tuple(members))
+        ResultGroup(stage, f"lane {text.one_line(lane, 40)}" if text.worth_naming(lane) else "", tuple(members))
         for (lane, stage), members in found.items()
     ]
 
 
-def by_kind(ordered: Iterable[Standing]) -> list[StandingGroup]:
-    found: dict[str, list[Standing]] = {}
+def by_kind(ordered: Iterable[KernelResult]) -> list[ResultGroup]:
+    found: dict[str, list[KernelResult]] = {}
     for one in ordered:
         found.setdefault(one.kind or "", []).append(one)
     order = [*KINDS, *(kind for kind in found if kind not in KINDS)]
-    return [StandingGroup(kind, KINDS.get(kind, ""), tuple(found[kind])) for kind in order if kind in found]
+    return [ResultGroup(kind, KINDS.get(kind, ""), tuple(found[kind])) for kind in order if kind in found]
 
 
-def trials_caught(one: Standing) -> int:
+def trials_caught(one: KernelResult) -> int:
     return min(one.rejected.get(OURS, 0), one.trials)
 
 
@@ -304,19 +304,19 @@ def naming_in_words(exam: Exam) -> str:
     return f"Of {trials} that caught a fault, {unnamed:,} did so by no detector that names it{listed}{more}."
 
 
-def narrowly_caught(faults: Iterable[Standing]) -> list[Standing]:
+def narrowly_caught(faults: Iterable[KernelResult]) -> list[KernelResult]:
     """The faults that were caught on the smallest share of their trials."""
     partly = [one for one in faults if 0 < trials_caught(one) < one.trials]
     return sorted(partly, key=lambda one: trials_caught(one) / one.trials)[:MOST_NARROW]
 
 
-def regimes_that_showed(one: Standing) -> str:
+def regimes_that_showed(one: KernelResult) -> str:
     """The regimes that showed a fault, with counts."""
     shown = [f"{text.one_line(name, 40)} {caught}/{trials}" for name, (trials, caught) in one.regimes.items() if caught]
     return ", ".join(shown) or "none"
 
 
-def seen_by(one: Standing, lines: Sequence[RuleLine]) -> str:
+def seen_by(one: KernelResult, lines: Sequence[RuleLine]) -> str:
     """The rules of others that caught what ours missed, each with what it costs in legal runs; the mildest of them first."""
     seen = sorted(
         (line for line in lines if not line.ours and one.caught_by(line.name)), key=lambda line: line.score.rejected_trials
@@ -329,7 +329,7 @@ def seen_by(one: Standing, lines: Sequence[RuleLine]) -> str:
     return ", ".join(told) + more or "no rule"
 
 
-def caught_elsewhere(one: Standing, exam: Exam) -> str:
+def caught_elsewhere(one: KernelResult, exam: Exam) -> str:
     """Stages in which ours caught the fault of the same name, which is the same fault there; empty if there is none."""
     stages = list(
         dict.fromkeys(other.stage for other in in_order(exam, exam.faults) if other.name == one.name and other.caught_by(OURS))
@@ -338,7 +338,7 @@ def caught_elsewhere(one: Standing, exam: Exam) -> str:
     return ", ".join(stages[:MOST_SEEING]) + more
 
 
-def detectors_that_fired(faults: Iterable[Standing]) -> list[tuple[str, str, int, int]]:
+def detectors_that_fired(faults: Iterable[KernelResult]) -> list[tuple[str, str, int, int]]:
     """Each detector, what it means, the faults on which it fired, and those on which no other did."""
     caught = [one for one in faults if one.detectors]
     rows = [
@@ -353,7 +353,7 @@ def detectors_that_fired(faults: Iterable[Standing]) -> list[tuple[str, str, int
     return sorted((row for row in rows if row[2]), key=lambda row: -row[2])
 
 
-def regimes_tried(faults: Iterable[Standing]) -> list[tuple[str, int, int, int]]:
+def regimes_tried(faults: Iterable[KernelResult]) -> list[tuple[str, int, int, int]]:
     """Each data regime, its trials of faults, those caught, and the faults tried in every regime that only this one showed."""
     rows: dict[str, list[int]] = {}
     for one in faults:
@@ -366,7 +366,7 @@ def regimes_tried(faults: Iterable[Standing]) -> list[tuple[str, int, int, int]]
     return sorted(((name, *row) for name, row in rows.items()), key=lambda row: -row[2] / row[1])  # type: ignore[misc]
 
 
-def rejecting_rules(one: Standing, lines: Sequence[RuleLine]) -> list[str]:
+def rejecting_rules(one: KernelResult, lines: Sequence[RuleLine]) -> list[str]:
     return [line.name for line in lines if not line.ours and one.caught_by(line.name)]
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from markupsafe import Markup
 
 from conformance.contract.registry import stage_named
-from conformance.exam.results import COMPOSITE_TARGET, CONFIDENCE, OURS, Exam, Standing
+from conformance.exam.results import COMPOSITE_TARGET, CONFIDENCE, OURS, Exam, KernelResult
 from reports.exam_figures import (
     YARDSTICK,
-    StandingGroup,
+    ResultGroup,
     bound_on_false_alarms,
     by_kind,
     by_stage,
@@ -60,12 +60,12 @@ def _cells(counts: Iterable[tuple[int, int]]) -> Markup:
     return Markup("".join(cells))
 
 
-def group_cells(group: StandingGroup, rules: Iterable[str]) -> Markup:
+def group_cells(group: ResultGroup, rules: Iterable[str]) -> Markup:
     """A cell for each rule: how many faults of a group it caught."""
     return _cells((group.caught(rule), len(group.members)) for rule in rules)
 
 
-def fault_cells(one: Standing, rules: Iterable[str]) -> Markup:
+def fault_cells(one: KernelResult, rules: Iterable[str]) -> Markup:
     """A cell for each rule: the share of a fault's trials that it caught."""
     return _cells((min(one.rejected.get(rule, 0), one.trials), one.trials) for rule in rules)
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conformance.contract.registry import stages
-from conformance.exam.results import CONFIDENCE, OURS, Exam, Standing
+from conformance.exam.results import CONFIDENCE, OURS, Exam, KernelResult
 from reports import text
 from reports.exam_figures import (
     YARDSTICK,
@@ -111,7 +111,7 @@ def _rules(page: TextPage, exam: Exam) -> None:
 
 
 def _listed_missed(page: TextPage, exam: Exam) -> None:
-    def told(one: Standing) -> tuple[str, ...]:
+    def told(one: KernelResult) -> tuple[str, ...]:
         elsewhere = caught_elsewhere(one, exam)
         also = f"; the same fault is caught in {elsewhere}" if elsewhere else ""
         return (f"{one.kind}: {one.summary}; {text.number(one.trials, 'trial')}{also}",)
@@ -119,7 +119,9 @@ def _listed_missed(page: TextPage, exam: Exam) -> None:
     _listed(page, f"Faults that {OURS} missed", in_order(exam, exam.missed()), told)
 
 
-def _listed(page: TextPage, title: str, standings: Sequence[Standing], told: Callable[[Standing], tuple[str, ...]]) -> None:
+def _listed(
+    page: TextPage, title: str, standings: Sequence[KernelResult], told: Callable[[KernelResult], tuple[str, ...]]
+) -> None:
     if not standings:
         return
     page.section(f"{title}: {len(standings):,}")

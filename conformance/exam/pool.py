@@ -22,7 +22,7 @@ from conformance.contract.registry import stage_named, stages
 from conformance.exam import efforts
 from conformance.exam.efforts import Effort, chosen_subjects, number_of, random_variant, random_variants
 from conformance.exam.known_kernels import KnownKernel
-from conformance.exam.results import OURS, Cost, Exam, Standing
+from conformance.exam.results import OURS, Cost, Exam, KernelResult
 from conformance.exam.trials import MOST_REJECTIONS, Trial, judge_known_kernel
 from conformance.lanes import lane_named
 
@@ -56,7 +56,7 @@ def take(
     results: dict[int, _Result] = {}
 
     def so_far(missing: str) -> Exam:
-        standings: dict[str, Standing] = {}
+        standings: dict[str, KernelResult] = {}
         costs: dict[str, Cost] = collections.defaultdict(Cost)
         for number, task in enumerate(tasks):  # not in the order in which processes ended
             result = results.get(number) or _not_judged(task, missing)
@@ -105,7 +105,7 @@ class _Task:
 
 @dataclasses.dataclass
 class _Result:
-    standings: list[Standing]
+    standings: list[KernelResult]
     costs: dict[str, Cost]
 
 
@@ -173,7 +173,7 @@ def _not_judged(task: _Task, why: str) -> _Result:
     """The subjects of a task that was not performed, as errors."""
     known = {one.id: one for one in efforts.catalogue()}
     chosen = [known[name] for name in task.ids] or [random_variant(task.stage, task.first, task.seed)]
-    return _Result([Standing.of(one, why) for one in chosen], {})
+    return _Result([KernelResult.of(one, why) for one in chosen], {})
 
 
 def _perform(task: _Task) -> _Result:
@@ -184,23 +184,23 @@ def _perform(task: _Task) -> _Result:
     space = Space.of(stage_named(task.stage), dict(group[0].dims))
     cases = task.effort.cases(group[0])
     keys = list(itertools.islice(stratified_keys(space, task.seed), cases.most))
-    shelf = [Trial(key) for key in keys]  # what is made for one subject serves the others
+    trials = [Trial(key) for key in keys]  # what is made for one subject serves the others
     costs: dict[str, Cost] = collections.defaultdict(Cost)
     standings = []
     for one in group:
-        least, trials = (cases.legal, _in_turn(shelf, one, cases.legal, task.seed)) if one.legal else (cases.faulty, shelf)
+        least, trials = (cases.legal, _in_rotation(trials, one, cases.legal, task.seed)) if one.legal else (cases.faulty, trials)
         standings.append(judge_known_kernel(one, trials, least, space, costs, measures=task.effort.measures))
     return _Result(standings, costs)
 
 
-def _in_turn(shelf: Sequence[Trial], subject: KnownKernel, least: int, seed: int) -> list[Trial]:
+def _in_rotation(trials: Sequence[Trial], subject: KnownKernel, least: int, seed: int) -> list[Trial]:
     """The same cases, after the first gone on with another kind of data: ``least`` each are all kinds between them.
 
     A case of a layer or chain is dear, so all kernels of such a stage have the same: a stage goes on where the one before ended.
     The first case has rows to rearrange.
     """
     stage = stage_named(subject.stage)
-    first, others, more = shelf[:1], shelf[1 : len(stage.regimes)], shelf[len(stage.regimes) :]
+    first, others, more = trials[:1], trials[1 : len(stage.regimes)], trials[len(stage.regimes) :]
     place = list(stages()).index(subject.stage) if stage.composite else number_of(subject.id)
     start = (place * (least - 1) + seed) % max(1, len(others))
     return [*first, *others[start:], *others[:start], *more]
@@ -209,7 +209,7 @@ def _in_turn(shelf: Sequence[Trial], subject: KnownKernel, least: int, seed: int
 def _random_combinations(task: _Task) -> _Result:
     """Each combination on a case of its own; together they are one standing."""
     costs: dict[str, Cost] = collections.defaultdict(Cost)
-    whole: Standing | None = None
+    whole: KernelResult | None = None
     keys: dict[Space, Iterator[tuple[int, CaseKey]]] = {}
     # So that a few of each stage do not all have the first kinds of data.
     skipped = number_of(f"random/{task.stage}/{task.seed}") % len(stage_named(task.stage).regimes)
@@ -229,7 +229,7 @@ def _random_combinations(task: _Task) -> _Result:
     return _Result([whole] if whole else [], costs)
 
 
-def _join(whole: Standing, part: Standing) -> None:
+def _join(whole: KernelResult, part: KernelResult) -> None:
     """Take the trials of another part of the same subject in."""
     if part.first and not whole.first:
         whole.first = whole.trials + part.first

@@ -34,7 +34,7 @@ LEAST_CONFIDENCE = 0.99
 
 
 @dataclasses.dataclass
-class Standing:
+class KernelResult:
     """What came of one subject. Counts are of trials: a trial is one case, with the repeats and row checks that belong to it."""
 
     id: str
@@ -68,7 +68,7 @@ class Standing:
     error: str = ""
 
     @classmethod
-    def of(cls, subject: KnownKernel, error: str = "") -> Standing:
+    def of(cls, subject: KnownKernel, error: str = "") -> KernelResult:
         """That of a subject before its first trial."""
         about = subject.id, subject.stage, subject.name, subject.lane, subject.kind, subject.summary, subject.hidden
         return cls(*about, naming=list(subject.detectors), error=error)
@@ -120,7 +120,7 @@ class Exam:
 
     effort: Effort
     seed: int
-    standings: list[Standing]
+    standings: list[KernelResult]
     costs: dict[str, Cost]
     seconds: float = 0.0
 
@@ -130,30 +130,30 @@ class Exam:
         return (OURS, *(rule.name for rule in RULES))
 
     @property
-    def faults(self) -> list[Standing]:
+    def faults(self) -> list[KernelResult]:
         """Faulty kernels that could be judged and that their lane can show."""
         return [one for one in self.standings if not one.legal and not one.hidden and not one.error]
 
     @property
-    def variants(self) -> list[Standing]:
+    def variants(self) -> list[KernelResult]:
         """Legal kernels that were judged, if not all to their end: a rejection counts whatever came after it."""
         return [one for one in self.standings if one.legal and one.trials]
 
     @property
-    def hidden(self) -> list[Standing]:
+    def hidden(self) -> list[KernelResult]:
         """Faults that their lane cannot show by its nature."""
         return [one for one in self.standings if one.hidden]
 
     @property
-    def errors(self) -> list[Standing]:
+    def errors(self) -> list[KernelResult]:
         """Subjects that could not be judged."""
         return [one for one in self.standings if one.error]
 
-    def missed(self, rule: str = OURS) -> list[Standing]:
+    def missed(self, rule: str = OURS) -> list[KernelResult]:
         """Faults that no trial showed to a rule."""
         return [one for one in self.faults if not one.caught_by(rule)]
 
-    def unnamed(self) -> list[Standing]:
+    def unnamed(self) -> list[KernelResult]:
         """Faults that our rule caught, in no trial by a detector that names them."""
         return [one for one in self.faults if one.caught_by(OURS) and not one.names(one.detectors)]
 
@@ -239,7 +239,7 @@ class Exam:
         return cls(
             Effort(**{**data["effort"], **cases}),
             data["seed"],
-            [Standing(**one) for one in data["standings"]],
+            [KernelResult(**one) for one in data["standings"]],
             {name: Cost(**cost) for name, cost in data["costs"].items()},
             data["seconds"],
         )

@@ -17,7 +17,7 @@ from conformance.cases.key import CaseKey
 from conformance.cases.space import Space
 from conformance.errors import UsageError
 from conformance.exam.known_kernels import KnownKernel
-from conformance.exam.results import OURS, Cost, Standing, trials_for
+from conformance.exam.results import OURS, Cost, KernelResult, trials_for
 from conformance.exam.rules import RULES, Compared
 from conformance.judge.judgement import judge
 from conformance.judge.oracle import Oracle
@@ -125,12 +125,12 @@ def judge_known_kernel(
     *,
     first: int = 0,
     measures: bool = False,
-) -> Standing:
+) -> KernelResult:
     """Judge one subject on ``least`` trials, and on more until it is found and named, or its power measured, if it is faulty.
 
     ``first`` is the number of the first trial, by which its row checks are chosen. Whatever goes wrong is this subject's error.
     """
-    standing = Standing.of(subject)
+    standing = KernelResult.of(subject)
     try:
         _judge_trials(subject, standing, trials, least, space, costs, first, measures)
     except Exception as error:
@@ -143,7 +143,7 @@ def judge_known_kernel(
 
 def _judge_trials(
     subject: KnownKernel,
-    standing: Standing,
+    standing: KernelResult,
     trials: Iterable[Trial],
     least: int,
     space: Space,
@@ -191,7 +191,7 @@ def _judge_trials(
                 standing.rejections = [refuted[0].message]
 
 
-def _show_together(standing: Standing, judged: Sequence[Judged]) -> bool:
+def _show_together(standing: KernelResult, judged: Sequence[Judged]) -> bool:
     """Whether what no trial shows by itself is shown by all so far, which counts as one trial rejected."""
     for one in pooled_run(judged):
         if one.verdict.ok:
@@ -207,12 +207,12 @@ def _show_together(standing: Standing, judged: Sequence[Judged]) -> bool:
     return standing.first > 0
 
 
-def _is_settled(standing: Standing, measures: bool) -> bool:
+def _is_settled(standing: KernelResult, measures: bool) -> bool:
     """Whether a fault that was found was judged on as many cases as its power so far asks for, if that is measured."""
     return not (measures and standing.has_power) or trials_for(standing.regimes) <= standing.trials
 
 
-def _count(standing: Standing, trial: Trial, outcome: Outcome, runs: Sequence[Judged], costs: dict[str, Cost]) -> None:
+def _count(standing: KernelResult, trial: Trial, outcome: Outcome, runs: Sequence[Judged], costs: dict[str, Cost]) -> None:
     """Add one trial to a standing, and its cost if the kernel is a legal one."""
     standing.trials += 1
     regime = standing.regimes.setdefault(trial.key.regime, [0, 0])

@@ -23,11 +23,11 @@ from reports import diff_report
 SERVES_LESS = 4
 
 #: ``yes``: declared and shown; ``fails``: declared and refuted; ``not shown``: declared, and no run put it to the test.
-Status = Literal["yes", "fails", "not shown", "no"]
+ClaimStatus = Literal["yes", "fails", "not shown", "no"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
+class KernelSummary:
     """What is known of one kernel. ``refuted`` and ``shown`` are capabilities that were put to the test."""
 
     kernel: str
@@ -45,7 +45,7 @@ class Standing:
     #: The largest batch of one build; it says something of a kernel with ``variable_batch``.
     capacity: int = 1
 
-    def status(self, capability: str) -> Status:
+    def status(self, capability: str) -> ClaimStatus:
         """Whether the kernel has a capability."""
         if capability not in self.declared:
             return "no"
@@ -54,8 +54,8 @@ class Standing:
         return "yes" if capability in self.shown else "not shown"
 
 
-def of_report(kernel: Kernel, report: Report) -> Standing:
-    """The standing of a kernel that was just checked."""
+def of_report(kernel: Kernel, report: Report) -> KernelSummary:
+    """The summary of a kernel that was just checked."""
     shown: set[str] = set()
     refuted: dict[str, str] = {}
     cases = [run for run in report.runs if not proven(run.check)]
@@ -66,7 +66,7 @@ def of_report(kernel: Kernel, report: Report) -> Standing:
                 refuted.setdefault(capability, run.verdict.findings[0].message)
     found = {finding.detector for run in cases for finding in run.verdict.findings}
     shares = [run.verdict.share for run in cases if run.verdict.share is not None]
-    return Standing(
+    return KernelSummary(
         kernel.name,
         short_name(kernel.stage),
         kernel.capabilities,
@@ -80,8 +80,8 @@ def of_report(kernel: Kernel, report: Report) -> Standing:
     )
 
 
-def of_run(folder: Path) -> dict[str, Standing]:
-    """The standing of every kernel of a kept run, by name; raises ``UsageError`` if there is no run in the folder."""
+def of_run(folder: Path) -> dict[str, KernelSummary]:
+    """The summary of every kernel of a kept run, by name; raises ``UsageError`` if there is no run in the folder."""
     log = read_run(folder)
     plans: dict[str, Mapping[str, Any]] = {}
     for record in log.of("start"):
@@ -95,7 +95,7 @@ def of_run(folder: Path) -> dict[str, Standing]:
     return {name: _of_records(name, plans.get(name, {}), found, cut_short) for name, found in by_kernel.items()}
 
 
-def _of_records(name: str, plan: Mapping[str, Any], records: list[Record], errors: tuple[str, ...]) -> Standing:
+def _of_records(name: str, plan: Mapping[str, Any], records: list[Record], errors: tuple[str, ...]) -> KernelSummary:
     shown: set[str] = set()
     refuted: dict[str, str] = {}
     cases = []
@@ -115,7 +115,7 @@ def _of_records(name: str, plan: Mapping[str, Any], records: list[Record], error
     unjudged = ("error",) if cases else ("error", "skip")
     stage = plan.get("stage") or next((record.stage for record in records), "")
     known = stages().get(stage)
-    return Standing(
+    return KernelSummary(
         name,
         stage,
         tuple(plan.get("capabilities", ())),
@@ -132,10 +132,10 @@ def _of_records(name: str, plan: Mapping[str, Any], records: list[Record], error
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two standings side by side: what ``new`` is to take the place of ``old``."""
+    """Two summaries side by side: what ``new`` is to take the place of ``old``."""
 
-    old: Standing
-    new: Standing
+    old: KernelSummary
+    new: KernelSummary
 
     @property
     def lost(self) -> tuple[str, ...]:
@@ -174,7 +174,7 @@ class Comparison:
         return diff_report.render(self)
 
 
-def for_kernel(kernel: Kernel, run: dict[str, Standing], folder: str) -> dict[str, Standing]:
+def for_kernel(kernel: Kernel, run: dict[str, KernelSummary], folder: str) -> dict[str, KernelSummary]:
     """What a kept run says of the kernel of that name, or of its only one; raises ``UsageError`` if it has several others."""
     if kernel.name in run:
         return {kernel.name: run[kernel.name]}
@@ -183,7 +183,7 @@ def for_kernel(kernel: Kernel, run: dict[str, Standing], folder: str) -> dict[st
     return run
 
 
-def compare_runs(old: Mapping[str, Standing], new: Mapping[str, Standing]) -> list[Comparison]:
+def compare_runs(old: Mapping[str, KernelSummary], new: Mapping[str, KernelSummary]) -> list[Comparison]:
     """Pair the kernels of two runs by name, or the only one of each.
 
     A kernel that is judged in the old run alone is compared with nothing, which serves nothing. Raises ``UsageError`` if no
@@ -193,11 +193,11 @@ def compare_runs(old: Mapping[str, Standing], new: Mapping[str, Standing]) -> li
         return [Comparison(next(iter(old.values())), next(iter(new.values())))]
     if not set(old) & set(new):
         raise UsageError(f"no kernel is in both runs: OLD has {', '.join(old) or 'none'}, NEW has {', '.join(new) or 'none'}")
-    return [Comparison(standing, new.get(name) or _nothing(standing)) for name, standing in old.items()]
+    return [Comparison(summary, new.get(name) or _nothing(summary)) for name, summary in old.items()]
 
 
-def _nothing(old: Standing) -> Standing:
-    return Standing("no kernel", old.stage, (), frozenset(), {}, 0, 0, (), None, (f"{old.kernel} is not judged any more",))
+def _nothing(old: KernelSummary) -> KernelSummary:
+    return KernelSummary("no kernel", old.stage, (), frozenset(), {}, 0, 0, (), None, (f"{old.kernel} is not judged any more",))
 
 
 def exit_code(comparisons: Iterable[Comparison]) -> int:

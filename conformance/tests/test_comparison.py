@@ -20,7 +20,16 @@ from conformance.judge.verdict import Finding, Verdict
 from conformance.lanes.base import Outcome
 from conformance.running.capabilities import CHECK_PREFIX
 from conformance.running.check import Judged
-from conformance.running.diff import SERVES_LESS, Comparison, Standing, Status, compare_runs, exit_code, of_report, of_run
+from conformance.running.diff import (
+    SERVES_LESS,
+    ClaimStatus,
+    Comparison,
+    KernelSummary,
+    compare_runs,
+    exit_code,
+    of_report,
+    of_run,
+)
 from conformance.running.records import Record, RecordWriter
 from conformance.running.session import RunLog, Subject
 from conformance.tests.reference_kernels import SMALL, reference_kernel
@@ -43,58 +52,58 @@ def refuted(name: str) -> Judged:
     return Judged(CHECK_PREFIX + name, KEY, Verdict((Finding("capability", REASON),)), Outcome("ok"))
 
 
-def standing_of(capabilities: Sequence[str], *runs: Judged, name: str = "k", stage: str = "paged_decode_layer") -> Standing:
+def standing_of(capabilities: Sequence[str], *runs: Judged, name: str = "k", stage: str = "paged_decode_layer") -> KernelSummary:
     kernel = reference_kernel(stage, capabilities, name=name)
     return of_report(kernel, conformance.Report(stage, name, "eager", runs))
 
 
-def with_status(**status: Status) -> Standing:
+def with_status(**status: ClaimStatus) -> KernelSummary:
     """A judged kernel with these capabilities in these states."""
     declared = tuple(name for name, state in status.items() if state != "no")
     yes = frozenset(name for name, state in status.items() if state == "yes")
     fails = {name: f"{name} is not so" for name, state in status.items() if state == "fails"}
-    return Standing("k", "paged_decode_layer", declared, yes, fails, 12, 0, (), 0.25, capacity=16)
+    return KernelSummary("k", "paged_decode_layer", declared, yes, fails, 12, 0, (), 0.25, capacity=16)
 
 
 # -- what is known of one kernel ------------------------------------------------------------------------------------------------
 
 
 def test_a_capability_is_shown_refuted_untested_or_not_declared() -> None:
-    standing = standing_of(
+    summary = standing_of(
         ["paged_kv", "variable_batch", "host_loop"],
         run(),
         refuted("paged_kv"),
         shown("variable_batch"),
         shown("variable_batch"),
     )
-    states = {name: standing.status(name) for name in capability_meanings()}
+    states = {name: summary.status(name) for name in capability_meanings()}
     assert states == {
         "paged_kv": "fails",
         "variable_batch": "yes",
         "host_loop": "not shown",
         **dict.fromkeys(("stacked_weights", "fused_layers", "fused_lm_head", "chunked_layers"), "no"),
     }
-    assert standing.refuted == {"paged_kv": REASON}
+    assert summary.refuted == {"paged_kv": REASON}
 
 
 def test_one_run_that_fails_refutes_what_others_showed() -> None:
-    standing = standing_of(["paged_kv"], run(), shown("paged_kv"), refuted("paged_kv"))
-    assert standing.status("paged_kv") == "fails"
+    summary = standing_of(["paged_kv"], run(), shown("paged_kv"), refuted("paged_kv"))
+    assert summary.status("paged_kv") == "fails"
 
 
 def test_one_run_is_evidence_of_several_capabilities() -> None:
-    standing = standing_of(
+    summary = standing_of(
         ["stacked_weights", "fused_layers"], run(), shown("stacked_weights", "fused_layers"), stage="decode_fwd"
     )
-    assert standing.shown == {"stacked_weights", "fused_layers"}
+    assert summary.shown == {"stacked_weights", "fused_layers"}
 
 
 def test_cases_are_counted_without_the_proofs() -> None:
-    standing = standing_of(
+    summary = standing_of(
         ["paged_kv"], run(share=0.3), run("repeat", share=0.4), run(), refuted("paged_kv"), shown("variable_batch")
     )
-    assert (standing.runs, standing.failed, standing.detectors, standing.share) == (3, 0, (), 0.4)
-    assert diff_report.verdict(standing) == "passed 3 runs, at most 0.40 of the allowance used"
+    assert (summary.runs, summary.failed, summary.detectors, summary.share) == (3, 0, (), 0.4)
+    assert diff_report.verdict(summary) == "passed 3 runs, at most 0.40 of the allowance used"
 
 
 @pytest.mark.parametrize(
@@ -145,8 +154,8 @@ def test_a_kept_run_says_what_its_report_said(tmp_path: Path) -> None:
 
 def test_what_was_planned_and_not_judged_is_known_too(tmp_path: Path) -> None:
     kernel = reference_kernel("paged_decode_layer", ["paged_kv"], name="k")
-    (standing,) = of_run(keep(tmp_path, {kernel: ()}, errors=["no compiler"])).values()
-    assert (diff_report.verdict(standing), standing.status("paged_kv"), standing.errors) == (
+    (summary,) = of_run(keep(tmp_path, {kernel: ()}, errors=["no compiler"])).values()
+    assert (diff_report.verdict(summary), summary.status("paged_kv"), summary.errors) == (
         "not judged",
         "not shown",
         ("no compiler",),
@@ -167,9 +176,9 @@ def test_what_was_only_compiled_is_not_judged(tmp_path: Path) -> None:
     log.judged(compiled, run("compile", share=None))
     log.judged(compiled, run("compile", WRONG))
     log.end(0)
-    (standing,) = of_run(tmp_path).values()
-    assert (diff_report.verdict(standing), standing.failed, standing.detectors) == ("not judged", 0, ())
-    assert Comparison(with_status(), standing).exit_code == 3
+    (summary,) = of_run(tmp_path).values()
+    assert (diff_report.verdict(summary), summary.failed, summary.detectors) == ("not judged", 0, ())
+    assert Comparison(with_status(), summary).exit_code == 3
 
 
 @pytest.mark.parametrize(("runs", "errors"), [((), ("no card",)), ((run(),), ())])
@@ -184,9 +193,9 @@ def test_a_kernel_that_was_skipped_everywhere_could_not_run(
         log.judged(subject, one)
     log.skipped(subject, "no card")
     log.end(0)
-    (standing,) = of_run(tmp_path).values()
-    assert standing.errors == errors
-    assert Comparison(with_status(), standing).exit_code == (3 if errors else 0)
+    (summary,) = of_run(tmp_path).values()
+    assert summary.errors == errors
+    assert Comparison(with_status(), summary).exit_code == (3 if errors else 0)
 
 
 def test_a_run_that_was_cut_short_leaves_its_kernels_in_doubt(tmp_path: Path) -> None:
@@ -194,9 +203,9 @@ def test_a_run_that_was_cut_short_leaves_its_kernels_in_doubt(tmp_path: Path) ->
     keep(tmp_path, {kernel: [run(), shown("paged_kv")]})
     (records,) = tmp_path.glob("records-*.jsonl")
     records.write_text("".join(line for line in records.read_text().splitlines(keepends=True) if '"event": "end"' not in line))
-    (standing,) = of_run(tmp_path).values()
-    assert standing.errors == ("the run was cut short: it has no end",)
-    found = Comparison(with_status(paged_kv="yes"), standing)
+    (summary,) = of_run(tmp_path).values()
+    assert summary.errors == ("the run was cut short: it has no end",)
+    found = Comparison(with_status(paged_kv="yes"), summary)
     assert found.exit_code == 3
     assert "NEW could not run: the run was cut short: it has no end" in str(found)
 
@@ -207,9 +216,9 @@ def test_a_run_from_before_capabilities_were_recorded_declares_none(tmp_path: Pa
     writer.write(Record("start", details={"plan": plan}))
     writer.write(Record("case", kernel="k", stage="rms_norm", lane="eager", check="example", status="passed", share=0.5))
     writer.close()
-    (standing,) = of_run(tmp_path).values()
-    assert (standing.declared, standing.capacity) == ((), 16)
-    assert diff_report.verdict(standing) == "passed 1 run, at most 0.50 of the allowance used"
+    (summary,) = of_run(tmp_path).values()
+    assert (summary.declared, summary.capacity) == ((), 16)
+    assert diff_report.verdict(summary) == "passed 1 run, at most 0.50 of the allowance used"
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -221,7 +230,7 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path) -> None:
 # -- two side by side -----------------------------------------------------------------------------------------------------------
 
 #: Before, after, and what follows: what it is called, and the exit code.
-PAIRS: list[tuple[Status, Status, str, int]] = [
+PAIRS: list[tuple[ClaimStatus, ClaimStatus, str, int]] = [
     ("yes", "yes", "", 0),
     ("yes", "no", "lost", SERVES_LESS),
     ("yes", "fails", "lost", SERVES_LESS),
@@ -242,7 +251,7 @@ PAIRS: list[tuple[Status, Status, str, int]] = [
 
 
 @pytest.mark.parametrize(("before", "after", "called", "code"), PAIRS)
-def test_what_becomes_of_a_capability(before: Status, after: Status, called: str, code: int) -> None:
+def test_what_becomes_of_a_capability(before: ClaimStatus, after: ClaimStatus, called: str, code: int) -> None:
     found = Comparison(with_status(host_loop="yes", paged_kv=before), with_status(host_loop="yes", paged_kv=after))
     names = {"lost": found.lost, "gained": found.gained, "open": found.open}
     assert names == {name: ("paged_kv",) if name == called else () for name in names}
@@ -265,7 +274,7 @@ def test_what_becomes_of_a_capability(before: Status, after: Status, called: str
 
 
 @pytest.mark.parametrize("after", ["yes", "not shown"])
-def test_a_smaller_capacity_is_lost(after: Status) -> None:
+def test_a_smaller_capacity_is_lost(after: ClaimStatus) -> None:
     before = with_status(variable_batch="yes")
     smaller = dataclasses.replace(with_status(variable_batch=after), capacity=2)
     found = Comparison(before, smaller)
@@ -303,7 +312,7 @@ def test_the_text_names_both_kernels_their_verdicts_and_the_changed_arguments() 
     assert lines[-1] == f"lost: paged_kv ({capability_meanings()['paged_kv']}): flat does not declare it"
 
 
-def named(name: str, **status: Status) -> Standing:
+def named(name: str, **status: ClaimStatus) -> KernelSummary:
     return dataclasses.replace(with_status(**status), kernel=name)
 
 

@@ -34,7 +34,7 @@ from conformance.exam import efforts, pool, results
 from conformance.exam.efforts import EFFORTS, Cases, Effort, chosen_subjects
 from conformance.exam.known_kernels import KnownKernel
 from conformance.exam.pool import take
-from conformance.exam.results import LEAST_CONFIDENCE, OURS, Exam, Standing, trials_for
+from conformance.exam.results import LEAST_CONFIDENCE, OURS, Exam, KernelResult, trials_for
 from conformance.exam.rules import RULES
 from conformance.exam.trials import Trial
 from conformance.lanes.base import Outcome
@@ -296,7 +296,7 @@ def _legal_by_stage(effort: Effort) -> dict[str, list[KnownKernel]]:
 
 def _first_cases(one: KnownKernel, effort: Effort, seed: int = 0) -> list[CaseKey]:
     keys = itertools.islice(stratified_keys(Space.of(stage_named(one.stage), dict(one.dims)), seed), effort.cases(one).most)
-    return [trial.key for trial in pool._in_turn(list(map(Trial, keys)), one, effort.cases(one).legal, seed)][
+    return [trial.key for trial in pool._in_rotation(list(map(Trial, keys)), one, effort.cases(one).legal, seed)][
         : effort.cases(one).legal
     ]
 
@@ -330,10 +330,10 @@ def test_an_order_of_cases_loses_none() -> None:
     one = chosen_subjects(EFFORTS["quick"], stage="rope")[0]
     keys = list(itertools.islice(stratified_keys(Space.of(stage_named("rope"), {}), 0), 30))
     for count in (1, 2, 5, 9, 10, 30):
-        shelf = list(map(Trial, keys[:count]))
-        orders = [pool._in_turn(shelf, one, 6, seed) for seed in range(20)]
-        assert all(sorted(order, key=shelf.index) == shelf and order[0] is shelf[0] for order in orders)
-        assert len({tuple(map(shelf.index, order)) for order in orders}) == max(1, min(count, 9) - 1)
+        trials = list(map(Trial, keys[:count]))
+        orders = [pool._in_rotation(trials, one, 6, seed) for seed in range(20)]
+        assert all(sorted(order, key=trials.index) == trials and order[0] is trials[0] for order in orders)
+        assert len({tuple(map(trials.index, order)) for order in orders}) == max(1, min(count, 9) - 1)
 
 
 def test_parallel_processes_give_the_same_standings() -> None:
@@ -366,7 +366,7 @@ def test_the_number_of_examples_follows_from_the_power_in_each_regime() -> None:
     assert trials_for({"normal": [10**9, 10**9]}) == 1
     with pytest.raises(ValueError, match="never caught"):
         trials_for({"normal": [10, 0]})
-    standing = Standing(
+    standing = KernelResult(
         "s/a", "rms_norm", "a", "eager", "value", "", trials=99, rejected={OURS: 50}, regimes={"normal": [99, 50]}
     )
     easier = dataclasses.replace(standing, name="b", rejected={OURS: 99}, regimes={"normal": [99, 99]})
@@ -387,10 +387,10 @@ def test_an_exam_that_measures_judges_the_fault_that_shows_least_the_longest() -
 
 
 def test_an_exam_that_measures_fails_where_a_check_has_too_few_examples_by_default() -> None:
-    seldom = Standing(
+    seldom = KernelResult(
         "s/a", "rms_norm", "seldom", "eager", "value", "", trials=99, rejected={OURS: 5}, regimes={"normal": [99, 5]}
     )
-    legal = Standing("s/b", "rms_norm", "b", "eager", None, "", trials=9)
+    legal = KernelResult("s/b", "rms_norm", "b", "eager", None, "", trials=9)
     assert trials_for(seldom.regimes, LEAST_CONFIDENCE) > stage_named("rms_norm").examples
     measuring = dataclasses.replace(SHORT, measures=True)
     assert Exam(measuring, 0, [seldom, legal], {}).too_few_examples() == {"rms_norm": "seldom"}
@@ -662,8 +662,8 @@ def test_an_exam_that_cannot_be_kept_meanwhile_goes_on(monkeypatch: pytest.Monke
 
 
 def test_a_share_of_all_faults_of_layers_may_be_missed_however_few_were_judged_yet() -> None:
-    def fault(number: int, error: str = "") -> Standing:
-        return Standing(
+    def fault(number: int, error: str = "") -> KernelResult:
+        return KernelResult(
             f"decode_layer/{number}", "decode_layer", str(number), "eager", "value", "", trials=0 if error else 9, error=error
         )
 
@@ -695,7 +695,7 @@ def test_an_exam_is_kept_while_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_rejection_counts_though_the_rest_was_not_judged() -> None:
-    part = Standing("greedy_sample/random", "greedy_sample", "random", "eager", None, "", error="the exam was interrupted")
+    part = KernelResult("greedy_sample/random", "greedy_sample", "random", "eager", None, "", error="the exam was interrupted")
     found = Exam(SHORT, 0, [part], {})
     assert not found.failed
     part.trials, part.rejected = 250, {OURS: 1}

@@ -19,7 +19,7 @@ import conformance
 from conformance.contract.registry import stage_named
 from conformance.exam.efforts import EFFORTS
 from conformance.exam.known_kernels import KINDS
-from conformance.exam.results import COMPOSITE_TARGET, OURS, Cost, Exam, Standing
+from conformance.exam.results import COMPOSITE_TARGET, OURS, Cost, Exam, KernelResult
 from conformance.exam.rules import RULES
 from conformance.tests.synthetic_runs import HOSTILE
 from reports import exam_page, exam_table
@@ -30,7 +30,9 @@ CLOSE = "assert_close"
 COSINE = "cosine > 0.999"
 
 
-def fault(name: str, stage: str = "rms_norm", kind: str = "value", trials: int = 4, lane: str = "eager", **more: Any) -> Standing:
+def fault(
+    name: str, stage: str = "rms_norm", kind: str = "value", trials: int = 4, lane: str = "eager", **more: Any
+) -> KernelResult:
     """A fault that ours caught in every trial, unless told otherwise."""
     identity = f"{stage}/{name}" if lane == "eager" else f"{lane}:{stage}/{name}"
     fields: dict[str, Any] = {
@@ -41,15 +43,15 @@ def fault(name: str, stage: str = "rms_norm", kind: str = "value", trials: int =
         "first": 1,
         **more,
     }
-    return Standing(identity, stage, name, lane, kind, f"does {name} wrong", trials=trials, **fields)
+    return KernelResult(identity, stage, name, lane, kind, f"does {name} wrong", trials=trials, **fields)
 
 
-def legal(name: str, stage: str = "rms_norm", trials: int = 10, **more: Any) -> Standing:
+def legal(name: str, stage: str = "rms_norm", trials: int = 10, **more: Any) -> KernelResult:
     """A legal variant that ours accepted, unless told otherwise."""
-    return Standing(f"{stage}/{name}", stage, name, "eager", None, f"does {name}", trials=trials, share=0.4375, **more)
+    return KernelResult(f"{stage}/{name}", stage, name, "eager", None, f"does {name}", trials=trials, share=0.4375, **more)
 
 
-def small_exam(*more: Standing) -> Exam:
+def small_exam(*more: KernelResult) -> Exam:
     """Three faults, of which ours catches all and the others two and one; two variants, of which assert_close rejects one."""
     standings = [
         legal("rounded_early", rejected={CLOSE: 5}),
@@ -274,7 +276,7 @@ def test_order_does_not_depend_on_which_process_ended_first() -> None:
         (UNJUDGED, "1 kernel could not be judged", ["lost", "there is no interpreter here"]),
     ],
 )
-def test_whatever_is_wrong_is_told_and_fails_the_exam(standing: Standing, reason: str, told: list[str]) -> None:
+def test_whatever_is_wrong_is_told_and_fails_the_exam(standing: KernelResult, reason: str, told: list[str]) -> None:
     exam = small_exam(standing)
     table, page = exam_table.render(exam, width=200), Page(exam_page.render(exam))
     assert table.splitlines()[-1] == f"FAILED: {reason}"
@@ -329,7 +331,7 @@ def test_interpreted_kernels_are_lines_of_their_own() -> None:
 @pytest.mark.parametrize(
     "standings", [[], [fault("alone")], [legal("alone")], [UNJUDGED], [HIDDEN], [fault("alone", rejected={}), legal("fine")]]
 )
-def test_exam_without_faults_or_without_legal_kernels_fails_and_says_why(standings: list[Standing]) -> None:
+def test_exam_without_faults_or_without_legal_kernels_fails_and_says_why(standings: list[KernelResult]) -> None:
     exam = Exam(EFFORTS["full"], 0, standings, {})
     last = exam_table.render(exam).splitlines()[-1]
     assert re.match(r"FAILED: \w", last)

@@ -203,7 +203,7 @@ class _Program:
                 if name is None:
                     state[slot] = garbage.get(magic)
                 elif magic in garbage and self._writers[slot] == 1:
-                    self._found.append(_told_of(garbage[magic].source, name))
+                    self._found.append(_unwritten_read(garbage[magic].source, name))
 
     def _is_argument(self, slot: int) -> bool:
         return slot <= max(self._arguments, default=-1)
@@ -351,7 +351,7 @@ def _seen_by(operation: Operation, found: _Garbage, box: tuple[slice, ...] | Non
     return dataclasses.replace(source, read=_text(box or whole), count=int(part.sum()), total=part.numel(), location=location)
 
 
-def _told_of(source: _Source, argument: str) -> UnwrittenRead:
+def _unwritten_read(source: _Source, argument: str) -> UnwrittenRead:
     read = f"read in {source.read}" if source.read else "read as a whole"
     rest = f"{source.count} of the {source.total} elements read hold" if source.read else "the rest holds"
     message = (
