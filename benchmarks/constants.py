@@ -23,10 +23,10 @@ from conformance.contract.registry import stage_named, stages
 from conformance.judge import limits
 from conformance.judge.judgement import judge
 from conformance.judge.oracle import Oracle
+from conformance.kernels.qwen3.exam.torch.catalogue import random_variant, torch_kernels
 from conformance.lanes.base import Outcome
 from conformance.lanes.eager import run_eager
 from conformance.numerics import attention, bounds
-from kernels.qwen3.exam.torch.catalogue import random_variant, torch_kernels
 
 #: Integers and copies are right or wrong: no constant decides.
 STAGES = [name for name, stage in stages().items() if not stage.composite and name not in ("kv_write", "greedy_sample")]

@@ -46,7 +46,7 @@ def case_of(kernel: Kernel) -> Case:
 
 def kernel_of(stage: str) -> Kernel:
     """The stage's PyPTO kernel."""
-    return next(kernel for kernel in kernels_in(load_module(f"kernels.qwen3.{stage}")) if kernel.toolchain == "pypto")
+    return next(kernel for kernel in kernels_in(load_module(f"conformance.kernels.qwen3.{stage}")) if kernel.toolchain == "pypto")
 
 
 class Bare:

@@ -192,7 +192,7 @@ def interpreted(case: Case) -> float:
     from conformance.contract.loading import kernels_in, load_module
     from conformance.lanes.process import KernelProcess
 
-    module = load_module(f"kernels.qwen3.{case.stage.name}")
+    module = load_module(f"conformance.kernels.qwen3.{case.stage.name}")
     kernel = next(kernel for kernel in kernels_in(module) if kernel.toolchain == "pypto")
     with KernelProcess(kernel, "interpret") as process:
         outcome = process.run(case, passes="none")

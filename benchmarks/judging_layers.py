@@ -49,7 +49,7 @@ def cpu_seconds_of_children() -> float:
 
 def measure(stage: str, cases: int) -> bool:
     """Print one stage's line; whether judging is within its part."""
-    module = load_module(f"kernels.qwen3.{stage}")
+    module = load_module(f"conformance.kernels.qwen3.{stage}")
     kernel = next(kernel for kernel in kernels_in(module) if kernel.toolchain == "pypto")
     interpreting, judging = [], []
     with KernelProcess(kernel, "interpret") as process:

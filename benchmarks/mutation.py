@@ -35,7 +35,7 @@ from _pytest.runner import runtestprotocol
 
 ROOT = Path(__file__).parents[1]
 COPY = ROOT / "build" / "mutation"
-COPIED = ("conformance", "kernels", "fixtures", "reports", "benchmarks", "conftest.py", "pyproject.toml")
+COPIED = ("conformance", "benchmarks", "conftest.py", "pyproject.toml")
 MODULES = (
     "conformance.numerics.ulp",
     "conformance.numerics.attention",

@@ -74,8 +74,8 @@ def main() -> None:
 @main.command()
 def doctor() -> None:
     """Say what can run on this machine, and what to do about what cannot."""
+    from conformance.reports import inventory
     from conformance.toolchains.doctor import doctor as examine
-    from reports import inventory
 
     click.echo(inventory.doctor(examine()))
 
@@ -87,7 +87,7 @@ def list_command(locations: tuple[str, ...]) -> None:
     from conformance.contract.loading import bundled_kernels, kernels_in, load_module
     from conformance.contract.registry import stages
     from conformance.lanes import lanes_of
-    from reports import inventory
+    from conformance.reports import inventory
 
     kernels = bundled_kernels()
     for location in locations:
@@ -128,7 +128,7 @@ def check(
     expected_failures: Path | None,
 ) -> None:
     """Judge one kernel: FUNC of FILE.py, or the bundled one of STAGE. It runs in a process of its own."""
-    import reports
+    from conformance import reports
     from conformance.cases.space import Space
     from conformance.running.check import RunPlan, chosen_keys, resolve_lane
     from conformance.running.session import ExpectedFailures, RunLog, Subject, new_run_folder, require_new_folder
@@ -172,11 +172,11 @@ def _judge(
 ) -> int:
     """Judge the cases as they are recorded, print the report, and return the exit code."""
     from conformance.contract.registry import short_name
+    from conformance.reports import check_report
+    from conformance.reports.progress import LiveProgress
+    from conformance.reports.text import number
     from conformance.running.check import Report, capability_runs, case_runs, worker_runner
     from conformance.running.session import relative_source
-    from reports import check_report
-    from reports.progress import LiveProgress
-    from reports.text import number
 
     runs: list[Judged] = []
     live = LiveProgress(f"{subject.kernel.name} {subject.lane}", len(keys), "cases")
@@ -268,9 +268,9 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
     Each is a bundled kernel's name, FILE.py:FUNC, or the folder of a kept run. Exit code 4: a capability is lost.
     """
     from conformance.cases.space import Space
+    from conformance.reports import diff_report
     from conformance.running import diff as comparison
     from conformance.running.check import chosen_keys, resolve_lane
-    from reports import diff_report
 
     named = find_lane(lane)
     if named is not None and not named.executes:
@@ -369,10 +369,10 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
     from conformance.exam.efforts import EFFORTS
     from conformance.exam.pool import take
     from conformance.exam.results import write_json, write_whole
+    from conformance.reports import exam_page, exam_table
+    from conformance.reports.progress import LiveProgress
+    from conformance.reports.text import number
     from conformance.running.check import require_count
-    from reports import exam_page, exam_table
-    from reports.progress import LiveProgress
-    from reports.text import number
 
     require_count(1, seed)
     if processes is not None and processes < 1:
@@ -437,7 +437,7 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
 @click.argument("folder", type=click.Path(path_type=Path), metavar="RUN_DIR")
 def report(folder: Path) -> None:
     """Build the reports of a run again from its records, and print the summary."""
-    import reports
+    from conformance import reports
 
     built = reports.build(folder, colour=sys.stdout.isatty())
     click.echo(built["terminal"])

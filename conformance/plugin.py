@@ -248,7 +248,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     state = config.stash[_STATE]
     if hasattr(config, "workerinput") or not state.wrote_records():
         return
-    import reports
+    from conformance import reports
 
     built = reports.build(state.folder, colour=terminalreporter.hasmarkup)
     terminalreporter.section("kernel conformance")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from conformance.errors import UsageError
 
 if TYPE_CHECKING:
-    from reports.summary import RunSummary
+    from conformance.reports.summary import RunSummary
 
 __all__ = ["FORMATS", "build"]
 
@@ -35,9 +35,9 @@ def build(
     ``colour`` is for the terminal's. Building again replaces the files; the records are only read. Raises ``UsageError`` for an
     unknown format and for a folder without records.
     """
+    from conformance.reports import junit, markdown, page, terminal
+    from conformance.reports.summarise import summarise
     from conformance.running.records import read_run
-    from reports import junit, markdown, page, terminal
-    from reports.summarise import summarise
 
     for name in formats:
         if name not in FORMATS:

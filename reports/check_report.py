@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from conformance.judge.verdict import Finding, Verdict
-from reports import text
+from conformance.reports import text
 
 #: Statuses of a run that took the kernel's process with it.
 _LOST = ("crashed", "timed_out")

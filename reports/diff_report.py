@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from conformance.contract.registry import capability_meanings, stages
-from reports import text
-from reports.text_page import TextPage
+from conformance.reports import text
+from conformance.reports.text_page import TextPage
 
 _STYLES = {"LOST": "bold red", "gained": "green", "": ""}
 

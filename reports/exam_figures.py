@@ -16,7 +16,7 @@ from conformance.exam.known_kernels import KINDS
 from conformance.exam.results import COMPOSITE_TARGET, OURS, Exam, KernelResult, Score
 from conformance.exam.rules import RULES
 from conformance.judge.verdict import DETECTORS
-from reports import text
+from conformance.reports import text
 
 #: The rule whose cost the others' are told in.
 YARDSTICK = "assert_close"

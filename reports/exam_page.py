@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from conformance.contract.registry import stage_named
 from conformance.exam.results import COMPOSITE_TARGET, CONFIDENCE, OURS, Exam, KernelResult
-from reports.exam_figures import (
+from conformance.reports.exam_figures import (
     YARDSTICK,
     ResultGroup,
     bound_on_false_alarms,
@@ -37,8 +37,8 @@ from reports.exam_figures import (
     trials_caught,
     verdict,
 )
-from reports.exam_picture import picture
-from reports.page import environment, part, policy_hash
+from conformance.reports.exam_picture import picture
+from conformance.reports.page import environment, part, policy_hash
 
 #: Signs of a cell beside its shade: no trial caught, every trial caught. In between stands the percentage.
 NEVER, ALWAYS, NOTHING = "✗", "✓", "–"

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from reports.exam_figures import RuleLine
+from conformance.reports.exam_figures import RuleLine
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from conformance.contract.registry import stages
 from conformance.exam.results import CONFIDENCE, OURS, Exam, KernelResult
-from reports import text
-from reports.exam_figures import (
+from conformance.reports import text
+from conformance.reports.exam_figures import (
     YARDSTICK,
     caught_elsewhere,
     examples_in_words,
@@ -27,7 +27,7 @@ from reports.exam_figures import (
     trials_caught,
     verdict,
 )
-from reports.text_page import TextPage
+from conformance.reports.text_page import TextPage
 
 #: Rejected cases, hidden or unjudged kernels, and missed faults that are listed; the page has them all.
 MOST_LISTED = 40

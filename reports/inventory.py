@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from reports import text
+from conformance.reports import text
 
 
 class Found(Protocol):

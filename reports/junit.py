@@ -10,8 +10,8 @@ import datetime
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 
-from reports import text
-from reports.summary import Cell, Problem, Reason, RunSummary
+from conformance.reports import text
+from conformance.reports.summary import Cell, Problem, Reason, RunSummary
 
 #: The suite of what concerns the run as a whole.
 RUN_SUITE = "run"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from reports import text
-from reports.summary import CellStatus, Problem, Reason, RunSummary
+from conformance.reports import text
+from conformance.reports.summary import CellStatus, Problem, Reason, RunSummary
 
 MOST_ROWS = 300
 MOST_PROBLEMS = 30

@@ -16,8 +16,8 @@ import re
 import jinja2
 from markupsafe import Markup
 
-from reports import text
-from reports.summary import STATUSES, Cell, Problem, Row, RunSummary, Shares
+from conformance.reports import text
+from conformance.reports.summary import STATUSES, Cell, Problem, Row, RunSummary, Shares
 
 #: What one page shows; the rest is counted on it. Together they keep a page of any run near a megabyte at most.
 MOST_CELLS = 600
@@ -91,7 +91,7 @@ def render(summary: RunSummary) -> str:
 def environment() -> jinja2.Environment:
     """The templates of every page; what they print is escaped and cleaned."""
     made = jinja2.Environment(
-        loader=jinja2.PackageLoader("reports"),
+        loader=jinja2.PackageLoader("conformance.reports"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from reports import text
+from conformance.reports import text
 
 #: Seconds between two plain lines: a log that says nothing for long looks like a hang.
 PLAIN_PERIOD = 60.0

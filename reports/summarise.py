@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from conformance.judge.verdict import DETECTORS, Finding, worst_first
-from conformance.running.records import Log, Record
-from reports import text
-from reports.summary import (
+from conformance.reports import text
+from conformance.reports.summary import (
     BINS,
     STATUSES,
     Cell,
@@ -32,6 +31,7 @@ from reports.summary import (
     machine_labels,
     orderable,
 )
+from conformance.running.records import Log, Record
 
 #: Detectors whose message tells one problem from another; elsewhere the argument does.
 _TOLD_APART_BY_MESSAGE = ("crashed", "timed_out", "raised", "compiler_pass")

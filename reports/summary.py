@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from conformance.judge.verdict import DETECTORS, Finding
 from conformance.lanes import LANES
+from conformance.reports import text
 from conformance.running.records import Record
-from reports import text
 
 CellStatus = Literal["failed", "could not run", "cut short", "nothing ran", "failed as expected", "passed", "skipped"]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from reports import text
-from reports.summary import Problem, Reason, RunSummary
-from reports.text_page import TextPage
+from conformance.reports import text
+from conformance.reports.summary import Problem, Reason, RunSummary
+from conformance.reports.text_page import TextPage
 
 #: Problems that are told one by one; the rest is counted.
 MOST_PROBLEMS = 20

@@ -26,7 +26,8 @@ def load_module(location: str | Path) -> ModuleType:
         raise UsageError(f"no such kernel file: {text}")
     for module in list(sys.modules.values()):
         known = getattr(module, "__file__", None)
-        if known and Path(known) == path:
+        # The bundled kernels are imported by way of a link.
+        if known and Path(known).name == path.name and Path(known).resolve() == path:
             return module
     module_name = f"conformance_user_{path.stem}_{abs(hash(path))}"
     spec = importlib.util.spec_from_file_location(module_name, path)

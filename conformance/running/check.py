@@ -24,7 +24,7 @@ from conformance.lanes import default_lane, lane_named, lanes_of
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import bits
 from conformance.lanes.messages import Passes
-from reports import check_report
+from conformance.reports import check_report
 
 #: Of so many examples with several sequences one is judged again with these in another order, and one with a sequence alone;
 #: prime to the number of regimes of every stage, so that all of them come up.

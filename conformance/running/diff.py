@@ -14,10 +14,10 @@ from conformance.contract.kernel import Kernel
 from conformance.contract.registry import capability_meanings, model_named, short_name, stages
 from conformance.errors import UsageError
 from conformance.lanes import find_lane
+from conformance.reports import diff_report
 from conformance.running.capabilities import proven
 from conformance.running.check import Report
 from conformance.running.records import Record, read_run
-from reports import diff_report
 
 #: Exit codes of a comparison besides the command's own: something that was served before is not any more.
 SERVES_LESS = 4

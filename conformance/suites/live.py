@@ -10,9 +10,9 @@ from typing import TextIO
 
 import pytest
 
+from conformance.reports import text
+from conformance.reports.progress import LiveProgress
 from conformance.running.records import RunFollower
-from reports import text
-from reports.progress import LiveProgress
 
 #: Seconds between two looks at what the workers have recorded.
 PERIOD = 0.5

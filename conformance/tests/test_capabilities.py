@@ -20,6 +20,8 @@ from conformance.contract.kernel import Kernel
 from conformance.contract.loading import bundled_kernels, load_module
 from conformance.contract.registry import capability_meanings, stage_named
 from conformance.errors import UsageError
+from conformance.kernels.qwen3 import capabilities
+from conformance.kernels.qwen3.capabilities import _shares_pages
 from conformance.lanes.base import Outcome
 from conformance.lanes.eager import run_eager
 from conformance.lanes.messages import Passes
@@ -29,8 +31,6 @@ from conformance.running.check import MOST_LOST, Judged
 from conformance.running.records import read_run
 from conformance.tests.reference_kernels import SMALL, Spoil, reference_kernel
 from conformance.toolchains import detect
-from kernels.qwen3 import capabilities
-from kernels.qwen3.capabilities import _shares_pages
 
 Tensor = torch.Tensor
 Inputs = dict[str, Tensor]

@@ -20,8 +20,8 @@ from conformance.contract.arguments import Argument
 from conformance.contract.registry import models, preset_named, stage_named
 from conformance.contract.stage import layer_of
 from conformance.errors import UsageError
+from conformance.kernels.qwen3.layout import Layout, contiguous
 from conformance.lanes.buffers import same_bits
-from kernels.qwen3.layout import Layout, contiguous
 
 STAGES = list(conformance.stages())
 WITH_LENGTHS = [name for name, stage in conformance.stages().items() if stage.has_lengths]
@@ -450,7 +450,7 @@ def test_sequences_share_pages_in_some_cases(stage: str) -> None:
 def test_a_paged_history_is_the_contiguous_one_cut_into_pages(stage: str) -> None:
     """Drawn from the same source; a page that sequences share holds the rows of the first of them."""
     from conformance.cases.source import Source
-    from kernels.qwen3 import inputs
+    from conformance.kernels.qwen3 import inputs
 
     whole = {"paged_attention": inputs.attention, "paged_decode_fwd": inputs.decode_fwd}[stage]
     seen = set()

@@ -16,11 +16,11 @@ from conformance.cases.key import CaseKey
 from conformance.contract.registry import stage_named
 from conformance.exam.known_kernels import KINDS, Faults
 from conformance.judge.verdict import DETECTORS
+from conformance.kernels.qwen3.exam.torch import kernels, layers, operations
+from conformance.kernels.qwen3.exam.torch.catalogue import VARIANTS, dims_of, random_variant, torch_kernels, variants_of
+from conformance.kernels.qwen3.exam.torch.choices import RELEVANT, Choices
+from conformance.kernels.qwen3.exam.torch.hooks import FAULTS
 from conformance.lanes.eager import run_eager
-from kernels.qwen3.exam.torch import kernels, layers, operations
-from kernels.qwen3.exam.torch.catalogue import VARIANTS, dims_of, random_variant, torch_kernels, variants_of
-from kernels.qwen3.exam.torch.choices import RELEVANT, Choices
-from kernels.qwen3.exam.torch.hooks import FAULTS
 
 KNOWN_KERNELS = torch_kernels()
 DECLARED = [fault for stage in FAULTS.by_stage for fault in FAULTS.of(stage)]

@@ -12,9 +12,9 @@ import conformance
 from conformance.cases.key import CaseKey
 from conformance.cases.space import Space, stratified_keys
 from conformance.contract.registry import stage_named
+from conformance.kernels.qwen3.exam.torch.choices import Choices
+from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 from conformance.running.check import ROW_CHECK_PERIOD, Plans
-from kernels.qwen3.exam.torch.choices import Choices
-from kernels.qwen3.exam.torch.kernels import torch_kernel
 
 Tensor = torch.Tensor
 

@@ -17,10 +17,17 @@ from safetensors.torch import load_file, save_file
 
 from conformance import UsageError
 from conformance.contract.registry import stages
+from conformance.kernels.qwen3.config import PRESETS, Qwen3Dims
+from conformance.kernels.qwen3.generation.checkpoint import (
+    CONFIG,
+    INDEX,
+    SINGLE_FILE,
+    Checkpoint,
+    checkpoint_tensors,
+    random_checkpoint,
+)
 from conformance.numerics.ulp import rounded
 from conformance.tests.transformers_models import qwen3_model
-from kernels.qwen3.config import PRESETS, Qwen3Dims
-from kernels.qwen3.generation.checkpoint import CONFIG, INDEX, SINGLE_FILE, Checkpoint, checkpoint_tensors, random_checkpoint
 
 Tensor = torch.Tensor
 

@@ -183,7 +183,7 @@ def test_list_shows_every_stage_with_its_arguments_and_its_kernels(folder: Path)
         assert arguments == ", ".join(argument.describe() for argument in stage.arguments)
     for kernel in bundled_kernels():
         able = f"; {' '.join(kernel.capabilities)}" if kernel.capabilities else ""
-        assert f"  - {kernel.name} (pypto: compile_only interpret device{able})" in sections[kernel.stage_name]
+        assert f"  - {kernel.name} (pypto: compile_only interpret device{able})" in sections[kernel.stage.name]
     assert "  - gain (torch: eager)" in sections["rms_norm"]
     assert "  - serving (torch: eager; variable_batch)" in sections["rms_norm"]
 

@@ -18,6 +18,7 @@ from conformance.contract.registry import capability_meanings
 from conformance.errors import UsageError
 from conformance.judge.verdict import Finding, Verdict
 from conformance.lanes.base import Outcome
+from conformance.reports import diff_report
 from conformance.running.capabilities import CHECK_PREFIX
 from conformance.running.check import Judged
 from conformance.running.diff import (
@@ -33,7 +34,6 @@ from conformance.running.diff import (
 from conformance.running.records import Record, RecordWriter
 from conformance.running.session import RunLog, Subject
 from conformance.tests.reference_kernels import SMALL, reference_kernel
-from reports import diff_report
 
 KEY = CaseKey.parse("paged_decode_layer:tiny:B=1,NB=9,seq_lens=3:normal:1")
 REASON = "paged_kv does not hold on a pool of pages in random order (element): out[0, 0] is 1, expected 2"

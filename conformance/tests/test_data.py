@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conformance.cases.source import GRID_STD, Source
-from kernels.qwen3.rotation import rotation_table
+from conformance.kernels.qwen3.rotation import rotation_table
 
 
 def test_a_tensor_does_not_depend_on_what_was_drawn_before() -> None:

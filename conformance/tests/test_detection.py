@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 import conformance
-from kernels.qwen3.exam.torch.kernels import torch_kernel
+from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 
 
 @pytest.mark.parametrize(

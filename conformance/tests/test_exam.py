@@ -37,9 +37,9 @@ from conformance.exam.pool import take
 from conformance.exam.results import LEAST_CONFIDENCE, OURS, Exam, KernelResult, trials_for
 from conformance.exam.rules import RULES
 from conformance.exam.trials import Trial
+from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 from conformance.lanes.base import Outcome
-from kernels.qwen3.exam.torch.kernels import torch_kernel
-from reports import exam_figures, exam_page, exam_table
+from conformance.reports import exam_figures, exam_page, exam_table
 
 #: A few cases of each kind.
 SHORT = Effort(
@@ -720,8 +720,8 @@ def test_a_legal_kernel_and_a_faulty_one_have_their_own_numbers_of_cases(monkeyp
 
 
 def test_another_seed_draws_other_combinations() -> None:
-    from kernels.qwen3.exam.torch.catalogue import random_variant
-    from kernels.qwen3.exam.torch.choices import random_choices
+    from conformance.kernels.qwen3.exam.torch.catalogue import random_variant
+    from conformance.kernels.qwen3.exam.torch.choices import random_choices
 
     def drawn(seed: int) -> list[Any]:
         made = [random_variant("decode_layer", index, seed).make for index in range(3)]

@@ -16,9 +16,9 @@ import pytest
 from conformance.cases.key import CaseKey
 from conformance.exam.known_kernels import KINDS, KnownKernel
 from conformance.judge.verdict import Verdict
+from conformance.kernels.qwen3 import exam
 from conformance.lanes.process import address_of
 from conformance.running.check import RunPlan, case_runs, worker_runner
-from kernels.qwen3 import exam
 
 KNOWN_KERNELS = [one for one in exam.KNOWN_KERNELS if one.lane != "eager"]
 BY_NAME = {f"{subject.stage}/{subject.name}": subject for subject in KNOWN_KERNELS if not subject.hidden}
@@ -99,7 +99,7 @@ def slow_but_some(names: Iterable[str], always: Container[str]) -> list[Any]:
 def verdict_of(name: str, lane: str = "interpret") -> Verdict:
     """The verdict of one run of one case; its compiler passes are compared where that is cheap."""
     kernel = BY_NAME[name].make()
-    key = CaseKey.parse(CASE_OF.get(name, CASES[kernel.stage_name]))
+    key = CaseKey.parse(CASE_OF.get(name, CASES[kernel.stage.name]))
     plan = RunPlan(passes="none" if kernel.stage.composite else "last")
     with worker_runner(kernel, lane) as run:
         (judged,) = case_runs(kernel, [key], run, lane, plan)
@@ -160,7 +160,7 @@ def test_a_worker_finds_the_kernel(subject: KnownKernel) -> None:
 
 
 def test_the_exam_is_listed_where_pypto_is_missing() -> None:
-    code = "import sys; sys.modules['pypto'] = None; from kernels.qwen3.exam import KNOWN_KERNELS as all; print(len(all))"
+    code = "import sys; sys.modules['pypto'] = None; import conformance.kernels.qwen3.exam as all; print(len(all.KNOWN_KERNELS))"
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(listed.stdout) == len(exam.KNOWN_KERNELS)
 
@@ -168,21 +168,21 @@ def test_the_exam_is_listed_where_pypto_is_missing() -> None:
 def test_replaced_fragments_leak_nothing() -> None:
     code = """
 import sys
-from kernels.qwen3 import fragments as before
-from kernels.qwen3.exam.pypto.weaving import replaced_fragments
+from conformance.kernels.qwen3 import fragments as before
+from conformance.kernels.qwen3.exam.pypto.weaving import replaced_fragments
 norm, layer = before.rms_norm, before.decode_layer
 def edit(fragments):
     fragments.rms_norm = None
 try:
     with replaced_fragments(edit) as copy:
-        from kernels.qwen3 import fragments as within
+        from conformance.kernels.qwen3 import fragments as within
         assert within is copy and within is not before and within.rms_norm is None
         assert within.decode_layer.__globals__["rms_norm"] is None
         raise KeyError
 except KeyError:
     pass
-from kernels.qwen3 import fragments as after
-assert after is before and after is sys.modules["kernels.qwen3.fragments"]
+from conformance.kernels.qwen3 import fragments as after
+assert after is before and after is sys.modules["conformance.kernels.qwen3.fragments"]
 assert (after.rms_norm, after.decode_layer) == (norm, layer)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,10 +21,10 @@ from conformance.exam.efforts import EFFORTS
 from conformance.exam.known_kernels import KINDS
 from conformance.exam.results import COMPOSITE_TARGET, OURS, Cost, Exam, KernelResult
 from conformance.exam.rules import RULES
+from conformance.reports import exam_page, exam_table
+from conformance.reports.exam_figures import lines_of, percent, showing_in_outputs, verdict
+from conformance.reports.exam_picture import picture as picture_of
 from conformance.tests.synthetic_runs import HOSTILE
-from reports import exam_page, exam_table
-from reports.exam_figures import lines_of, percent, showing_in_outputs, verdict
-from reports.exam_picture import picture as picture_of
 
 CLOSE = "assert_close"
 COSINE = "cosine > 0.999"

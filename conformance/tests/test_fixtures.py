@@ -21,18 +21,18 @@ import safetensors.torch
 import torch
 
 import conformance
-import fixtures
+from conformance import fixtures
 from conformance.cases.case import make_case
 from conformance.cases.source import Source
 from conformance.contract.stage import layer_of
 from conformance.errors import UsageError
+from conformance.fixtures import Fixture, compare, load
+from conformance.fixtures import build as builder
 from conformance.judge.judgement import judge
 from conformance.judge.verdict import Verdict
+from conformance.kernels.qwen3 import config, layout, reference
 from conformance.lanes.base import Outcome
 from conformance.numerics.arithmetic import CONTRACT, Arithmetic
-from fixtures import Fixture, compare, load
-from fixtures import build as builder
-from kernels.qwen3 import config, layout, reference
 
 NAMES = fixtures.names()
 PACKAGE = Path(fixtures.__file__).parent
@@ -669,7 +669,7 @@ def test_tensors_that_are_not_the_contracts_are_told(
 def test_building_gives_the_same_bytes_each_time(tmp_path: Path) -> None:
     builder.build(tmp_path)
     # Another hash seed: nothing may depend on the order of a set or of a hash map.
-    code = "import sys, pathlib, fixtures.build as b; b.build(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib, conformance.fixtures.build as b; b.build(pathlib.Path(sys.argv[1]))"
     run_python(code, str(tmp_path / "again"), path=PACKAGE.parent, cwd=tmp_path)
     for path in tmp_path.glob("*.*"):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
@@ -735,8 +735,12 @@ def test_fixtures_load_where_the_package_is_no_folder(tmp_path: Path) -> None:
     with zipfile.ZipFile(archive, "w") as packed:
         for path in PACKAGE.glob("*.*"):
             packed.write(path, f"fixtures/{path.name}")
-    code = "import fixtures; print(fixtures.__file__); print([fixtures.load(n).name for n in fixtures.names()] and 'loaded')"
-    where, loaded = run_python(code, path=archive, cwd=tmp_path).splitlines()
+    code = (
+        "import sys, conformance; conformance.__path__.insert(0, sys.argv[1]); "
+        "from conformance import fixtures; print(fixtures.__file__); "
+        "print([fixtures.load(n).name for n in fixtures.names()] and 'loaded')"
+    )
+    where, loaded = run_python(code, str(archive), path=Path(__file__).parents[2], cwd=tmp_path).splitlines()
     assert where.startswith(str(archive))
     assert loaded == "loaded"
 

@@ -18,18 +18,18 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
 from conformance.contract.registry import stage_named
 from conformance.contract.stage import Tensors
+from conformance.kernels.qwen3.config import Qwen3Dims
+from conformance.kernels.qwen3.exam.torch.choices import HUGGING_FACE_LIKE, Choices, random_choices
+from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
+from conformance.kernels.qwen3.generation.agreement import TokenVerifier
+from conformance.kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
+from conformance.kernels.qwen3.generation.command import main
+from conformance.kernels.qwen3.generation.drivers import DRIVERS, Driver
+from conformance.kernels.qwen3.generation.executors import Executor, ReferenceExecutor, StageError
+from conformance.kernels.qwen3.generation.model import LoadedModel
+from conformance.kernels.qwen3.generation.requests import Request
 from conformance.lanes.eager import run_eager
 from conformance.tests.transformers_models import qwen3_model
-from kernels.qwen3.config import Qwen3Dims
-from kernels.qwen3.exam.torch.choices import HUGGING_FACE_LIKE, Choices, random_choices
-from kernels.qwen3.exam.torch.kernels import torch_kernel
-from kernels.qwen3.generation.agreement import TokenVerifier
-from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
-from kernels.qwen3.generation.command import main
-from kernels.qwen3.generation.drivers import DRIVERS, Driver
-from kernels.qwen3.generation.executors import Executor, ReferenceExecutor, StageError
-from kernels.qwen3.generation.model import LoadedModel
-from kernels.qwen3.generation.requests import Request
 
 Tensor = torch.Tensor
 
@@ -460,7 +460,7 @@ def test_where_a_pypto_kernel_differs_it_is_shown_to_be_a_tie(folder: Path) -> N
 def test_a_file_that_cannot_be_written_is_refused_before_work_starts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, target: str, reason: str
 ) -> None:
-    monkeypatch.setattr("kernels.qwen3.generation.command._open_checkpoint", None)
+    monkeypatch.setattr("conformance.kernels.qwen3.generation.command._open_checkpoint", None)
     done = run("--json", target)
     assert done.exit_code == 2, done.output
     assert done.stderr == f"generate: cannot write {target}: {reason}\n"

@@ -24,15 +24,15 @@ from conformance.judge.limits import kappa, spread_limit
 from conformance.judge.matched_filters import Filter
 from conformance.judge.oracle import Oracle
 from conformance.judge.verdict import DETECTORS, Finding, Verdict, worst_first
+from conformance.kernels.qwen3.config import Qwen3Dims
+from conformance.kernels.qwen3.exam.torch.choices import Choices
+from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 from conformance.lanes.base import Outcome, PassDifference, UnwrittenRead
 from conformance.lanes.buffers import GUARD_ALIGNMENT, GUARD_BYTES, Guarded, bits, poison, poisoned, same_bits
 from conformance.lanes.eager import run_eager
 from conformance.numerics.arithmetic import CONTRACT, Arithmetic
 from conformance.numerics.bounds import Bounds, Correlation, Profile
 from conformance.numerics.ulp import rounded, spacing
-from kernels.qwen3.config import Qwen3Dims
-from kernels.qwen3.exam.torch.choices import Choices
-from kernels.qwen3.exam.torch.kernels import torch_kernel
 
 BF16 = torch.bfloat16
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int32]

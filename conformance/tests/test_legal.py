@@ -18,9 +18,9 @@ from conformance.judge.judgement import judge
 from conformance.judge.limits import kappa
 from conformance.judge.oracle import Oracle
 from conformance.judge.verdict import Verdict
+from conformance.kernels.qwen3.exam.torch.choices import HUGGING_FACE_LIKE, RELEVANT, Choices, random_choices, single_choices
+from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 from conformance.lanes.eager import run_eager
-from kernels.qwen3.exam.torch.choices import HUGGING_FACE_LIKE, RELEVANT, Choices, random_choices, single_choices
-from kernels.qwen3.exam.torch.kernels import torch_kernel
 
 SINGLE_STAGES = [name for name, stage in conformance.stages().items() if not stage.composite]
 COMPOSITE_STAGES = [name for name, stage in conformance.stages().items() if stage.composite]

@@ -8,9 +8,9 @@ import torch
 from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey
 from conformance.contract.stage import layer_of
+from conformance.kernels.qwen3 import localise, reference
+from conformance.kernels.qwen3.layout import Layout
 from conformance.numerics.arithmetic import CONTRACT
-from kernels.qwen3 import localise, reference
-from kernels.qwen3.layout import Layout
 
 Tensor = torch.Tensor
 

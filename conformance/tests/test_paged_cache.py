@@ -34,14 +34,14 @@ from conformance.contract.registry import preset_named, stage_named
 from conformance.errors import UsageError
 from conformance.judge.judgement import judge
 from conformance.judge.oracle import Oracle
+from conformance.kernels.qwen3.generation.paging import OutOfPagesError, PageCopy, PagePool, copy_pages
+from conformance.kernels.qwen3.inputs import GARBAGE_KEY, GARBAGE_VALUE
+from conformance.kernels.qwen3.layout import Layout, contiguous, paged_rows
+from conformance.kernels.qwen3.paged_attention import paged_attention
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import same_bits
 from conformance.lanes.eager import run_eager
 from conformance.lanes.process import KernelProcess
-from kernels.qwen3.generation.paging import OutOfPagesError, PageCopy, PagePool, copy_pages
-from kernels.qwen3.inputs import GARBAGE_KEY, GARBAGE_VALUE
-from kernels.qwen3.layout import Layout, contiguous, paged_rows
-from kernels.qwen3.paged_attention import paged_attention
 
 Tensor = torch.Tensor
 Run = Callable[[Case], Outcome]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from conformance.kernels.qwen3.exam import KNOWN_KERNELS
+from conformance.kernels.qwen3.paged_attention import paged_attention
 from conformance.running.check import Report, check
-from kernels.qwen3.exam import KNOWN_KERNELS
-from kernels.qwen3.paged_attention import paged_attention
 
 FAULTS = {(one.stage, one.name): one for one in KNOWN_KERNELS if not one.legal and one.lane == "interpret"}
 #: Pages of eight rows; the first sequence has just begun one, the second fills its last, the third is in the middle of one.

@@ -11,8 +11,8 @@ from conformance.cases.space import Space, stratified_keys
 from conformance.contract.kernel import as_kernel
 from conformance.contract.registry import stage_named, stages
 from conformance.contract.stage import Stage
+from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 from conformance.running.check import chosen_keys
-from kernels.qwen3.exam.torch.kernels import torch_kernel
 
 STAGES = list(stages().values())
 

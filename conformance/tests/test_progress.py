@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from conformance.judge.verdict import Finding
+from conformance.reports.progress import LiveProgress
 from conformance.running.records import Record, RecordWriter, RunFollower
-from reports.progress import LiveProgress
 
 
 class _Terminal(io.StringIO):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from conformance.reports import page
+from conformance.reports.summarise import summarise
+from conformance.reports.summary import RunSummary
 from conformance.running.records import read_run
 from conformance.tests import synthetic_runs as runs
-from reports import page
-from reports.summarise import summarise
-from reports.summary import RunSummary
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((path for path in map(shutil.which, BROWSERS) if path), None)

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-import reports
+from conformance import reports
 from conformance.errors import UsageError
 from conformance.judge.verdict import Finding
+from conformance.reports import junit, markdown, page, terminal, text
+from conformance.reports.summarise import summarise
+from conformance.reports.summary import Cell, RunSummary
 from conformance.running.records import Record, read_run
 from conformance.tests import synthetic_runs as runs
 from conformance.tests.synthetic_runs import case, element, end, planned, start, write
-from reports import junit, markdown, page, terminal, text
-from reports.summarise import summarise
-from reports.summary import Cell, RunSummary
 
 RENDERERS = {"terminal": terminal.render, "markdown": markdown.render, "junit": junit.render, "html": page.render}
 

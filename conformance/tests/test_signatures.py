@@ -19,13 +19,13 @@ from conformance.judge.oracle import Oracle
 from conformance.judge.sensitivity import TOGETHER, Sensitivity
 from conformance.judge.signatures import judge_together
 from conformance.judge.verdict import FilterResponse, Finding, Verdict
+from conformance.kernels.qwen3.exam.torch.choices import HUGGING_FACE_LIKE, Choices
+from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 from conformance.lanes.base import Outcome
 from conformance.lanes.eager import run_eager
 from conformance.numerics.arithmetic import CONTRACT, EXACT, Arithmetic, ErrorSites, RoundingSites
 from conformance.numerics.ulp import rounded, spacing
 from conformance.running.check import Judged, pooled_run
-from kernels.qwen3.exam.torch.choices import HUGGING_FACE_LIKE, Choices
-from kernels.qwen3.exam.torch.kernels import torch_kernel
 
 BF16 = torch.bfloat16
 LAYER = "decode_layer:tiny:B=16,seq_lens=1+80+16+71+1+66+122+15+102+2+119+4+94+3+83+58:normal:821304491"

@@ -20,13 +20,13 @@ import torch
 from conformance.cases.source import Source
 from conformance.contract.dims import Dims
 from conformance.contract.registry import stages
+from conformance.kernels.qwen3 import reference
+from conformance.kernels.qwen3.config import Qwen3Dims
+from conformance.kernels.qwen3.generation.checkpoint import Checkpoint
+from conformance.kernels.qwen3.layout import Layout
+from conformance.kernels.qwen3.rotation import rotation_table
 from conformance.numerics.arithmetic import CONTRACT, EXACT
 from conformance.tests.transformers_models import qwen3_model, wide_steps
-from kernels.qwen3 import reference
-from kernels.qwen3.config import Qwen3Dims
-from kernels.qwen3.generation.checkpoint import Checkpoint
-from kernels.qwen3.layout import Layout
-from kernels.qwen3.rotation import rotation_table
 
 Tensor = torch.Tensor
 

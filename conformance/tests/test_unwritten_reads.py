@@ -19,13 +19,13 @@ from conformance.judge.judgement import judge_without_outputs
 from conformance.lanes.base import Outcome, UnwrittenRead
 from conformance.lanes.process import KernelProcess
 from conformance.lanes.pypto.unwritten import look_at_graph
+from conformance.reports.summarise import summarise
 from conformance.running.check import Judged, check
 from conformance.running.records import read_run
 from conformance.running.session import RunLog, Subject
 from conformance.tests.kernels_under_test import pypto_assembling
 from conformance.tests.kernels_under_test.pypto_assembling import FAULTS, LEGAL
 from conformance.toolchains import detect
-from reports.summarise import summarise
 
 needs_pypto = pytest.mark.skipif(not detect().supported, reason=detect().message)
 

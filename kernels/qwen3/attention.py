@@ -20,7 +20,7 @@ def attention(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, Q, D, S, NKV = dims.B, dims.NH * dims.D, dims.D, dims.S, dims.NKV
 

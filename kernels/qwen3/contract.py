@@ -14,14 +14,14 @@ from conformance.contract.arguments import Argument, read, update, write
 from conformance.contract.dims import Dims
 from conformance.contract.registry import FullSize, Model
 from conformance.contract.stage import Stage, Tensors
+from conformance.kernels.qwen3 import error_model, inputs, localise, reference
+from conformance.kernels.qwen3.capabilities import CAPABILITIES
+from conformance.kernels.qwen3.config import PRESETS
+from conformance.kernels.qwen3.layout import Layout
+from conformance.kernels.qwen3.mistakes import MISTAKES
 from conformance.numerics.arithmetic import Arithmetic
 from conformance.numerics.bounds import Profile
 from conformance.numerics.ulp import Mode
-from kernels.qwen3 import error_model, inputs, localise, reference
-from kernels.qwen3.capabilities import CAPABILITIES
-from kernels.qwen3.config import PRESETS
-from kernels.qwen3.layout import Layout
-from kernels.qwen3.mistakes import MISTAKES
 
 bf16, f32, i32 = torch.bfloat16, torch.float32, torch.int32
 
@@ -380,9 +380,9 @@ MODEL = Model(
     "qwen3",
     STAGES,
     PRESETS,
-    kernel_modules=tuple(f"kernels.qwen3.{stage.name}" for stage in STAGES),
-    exam_modules=("kernels.qwen3.exam",),
-    random_variants="kernels.qwen3.exam.torch.catalogue:random_variant",
+    kernel_modules=tuple(f"conformance.kernels.qwen3.{stage.name}" for stage in STAGES),
+    exam_modules=("conformance.kernels.qwen3.exam",),
+    random_variants="conformance.kernels.qwen3.exam.torch.catalogue:random_variant",
     suite_presets=("tiny", "narrow"),
     capabilities=CAPABILITIES,
     full_size=FullSize("qwen3_14b", FULL_SIZE_BYTES, _executed_at_full_size, _compiled_at_full_size),

@@ -28,7 +28,7 @@ def decode_fwd_layers(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H, D, I, S, L = dims.B, dims.H, dims.D, dims.I, dims.S, dims.L  # noqa: E741  the contract's symbol
     NKV, Q, KV = dims.NKV, dims.NH * dims.D, dims.NKV * dims.D

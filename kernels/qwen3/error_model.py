@@ -10,14 +10,14 @@ import torch
 
 from conformance.contract.dims import Dims
 from conformance.contract.stage import Tensors, layer_of
+from conformance.kernels.qwen3 import reference
+from conformance.kernels.qwen3.layout import Layout, paged_rows
+from conformance.kernels.qwen3.reference import weights_of
 from conformance.numerics import bounds
 from conformance.numerics.arithmetic import EXACT
 from conformance.numerics.attention import NewRows
 from conformance.numerics.attention import attention as attention_bounds
 from conformance.numerics.bounds import Bounds, Profile
-from kernels.qwen3 import reference
-from kernels.qwen3.layout import Layout, paged_rows
-from kernels.qwen3.reference import weights_of
 
 
 def rms_norm(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:

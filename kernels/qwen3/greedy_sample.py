@@ -19,7 +19,7 @@ def greedy_sample(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, V = dims.B, dims.V
 

@@ -11,10 +11,10 @@ import torch
 
 from conformance.cases.source import Source
 from conformance.contract.dims import Dims
+from conformance.kernels.qwen3 import reference
+from conformance.kernels.qwen3.layout import Layout, contiguous
+from conformance.kernels.qwen3.rotation import rotation_table
 from conformance.numerics.arithmetic import EXACT
-from kernels.qwen3 import reference
-from kernels.qwen3.layout import Layout, contiguous
-from kernels.qwen3.rotation import rotation_table
 
 Tensor = torch.Tensor
 Inputs = dict[str, Tensor]

@@ -20,7 +20,7 @@ def kv_write(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, NKV, D, BS, ROWS = dims.B, dims.NKV, dims.D, dims.BS, dims.NB * dims.NKV * dims.BS
 

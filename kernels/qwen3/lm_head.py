@@ -19,7 +19,7 @@ def lm_head(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H, V = dims.B, dims.H, dims.V
 

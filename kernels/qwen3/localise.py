@@ -13,10 +13,10 @@ import torch
 
 from conformance.contract.dims import Dims
 from conformance.contract.stage import Tensors, layer_of
+from conformance.kernels.qwen3 import reference
+from conformance.kernels.qwen3.layout import Layout
+from conformance.kernels.qwen3.reference import weights_of
 from conformance.numerics.arithmetic import CONTRACT
-from kernels.qwen3 import reference
-from kernels.qwen3.layout import Layout
-from kernels.qwen3.reference import weights_of
 
 #: Rows this close, relative to their size, came from the state in question: honest rounding is ten times closer.
 SAME = 0.06

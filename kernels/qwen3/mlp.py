@@ -18,7 +18,7 @@ def mlp(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H, I = dims.B, dims.H, dims.I  # noqa: E741  the contract's symbol
 

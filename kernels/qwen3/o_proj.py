@@ -17,7 +17,7 @@ def o_proj(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H, Q = dims.B, dims.H, dims.NH * dims.D
 

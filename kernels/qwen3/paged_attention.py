@@ -27,7 +27,7 @@ def paged_attention(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     Q, D, ROWS = dims.NH * dims.D, dims.D, dims.NB * dims.NKV * dims.BS
 

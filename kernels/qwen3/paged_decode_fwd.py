@@ -25,7 +25,7 @@ def paged_decode_fwd(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H, D, I, S, L, V = dims.B, dims.H, dims.D, dims.I, dims.S, dims.L, dims.V  # noqa: E741  the contract's symbol
     Q, KV, ROWS = dims.NH * dims.D, dims.NKV * dims.D, dims.L * dims.NB * dims.NKV * dims.BS

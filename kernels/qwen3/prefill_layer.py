@@ -30,7 +30,7 @@ def prefill_layer(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     H, D, I, S = dims.H, dims.D, dims.I, dims.S  # noqa: E741  the contract's symbol
     Q, KV, ROWS = dims.NH * dims.D, dims.NKV * dims.D, dims.NB * dims.NKV * dims.BS

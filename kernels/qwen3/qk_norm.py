@@ -18,7 +18,7 @@ def qk_norm(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, D, Q, KV = dims.B, dims.D, dims.NH * dims.D, dims.NKV * dims.D
 

@@ -18,7 +18,7 @@ def qkv_proj(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H, Q, KV = dims.B, dims.H, dims.NH * dims.D, dims.NKV * dims.D
 

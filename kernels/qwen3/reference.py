@@ -10,8 +10,8 @@ import torch
 
 from conformance.contract.dims import Dims
 from conformance.contract.stage import Tensors, layer_of
+from conformance.kernels.qwen3.layout import Layout, paged_rows
 from conformance.numerics.arithmetic import Arithmetic
-from kernels.qwen3.layout import Layout, paged_rows
 
 Tensor = torch.Tensor
 

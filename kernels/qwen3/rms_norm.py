@@ -17,7 +17,7 @@ def rms_norm(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H, eps = dims.B, dims.H, dims.eps
 

@@ -18,7 +18,7 @@ def rope(dims: Dims) -> Any:
     """
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, D, S, Q, KV = dims.B, dims.D, dims.S, dims.NH * dims.D, dims.NKV * dims.D
 

@@ -1,5 +1,5 @@
-"""``python -m kernels.qwen3.generation``."""
+"""``python -m conformance.kernels.qwen3.generation``."""
 
-from kernels.qwen3.generation.command import main
+from conformance.kernels.qwen3.generation.command import main
 
 main()

@@ -20,12 +20,12 @@ from conformance.contract.dims import Dims
 from conformance.contract.registry import stage_named
 from conformance.contract.stage import Tensors
 from conformance.judge.limits import FLUSHED, HALF_ULP_SLACK, kappa
+from conformance.kernels.qwen3 import error_model, reference
+from conformance.kernels.qwen3.generation.model import LoadedModel
+from conformance.kernels.qwen3.generation.requests import Request
 from conformance.numerics import bounds
 from conformance.numerics.arithmetic import EXACT
 from conformance.numerics.ulp import spacing
-from kernels.qwen3 import error_model, reference
-from kernels.qwen3.generation.model import LoadedModel
-from kernels.qwen3.generation.requests import Request
 
 Tensor = torch.Tensor
 

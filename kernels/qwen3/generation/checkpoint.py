@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from conformance.cases.source import Source
 from conformance.contract.dims import Dims
 from conformance.errors import UsageError
+from conformance.kernels.qwen3.config import Qwen3Dims
+from conformance.kernels.qwen3.rotation import rotation_table
 from conformance.numerics.ulp import rounded
-from kernels.qwen3.config import Qwen3Dims
-from kernels.qwen3.rotation import rotation_table
 
 Tensor = torch.Tensor
 

@@ -1,4 +1,4 @@
-"""``python -m kernels.qwen3.generation``: prompts through prefill and greedy decode, by any driver on any executor, verified.
+"""``python -m conformance.kernels.qwen3.generation``: prompts through prefill and greedy decode, verified.
 
 Exit codes are those of the ``conformance`` command: 0 every token is the fp64 reference's or a tie within the error bound; 1 one
 is not, or a kernel failed; 2 usage; 3 something that had to run could not.
@@ -22,15 +22,15 @@ from conformance.cli import FINDINGS, PASSED, Command, read_dims
 from conformance.contract.dims import Dims
 from conformance.contract.registry import preset_named
 from conformance.errors import UsageError
+from conformance.kernels.qwen3.contract import MODEL
+from conformance.kernels.qwen3.generation.agreement import Agreement, TokenVerifier
+from conformance.kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
+from conformance.kernels.qwen3.generation.drivers import DRIVERS, Driver
+from conformance.kernels.qwen3.generation.executors import EXECUTORS, Executor, StageError, open_executor
+from conformance.kernels.qwen3.generation.model import LoadedModel
+from conformance.kernels.qwen3.generation.requests import Request, requests_for
 from conformance.lanes.process import Limits
-from kernels.qwen3.contract import MODEL
-from kernels.qwen3.generation.agreement import Agreement, TokenVerifier
-from kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
-from kernels.qwen3.generation.drivers import DRIVERS, Driver
-from kernels.qwen3.generation.executors import EXECUTORS, Executor, StageError, open_executor
-from kernels.qwen3.generation.model import LoadedModel
-from kernels.qwen3.generation.requests import Request, requests_for
-from reports.progress import is_interactive
+from conformance.reports.progress import is_interactive
 
 _DRIVERS = "; ".join(f"{name}: {plan.summary}" for name, plan in DRIVERS.items())
 _EXECUTORS = "; ".join(f"{name}: {summary}" for name, summary in EXECUTORS.items())

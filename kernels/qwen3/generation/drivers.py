@@ -15,13 +15,13 @@ import torch
 from conformance.contract.dims import Dims
 from conformance.contract.stage import Tensors, layer_of
 from conformance.errors import UsageError
+from conformance.kernels.qwen3 import reference
+from conformance.kernels.qwen3.generation.executors import Executor, StageError
+from conformance.kernels.qwen3.generation.model import LoadedModel
+from conformance.kernels.qwen3.generation.paging import PagePool
+from conformance.kernels.qwen3.generation.requests import Request, requests_for
+from conformance.kernels.qwen3.inputs import GARBAGE_KEY, GARBAGE_VALUE
 from conformance.numerics.arithmetic import EXACT
-from kernels.qwen3 import reference
-from kernels.qwen3.generation.executors import Executor, StageError
-from kernels.qwen3.generation.model import LoadedModel
-from kernels.qwen3.generation.paging import PagePool
-from kernels.qwen3.generation.requests import Request, requests_for
-from kernels.qwen3.inputs import GARBAGE_KEY, GARBAGE_VALUE
 
 Tensor = torch.Tensor
 

@@ -8,8 +8,8 @@ import torch
 
 from conformance.contract.dims import Dims
 from conformance.contract.stage import Tensors, layer_of
-from kernels.qwen3.generation.checkpoint import Checkpoint
-from kernels.qwen3.reference import LAYER_WEIGHTS
+from conformance.kernels.qwen3.generation.checkpoint import Checkpoint
+from conformance.kernels.qwen3.reference import LAYER_WEIGHTS
 
 Tensor = torch.Tensor
 

@@ -14,7 +14,7 @@ def rms_norm(dims: Dims) -> Any:
     """RMSNorm by ``compute(x, weight, out, dims)``."""
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H = dims.B, dims.H
 
@@ -34,7 +34,7 @@ def qkv_proj(dims: Dims) -> Any:
     """The projections by ``compute(x, wq, wk, wv, q, k, v, dims)``."""
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H, Q, KV = dims.B, dims.H, dims.NH * dims.D, dims.NKV * dims.D
 
@@ -58,7 +58,7 @@ def kv_write(dims: Dims) -> Any:
     """The write to the cache by ``compute(k, v, slot_mapping, k_cache, v_cache, dims)``."""
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, D, KV, ROWS = dims.B, dims.D, dims.NKV * dims.D, dims.NB * dims.NKV * dims.BS
 
@@ -80,7 +80,7 @@ def o_proj(dims: Dims) -> Any:
     """The output projection by ``compute(attn, wo, residual, out, dims)``."""
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H, Q = dims.B, dims.H, dims.NH * dims.D
 
@@ -101,7 +101,7 @@ def mlp(dims: Dims) -> Any:
     """The MLP by ``compute(x, w_gate, w_up, w_down, out, dims)``."""
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H, I = dims.B, dims.H, dims.I  # noqa: E741  the contract's symbol
 
@@ -123,7 +123,7 @@ def paged_attention(dims: Dims) -> Any:
     """Paged attention of any batch by ``compute(q, cache, out, dims)``."""
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     Q, D, ROWS = dims.NH * dims.D, dims.D, dims.NB * dims.NKV * dims.BS
 
@@ -146,7 +146,7 @@ def lm_head(dims: Dims) -> Any:
     """The LM head of ``dims.B`` rows by ``compute(hidden, final_norm_weight, lm_head_weight, logits, dims)``."""
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H, V = dims.B, dims.H, dims.V
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.pypto.softmax import block_step, read_whole_blocks, rounded
-from kernels.qwen3.exam.pypto.weaving import legal
+from conformance.kernels.qwen3.exam.pypto.softmax import block_step, read_whole_blocks, rounded
+from conformance.kernels.qwen3.exam.pypto.weaving import legal
 
 Tensor = Any
 Scalar = Any

@@ -1,6 +1,6 @@
 """How a faulty kernel, or a legal variant, is made of a bundled one: its builder is run with some fragments replaced.
 
-A builder imports ``kernels.qwen3.fragments`` when it is called. For the time of that call the module is a fresh copy that an
+A builder imports ``fragments`` when it is called. For the time of that call the module is a fresh copy that an
 *edit* has changed; the program keeps the copy, everyone else the original. Where a fault lies in a kernel's own text and not in a
 fragment, the kernel is one of ``programs.py``, whose whole text is a call of ``fragments.compute``, and the edit supplies that.
 
@@ -21,23 +21,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import kernels.qwen3
+import conformance.kernels.qwen3
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
 from conformance.exam.known_kernels import Faults, Kind, KnownKernel, as_clause
+from conformance.kernels.qwen3.contract import MODEL
+from conformance.kernels.qwen3.exam.torch import faults as torch_faults
 from conformance.lanes import lane_named
 from conformance.lanes.interpret import INTERPRET
-from kernels.qwen3.contract import MODEL
-from kernels.qwen3.exam.torch import faults as torch_faults
 
-#: Changes a copy of ``kernels.qwen3.fragments`` in place.
+#: Changes a copy of ``conformance.kernels.qwen3.fragments`` in place.
 Edit = Callable[[Any], None]
 
 
 @contextlib.contextmanager
 def replaced_fragments(edit: Edit) -> Iterator[ModuleType]:
-    """``from kernels.qwen3 import fragments`` gives a copy of that module with ``edit`` applied, until the block ends."""
-    from kernels.qwen3 import fragments as original
+    """Until the block ends, ``import fragments`` of the model's package gives a copy of that module with ``edit`` applied."""
+    from conformance.kernels.qwen3 import fragments as original
 
     spec = original.__spec__
     assert spec is not None
@@ -45,11 +45,11 @@ def replaced_fragments(edit: Edit) -> Iterator[ModuleType]:
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     edit(copy)
-    kernels.qwen3.fragments = copy
+    conformance.kernels.qwen3.fragments = copy
     try:
         yield copy
     finally:
-        kernels.qwen3.fragments = original
+        conformance.kernels.qwen3.fragments = original
 
 
 def edited(bundled: Kernel, name: str, edit: Edit, **changes: Any) -> Kernel:
@@ -112,7 +112,7 @@ class Collection:
 
     def computes(self, *stages: str, **keywords: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
         """The whole text of a kernel: a function of ``fragments``, the stage's arguments and ``dims``."""
-        from kernels.qwen3.exam.pypto import programs
+        from conformance.kernels.qwen3.exam.pypto import programs
 
         def declare(compute: Callable[..., None]) -> Callable[..., None]:
             def edit(fragments: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from conformance.contract.dims import Dims
 from conformance.contract.stage import Stage
-from kernels.qwen3.exam.torch.operations import Operations
+from conformance.kernels.qwen3.exam.torch.operations import Operations
 
 Tensor = torch.Tensor
 

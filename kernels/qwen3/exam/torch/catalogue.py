@@ -8,9 +8,9 @@ import types
 
 from conformance.contract.registry import stage_named
 from conformance.exam.known_kernels import Fault, KnownKernel
-from kernels.qwen3.exam.torch.choices import HUGGING_FACE_LIKE, RELEVANT, Choices, random_choices
-from kernels.qwen3.exam.torch.hooks import FAULTS
-from kernels.qwen3.exam.torch.kernels import stages, torch_kernel
+from conformance.kernels.qwen3.exam.torch.choices import HUGGING_FACE_LIKE, RELEVANT, Choices, random_choices
+from conformance.kernels.qwen3.exam.torch.hooks import FAULTS
+from conformance.kernels.qwen3.exam.torch.kernels import stages, torch_kernel
 
 
 @dataclasses.dataclass(frozen=True)

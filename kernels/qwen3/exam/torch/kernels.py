@@ -17,13 +17,13 @@ import torch
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel, kernel
 from conformance.contract.stage import Stage
-from kernels.qwen3.exam.torch import layers as torch_layers
-from kernels.qwen3.exam.torch.call import Call
-from kernels.qwen3.exam.torch.choices import Choices
-from kernels.qwen3.exam.torch.faults import sampling
-from kernels.qwen3.exam.torch.hooks import FAULTS
-from kernels.qwen3.exam.torch.layers import Arguments, Step
-from kernels.qwen3.exam.torch.operations import BF16, Operations
+from conformance.kernels.qwen3.exam.torch import layers as torch_layers
+from conformance.kernels.qwen3.exam.torch.call import Call
+from conformance.kernels.qwen3.exam.torch.choices import Choices
+from conformance.kernels.qwen3.exam.torch.faults import sampling
+from conformance.kernels.qwen3.exam.torch.hooks import FAULTS
+from conformance.kernels.qwen3.exam.torch.layers import Arguments, Step
+from conformance.kernels.qwen3.exam.torch.operations import BF16, Operations
 
 Tensor = torch.Tensor
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.torch.operations import BF16, Operations
+from conformance.kernels.qwen3.exam.torch.operations import BF16, Operations
 
 Tensor = torch.Tensor
 Arguments = dict[str, Tensor]

@@ -17,7 +17,7 @@ import torch
 
 from conformance.contract.dims import Dims
 from conformance.exam.known_kernels import Fault
-from kernels.qwen3.exam.torch.choices import Choices
+from conformance.kernels.qwen3.exam.torch.choices import Choices
 
 Tensor = torch.Tensor
 #: Of some keys: the unnormalised result, the denominator and the maximum.

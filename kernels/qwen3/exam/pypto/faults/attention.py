@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.pypto.softmax import block_step, read_whole_blocks
-from kernels.qwen3.exam.pypto.weaving import faulty
+from conformance.kernels.qwen3.exam.pypto.softmax import block_step, read_whole_blocks
+from conformance.kernels.qwen3.exam.pypto.weaving import faulty
 
 Tensor = Any
 Scalar = Any

@@ -13,7 +13,7 @@ from typing import Any
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel, kernel
 from conformance.exam.known_kernels import Kind
-from kernels.qwen3.exam.pypto.weaving import faulty
+from conformance.kernels.qwen3.exam.pypto.weaving import faulty
 
 CAPABILITIES = ("stacked_weights", "fused_layers")
 
@@ -21,7 +21,7 @@ CAPABILITIES = ("stacked_weights", "fused_layers")
 def _program(dims: Dims, fault: str) -> Any:
     import pypto
 
-    from kernels.qwen3 import fragments
+    from conformance.kernels.qwen3 import fragments
 
     B, H, D, I, S, L = dims.B, dims.H, dims.D, dims.I, dims.S, dims.L  # noqa: E741  the contract's symbol
     NKV, Q, KV = dims.NKV, dims.NH * dims.D, dims.NKV * dims.D

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.pypto.weaving import faulty
+from conformance.kernels.qwen3.exam.pypto.weaving import faulty
 
 Tensor = Any
 

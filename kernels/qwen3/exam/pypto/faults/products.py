@@ -6,8 +6,8 @@ import functools
 from typing import Any
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.pypto.softmax import rounded
-from kernels.qwen3.exam.pypto.weaving import faulty
+from conformance.kernels.qwen3.exam.pypto.softmax import rounded
+from conformance.kernels.qwen3.exam.pypto.weaving import faulty
 
 Tensor = Any
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from conformance.contract.dims import Dims
+from conformance.kernels.qwen3.exam.pypto.weaving import faulty
 from conformance.lanes.compile_only import COMPILE_ONLY
-from kernels.qwen3.exam.pypto.weaving import faulty
 
 Tensor = Any
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.qwen3.exam.torch.call import Call
-from kernels.qwen3.exam.torch.hooks import CONTIGUOUS_LAYERS, PAGED_LAYERS, PREFILLS, fault
+from conformance.kernels.qwen3.exam.torch.call import Call
+from conformance.kernels.qwen3.exam.torch.hooks import CONTIGUOUS_LAYERS, PAGED_LAYERS, PREFILLS, fault
 
 Tensor = torch.Tensor
 

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.torch.helpers import FP8, FP16, TILE, changed, rounded, total_of
-from kernels.qwen3.exam.torch.hooks import ALL_LAYERS, ATTENTIONS, CONTIGUOUS_LAYERS, LAYERS_OF_EACH_KIND, SIGNATURES, fault
-from kernels.qwen3.exam.torch.operations import BF16, Part, truncated
+from conformance.kernels.qwen3.exam.torch.helpers import FP8, FP16, TILE, changed, rounded, total_of
+from conformance.kernels.qwen3.exam.torch.hooks import (
+    ALL_LAYERS,
+    ATTENTIONS,
+    CONTIGUOUS_LAYERS,
+    LAYERS_OF_EACH_KIND,
+    SIGNATURES,
+    fault,
+)
+from conformance.kernels.qwen3.exam.torch.operations import BF16, Part, truncated
 
 Tensor = torch.Tensor
 

@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.torch.hooks import BLOCK_TABLES, CONTIGUOUS_LAYERS, DECODE_LAYERS, PAGED_LAYERS, PREFILLS, fault
-from kernels.qwen3.exam.torch.layers import Step, Token
+from conformance.kernels.qwen3.exam.torch.hooks import (
+    BLOCK_TABLES,
+    CONTIGUOUS_LAYERS,
+    DECODE_LAYERS,
+    PAGED_LAYERS,
+    PREFILLS,
+    fault,
+)
+from conformance.kernels.qwen3.exam.torch.layers import Step, Token
 
 Tensor = torch.Tensor
 

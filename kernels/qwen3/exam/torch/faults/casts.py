@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.qwen3.exam.torch.hooks import ALL_LAYERS, CHAINS, LAYERS_OF_EACH_KIND, SIGNATURES, fault
-from kernels.qwen3.exam.torch.operations import raised, truncated
+from conformance.kernels.qwen3.exam.torch.hooks import ALL_LAYERS, CHAINS, LAYERS_OF_EACH_KIND, SIGNATURES, fault
+from conformance.kernels.qwen3.exam.torch.operations import raised, truncated
 
 Tensor = torch.Tensor
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.torch.hooks import CHAINS, CONTIGUOUS_LAYERS, DECODE_LAYERS, fault
-from kernels.qwen3.exam.torch.layers import Arguments, normalised_and_rotated, own_weight
-from kernels.qwen3.exam.torch.operations import Operations
+from conformance.kernels.qwen3.exam.torch.hooks import CHAINS, CONTIGUOUS_LAYERS, DECODE_LAYERS, fault
+from conformance.kernels.qwen3.exam.torch.layers import Arguments, normalised_and_rotated, own_weight
+from conformance.kernels.qwen3.exam.torch.operations import Operations
 
 Tensor = torch.Tensor
 

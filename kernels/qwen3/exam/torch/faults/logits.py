@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from kernels.qwen3.exam.torch.call import Call
-from kernels.qwen3.exam.torch.hooks import TO_LOGITS, fault
-from kernels.qwen3.exam.torch.layers import Step
-from kernels.qwen3.exam.torch.operations import Operations
+from conformance.kernels.qwen3.exam.torch.call import Call
+from conformance.kernels.qwen3.exam.torch.hooks import TO_LOGITS, fault
+from conformance.kernels.qwen3.exam.torch.layers import Step
+from conformance.kernels.qwen3.exam.torch.operations import Operations
 
 Tensor = torch.Tensor
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from conformance.kernels.qwen3.exam.torch.call import Call
+from conformance.kernels.qwen3.exam.torch.faults.results import ANY, RESULTS
+from conformance.kernels.qwen3.exam.torch.hooks import CONTIGUOUS_LAYERS, ROWS, fault
+from conformance.kernels.qwen3.exam.torch.layers import Step
 from conformance.lanes.buffers import bits
-from kernels.qwen3.exam.torch.call import Call
-from kernels.qwen3.exam.torch.faults.results import ANY, RESULTS
-from kernels.qwen3.exam.torch.hooks import CONTIGUOUS_LAYERS, ROWS, fault
-from kernels.qwen3.exam.torch.layers import Step
 
 Tensor = torch.Tensor
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from kernels.qwen3.exam.torch.helpers import FP16, TILE, changed, rounded
-from kernels.qwen3.exam.torch.hooks import CONTIGUOUS_LAYERS, LAYERS_OF_EACH_KIND, SIGNATURES, fault
-from kernels.qwen3.exam.torch.operations import BF16
+from conformance.kernels.qwen3.exam.torch.helpers import FP16, TILE, changed, rounded
+from conformance.kernels.qwen3.exam.torch.hooks import CONTIGUOUS_LAYERS, LAYERS_OF_EACH_KIND, SIGNATURES, fault
+from conformance.kernels.qwen3.exam.torch.operations import BF16
 
 Tensor = torch.Tensor
 

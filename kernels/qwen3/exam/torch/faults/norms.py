@@ -7,10 +7,17 @@ from typing import Any
 import torch
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.torch.helpers import FP16, mean_square, rounded
-from kernels.qwen3.exam.torch.hooks import ALL_LAYERS, CONTIGUOUS_LAYERS, LAYERS_OF_EACH_KIND, NORMS, SIGNATURES, fault
-from kernels.qwen3.exam.torch.layers import Arguments, own_weight
-from kernels.qwen3.exam.torch.operations import BF16
+from conformance.kernels.qwen3.exam.torch.helpers import FP16, mean_square, rounded
+from conformance.kernels.qwen3.exam.torch.hooks import (
+    ALL_LAYERS,
+    CONTIGUOUS_LAYERS,
+    LAYERS_OF_EACH_KIND,
+    NORMS,
+    SIGNATURES,
+    fault,
+)
+from conformance.kernels.qwen3.exam.torch.layers import Arguments, own_weight
+from conformance.kernels.qwen3.exam.torch.operations import BF16
 
 Tensor = torch.Tensor
 

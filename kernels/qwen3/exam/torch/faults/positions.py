@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.torch.hooks import ATTENTIONS, CONTIGUOUS_LAYERS, DECODE_LAYERS, PREFILLS, fault
-from kernels.qwen3.exam.torch.layers import Step, Token
+from conformance.kernels.qwen3.exam.torch.hooks import ATTENTIONS, CONTIGUOUS_LAYERS, DECODE_LAYERS, PREFILLS, fault
+from conformance.kernels.qwen3.exam.torch.layers import Step, Token
 
 Tensor = torch.Tensor
 

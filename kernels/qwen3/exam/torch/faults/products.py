@@ -6,9 +6,9 @@ import itertools
 
 import torch
 
-from kernels.qwen3.exam.torch.helpers import FP8, FP16, TILE, changed, rounded, total_of
-from kernels.qwen3.exam.torch.hooks import ATTENTIONS, CONTIGUOUS_LAYERS, PRODUCTS, fault
-from kernels.qwen3.exam.torch.operations import BF16, truncated
+from conformance.kernels.qwen3.exam.torch.helpers import FP8, FP16, TILE, changed, rounded, total_of
+from conformance.kernels.qwen3.exam.torch.hooks import ATTENTIONS, CONTIGUOUS_LAYERS, PRODUCTS, fault
+from conformance.kernels.qwen3.exam.torch.operations import BF16, truncated
 
 Tensor = torch.Tensor
 

@@ -6,10 +6,18 @@ import math
 
 import torch
 
-from kernels.qwen3.exam.torch.call import Call
-from kernels.qwen3.exam.torch.helpers import rounded
-from kernels.qwen3.exam.torch.hooks import ALL_LAYERS, ATTENTIONS, CONTIGUOUS_LAYERS, ROWS, SIGNATURES, TO_LOGITS, fault
-from kernels.qwen3.exam.torch.operations import BF16, truncated
+from conformance.kernels.qwen3.exam.torch.call import Call
+from conformance.kernels.qwen3.exam.torch.helpers import rounded
+from conformance.kernels.qwen3.exam.torch.hooks import (
+    ALL_LAYERS,
+    ATTENTIONS,
+    CONTIGUOUS_LAYERS,
+    ROWS,
+    SIGNATURES,
+    TO_LOGITS,
+    fault,
+)
+from conformance.kernels.qwen3.exam.torch.operations import BF16, truncated
 
 Tensor = torch.Tensor
 

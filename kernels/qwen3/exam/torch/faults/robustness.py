@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from kernels.qwen3.exam.torch.call import Call
-from kernels.qwen3.exam.torch.faults.results import ANY, ROW_TILE
-from kernels.qwen3.exam.torch.hooks import ATTENTIONS, CONTIGUOUS_LAYERS, ROWS, TO_LOGITS, fault
+from conformance.kernels.qwen3.exam.torch.call import Call
+from conformance.kernels.qwen3.exam.torch.faults.results import ANY, ROW_TILE
+from conformance.kernels.qwen3.exam.torch.hooks import ATTENTIONS, CONTIGUOUS_LAYERS, ROWS, TO_LOGITS, fault
 
 Tensor = torch.Tensor
 

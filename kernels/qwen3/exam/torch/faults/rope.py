@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from conformance.contract.dims import Dims
-from kernels.qwen3.exam.torch.helpers import FP16, rounded
-from kernels.qwen3.exam.torch.hooks import ALL_LAYERS, CONTIGUOUS_LAYERS, PREFILLS, SIGNATURES, fault
-from kernels.qwen3.exam.torch.operations import BF16
-from kernels.qwen3.rotation import rotation_table
+from conformance.kernels.qwen3.exam.torch.helpers import FP16, rounded
+from conformance.kernels.qwen3.exam.torch.hooks import ALL_LAYERS, CONTIGUOUS_LAYERS, PREFILLS, SIGNATURES, fault
+from conformance.kernels.qwen3.exam.torch.operations import BF16
+from conformance.kernels.qwen3.rotation import rotation_table
 
 Tensor = torch.Tensor
 

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from kernels.qwen3.exam.torch.helpers import FP16, rounded
-from kernels.qwen3.exam.torch.hooks import fault
-from kernels.qwen3.exam.torch.operations import BF16
+from conformance.kernels.qwen3.exam.torch.helpers import FP16, rounded
+from conformance.kernels.qwen3.exam.torch.hooks import fault
+from conformance.kernels.qwen3.exam.torch.operations import BF16
 
 Tensor = torch.Tensor
 

@@ -6,10 +6,10 @@ import dataclasses
 
 import torch
 
+from conformance.kernels.qwen3.exam.torch.call import Call
+from conformance.kernels.qwen3.exam.torch.faults.results import ANY, COLUMN_TILE, RESULTS
+from conformance.kernels.qwen3.exam.torch.hooks import PRODUCTS, fault
 from conformance.lanes.buffers import bits
-from kernels.qwen3.exam.torch.call import Call
-from kernels.qwen3.exam.torch.faults.results import ANY, COLUMN_TILE, RESULTS
-from kernels.qwen3.exam.torch.hooks import PRODUCTS, fault
 
 Tensor = torch.Tensor
 
