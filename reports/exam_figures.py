@@ -144,6 +144,7 @@ def verdict(exam: Exam) -> tuple[str, list[str]]:
 
 
 def headline(exam: Exam) -> str:
+    """What was caught and what was rejected, in one line."""
     score = exam.score(OURS)
     return (
         f"{score.caught:,} of {text.number(score.faults, 'faulty kernel')} caught, "
@@ -152,6 +153,7 @@ def headline(exam: Exam) -> str:
 
 
 def subjects_in_words(exam: Exam) -> str:
+    """How many faulty and legal kernels of how many stages there were."""
     stages = len({one.stage for one in exam.standings})
     return (
         f"{text.number(len(exam.faults), 'known fault')} and {text.number(len(exam.variants), 'legal kernel')} "
@@ -160,10 +162,12 @@ def subjects_in_words(exam: Exam) -> str:
 
 
 def trial_count(exam: Exam) -> int:
+    """Trials of all kernels together."""
     return sum(one.trials for one in exam.standings)
 
 
 def examples_in_words(exam: Exam) -> str:
+    """How many cases a kernel was judged on, by kind of stage."""
     effort = exam.effort
     kinds = {"of single stages": effort.single, "of layers and chains": effort.composite, "interpreted": effort.interpreted}
     faulty = ", ".join(f"{_range(one.faulty, one.most)} {kind}" for kind, one in kinds.items())
@@ -268,10 +272,12 @@ def _stage_order(exam: Exam) -> Callable[[KernelResult], tuple[object, ...]]:
 
 
 def in_order(exam: Exam, standings: Iterable[KernelResult]) -> list[KernelResult]:
+    """Results in the order of the contract's stages."""
     return sorted(standings, key=_stage_order(exam))
 
 
 def by_stage(ordered: Iterable[KernelResult]) -> list[ResultGroup]:
+    """Results in groups, one for each lane and stage."""
     found: dict[tuple[str, str], list[KernelResult]] = {}
     for one in ordered:
         found.setdefault((one.lane, one.stage), []).append(one)
@@ -282,6 +288,7 @@ def by_stage(ordered: Iterable[KernelResult]) -> list[ResultGroup]:
 
 
 def by_kind(ordered: Iterable[KernelResult]) -> list[ResultGroup]:
+    """Results in groups, one for each class of faults."""
     found: dict[str, list[KernelResult]] = {}
     for one in ordered:
         found.setdefault(one.kind or "", []).append(one)
@@ -290,6 +297,7 @@ def by_kind(ordered: Iterable[KernelResult]) -> list[ResultGroup]:
 
 
 def trials_caught(one: KernelResult) -> int:
+    """How many of a kernel's trials our rule rejected."""
     return min(one.rejected.get(OURS, 0), one.trials)
 
 
@@ -367,6 +375,7 @@ def regimes_tried(faults: Iterable[KernelResult]) -> list[tuple[str, int, int, i
 
 
 def rejecting_rules(one: KernelResult, lines: Sequence[RuleLine]) -> list[str]:
+    """The names of other rules that rejected a kernel."""
     return [line.name for line in lines if not line.ours and one.caught_by(line.name)]
 
 

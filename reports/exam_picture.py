@@ -1,25 +1,31 @@
-"""The rules of an exam in a plane: legal runs rejected (across) against faults caught (up), each with its name beside it."""
+"""The rules of an exam in a plane: legal runs rejected (across) against faults caught (up), by their numbers in the table."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 from conformance.reports.exam_figures import RuleLine
 
 
 @dataclasses.dataclass(frozen=True)
 class Dot:
-    """A rule in the picture, and its name beside it; ``leader`` if the name stands so far off that a line has to lead to it."""
+    """A rule in the picture, and its number in the table of rules."""
 
     line: RuleLine
     x: float
     y: float
-    label_x: float
-    label_y: float
-    anchor: str
-    leader: bool
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """The numbers of the dots of one place, beside the first of them."""
+
+    x: float
+    y: float
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +44,12 @@ class Picture:
     across: tuple[tuple[float, str], ...]
     up: tuple[tuple[float, str], ...]
     dots: tuple[Dot, ...]
+    labels: tuple[Label, ...]
 
 
-#: Geometry: the whole, its plane (names may stand to the right of it), the lane of the rules that rejected nothing, letters.
+#: Geometry: the whole, its plane, the lane of the rules that rejected nothing, how near two dots are one place, room to a label.
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM, _LANE = 900, 480, 66.0, 800.0, 30.0, 418.0, 96.0
-_LETTER, _LETTER_HEIGHT, _GAP = 7.4, 15.0, 10.0
+_NEAR, _GAP = 16.0, 10.0
 
 
 def picture(lines: Sequence[RuleLine]) -> Picture | None:
@@ -65,7 +72,11 @@ def picture(lines: Sequence[RuleLine]) -> Picture | None:
         return round(_BOTTOM - (_BOTTOM - _TOP) * (share - lowest) / (100 - lowest) * 0.96, 1)
 
     step = 5 if lowest >= 80 else 10 if lowest >= 40 else 20
-    places = [(across(line.rejected_share), up(line.caught_share)) for line in shown]
+    dots = [
+        Dot(line, across(line.rejected_share), up(line.caught_share), number)
+        for number, line in enumerate(lines, 1)
+        if line in shown
+    ]
     return Picture(
         width=_WIDTH,
         height=_HEIGHT,
@@ -77,60 +88,19 @@ def picture(lines: Sequence[RuleLine]) -> Picture | None:
         zero=across(0),
         across=tuple((across(10.0**power), f"{10.0**power:g}%") for power in range(first, 3)),
         up=tuple((up(share), f"{share}%") for share in range(lowest, 101, step)),
-        dots=tuple(_labelled(shown, places)),
+        dots=tuple(dots),
+        labels=tuple(_labels(dots)),
     )
 
 
-_Box = tuple[float, float, float, float]
-
-
-def _labelled(lines: Sequence[RuleLine], places: Sequence[tuple[float, float]]) -> list[Dot]:
-    """Each name near its dot, where it covers neither another name nor a dot.
-
-    Who is placed first decides who has to give way, so a few orders are tried, and the one with the nearest names is taken.
-    """
-    indices = range(len(lines))
-    orders = [
-        sorted(indices, key=key)
-        for key in (
-            lambda index: index,
-            lambda index: places[index],
-            lambda index: (-places[index][0], places[index][1]),
-            lambda index: (places[index][1], places[index][0]),
-            lambda index: (-places[index][1], places[index][0]),
-        )
-    ]
-    tried = [_named_in_order(lines, places, order) for order in orders]
-    return min(tried, key=lambda dots: sum(math.hypot(dot.label_x - dot.x, dot.label_y - dot.y) for dot in dots))
-
-
-def _named_in_order(lines: Sequence[RuleLine], places: Sequence[tuple[float, float]], order: Sequence[int]) -> list[Dot]:
-    taken: list[_Box] = [(x - 7, y - 7, x + 7, y + 7) for x, y in places]
-    dots: dict[int, Dot] = {}
-    for index in order:
-        line, (x, y) = lines[index], places[index]
-        width = _LETTER * len(line.name) * (1.15 if line.ours else 1)
-        found = (x + _GAP, y, "start")
-        for label_x, label_y, anchor in _around(x, y):
-            start = label_x - {"start": 0.0, "end": width, "middle": width / 2}[anchor]
-            box = (start, label_y - _LETTER_HEIGHT / 2, start + width, label_y + _LETTER_HEIGHT / 2)
-            inside = box[0] > _LEFT and box[1] > _TOP - 14 and box[2] < _WIDTH and box[3] < _BOTTOM - 22
-            if inside and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                found = (label_x, label_y, anchor)
-                break
-        far = math.hypot(found[0] - x, found[1] - y) > 20
-        dots[index] = Dot(line, x, y, round(found[0], 1), round(found[1], 1), found[2], far)
-    return [dots[index] for index in range(len(lines))]
-
-
-def _around(x: float, y: float) -> Iterable[tuple[float, float, str]]:
-    yield from ((x + _GAP, y, "start"), (x - _GAP, y, "end"), (x, y - 15, "middle"), (x, y + 15, "middle"))
-    for ring in range(1, 45):
-        for drop in (ring * 8.0, -ring * 8.0):
-            yield x + _GAP + ring * 1.5, y + drop, "start"
-            yield x - _GAP - ring * 1.5, y + drop, "end"
-
-
-def _overlap(one: _Box, other: _Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _labels(dots: Sequence[Dot]) -> Iterator[Label]:
+    """One label for all dots that are within ``_NEAR`` of one another: their numbers would cover each other."""
+    left = list(dots)
+    while left:
+        here = [left.pop(0)]
+        for dot in here:
+            near = [other for other in left if abs(other.x - dot.x) < _NEAR and abs(other.y - dot.y) < _NEAR]
+            here += near
+            left = [other for other in left if other not in near]
+        rightmost = max(here, key=lambda dot: dot.x)
+        yield Label(rightmost.x + _GAP, rightmost.y, ", ".join(str(dot.number) for dot in here))

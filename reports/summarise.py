@@ -119,6 +119,7 @@ def summarise(log: Log) -> RunSummary:
 
 
 def is_failed(record: Record) -> bool:
+    """Whether a case did not pass."""
     # Anything but a clean pass fails: a record that says "passed" and holds a finding is not believed.
     return bool(record.findings) or record.status != "passed"
 

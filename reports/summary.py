@@ -300,6 +300,7 @@ def lane_order(lane: str) -> tuple[int, str]:
 
 
 def orderable(value: float) -> float:
+    """A value that can be sorted: NaN as infinity."""
     return math.inf if math.isnan(value) else value
 
 
@@ -327,6 +328,7 @@ class CellName:
 
 
 def distinct(values: Iterable[str]) -> tuple[str, ...]:
+    """Non-empty values, each once, in their order."""
     return tuple(dict.fromkeys(value for value in values if value))
 
 
@@ -350,4 +352,5 @@ def gathered(reasons_of: Iterable[tuple[CellName, str]]) -> tuple[Reason, ...]:
 
 
 def machine_labels(machines: Iterable[Machine]) -> frozenset[str]:
+    """The labels of some machines."""
     return frozenset(machine.label for machine in machines)

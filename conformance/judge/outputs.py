@@ -18,6 +18,7 @@ from conformance.numerics.bounds import Bounds, Profile
 
 
 def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """``[rows, columns]`` of any tensor: the first axis, and all others; one row of a vector."""
     return tensor.reshape(tensor.shape[0], -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
 
 
@@ -49,6 +50,7 @@ class OutputPart:
         return self.found.to(torch.float64)
 
     def index(self, flat: int) -> tuple[int, ...]:
+        """Where an element of the matrix, counted row by row, stands in the argument."""
         row, column = divmod(flat, self.found.shape[1])
         if self.raw.dim() == 1:
             return (column,)
@@ -56,6 +58,7 @@ class OutputPart:
 
 
 def part_of(case: Case, outcome: Outcome, name: str, estimate: Bounds) -> OutputPart:
+    """The judged rows of one output of a run."""
     found = outcome.outputs[name]
     raw = found if estimate.rows is None else found[estimate.rows]
     return OutputPart(case.stage.argument(name), raw, estimate.rows)
@@ -73,12 +76,15 @@ class NumericFindings:
 
     @property
     def share(self) -> float | None:
+        """The worst share of the allowance by any output."""
         return max(self.shares.values(), default=None)
 
     @property
     def badness(self) -> tuple[int, int, float]:
+        """For ordering: the number of findings, of wrong elements and areas, then the share."""
         return (len(self.findings), self.wrong, self.share or 0.0)
 
 
 def count_true(mask: torch.Tensor) -> int:
+    """How many elements of a mask are set."""
     return int(mask.count_nonzero())  # a sum would widen the mask to int64 first

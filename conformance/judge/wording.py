@@ -13,6 +13,7 @@ from conformance.judge.verdict import Finding
 
 
 def extent_finding(case: Case, part: OutputPart, mask: torch.Tensor, detector: str, what: str) -> Finding:
+    """A finding about the elements of a mask: how many, in what shape, and the first."""
     first = int(mask.flatten().view(torch.uint8).argmax())  # a list of all places would take eight times the mask
     index = part.index(first)
     argument = part.argument
@@ -30,14 +31,17 @@ def extent_finding(case: Case, part: OutputPart, mask: torch.Tensor, detector: s
 
 
 def element_in_words(argument: Argument, index: Sequence[int]) -> str:
+    """An element as Python writes it, such as ``out[3, 41]``."""
     return f"{argument.name}[{', '.join(str(position) for position in index)}]"
 
 
 def place_in_words(where: dict[str, int]) -> str:
+    """Named coordinates, such as ``row 3, head 1, lane 17``."""
     return ", ".join(f"{label.replace('_', ' ')} {position}" for label, position in where.items())
 
 
 def area_in_words(part: OutputPart, row: int | None, columns: slice, width: int) -> str:
+    """Some columns of one row or of all, such as ``row 3, columns 16..31``."""
     across = "" if columns == slice(0, width) else f"columns {columns.start}..{columns.stop - 1}"
     if row is None:
         return f"{across} of every row" if across else "the whole tensor"

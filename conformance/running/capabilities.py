@@ -69,6 +69,7 @@ def proven(check: str) -> tuple[str, ...]:
 
 
 def not_held(check: str, key: CaseKey, reason: str, outcome: Outcome | None = None) -> Judged:
+    """A judged run that refutes a claim, with the reason as its one finding."""
     return Judged(check, key, Verdict((Finding("capability", reason),)), outcome or Outcome("ok"))
 
 

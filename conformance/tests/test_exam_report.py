@@ -430,20 +430,18 @@ def test_whole_catalogue_makes_a_page_that_is_not_heavy() -> None:
     assert page.tags["circle"] == len(RULES)
 
 
-def test_names_in_the_picture_cover_neither_each_other_nor_a_dot() -> None:
-    picture = picture_of(lines_of(large_exam()))
+def test_every_rule_stands_in_the_picture_by_its_number_in_the_table() -> None:
+    lines = lines_of(large_exam())
+    picture = picture_of(lines)
     assert picture is not None
-    boxes = []
     for dot in picture.dots:
-        width = 6.5 * len(dot.line.name)
-        start = dot.label_x - {"start": 0.0, "middle": width / 2, "end": width}[dot.anchor]
-        assert picture.left <= start <= start + width <= picture.width
-        boxes.append((start, dot.label_y - 6, start + width, dot.label_y + 6))
+        assert lines[dot.number - 1] is dot.line
         assert picture.left <= dot.x <= picture.right
         assert picture.top <= dot.y <= picture.bottom
-    for place, one in enumerate(boxes):
-        for other in boxes[:place]:
-            assert not (one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3])
+    numbers = [int(number) for label in picture.labels for number in label.text.split(", ")]
+    assert sorted(numbers) == [dot.number for dot in picture.dots]
+    for place, one in enumerate(picture.labels):
+        assert not any(abs(one.x - other.x) < 8 and abs(one.y - other.y) < 8 for other in picture.labels[:place])
 
 
 @pytest.mark.parametrize("make", [small_exam, large_exam, lambda: small_exam(MISSED, REJECTED, UNJUDGED, HIDDEN)])
