@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from conformance.contract.dims import Dims
-from conformance.contract.registry import model_named, stage_named
+from conformance.contract.registry import model_named, short_name, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 
@@ -223,7 +223,7 @@ def as_kernel(stage: str, function: Callable[..., Any] | Kernel) -> Kernel:
     contract = stage_named(stage)
     if isinstance(function, Kernel):
         if function.stage.id != contract.id:
-            raise UsageError(f"kernel {function.name} implements {function.stage_name}, not {stage}")
+            raise UsageError(f"kernel {function.name} implements {short_name(function.stage)}, not {short_name(contract)}")
         return function
     require_signature(function, contract)
     capacity = model_named(contract.model).largest_batch
