@@ -49,7 +49,7 @@ class Picture:
 
 #: Geometry: the whole, its plane, the lane of the rules that rejected nothing, how near two dots are one place, room to a label.
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM, _LANE = 900, 480, 66.0, 800.0, 30.0, 418.0, 96.0
-_NEAR, _GAP = 16.0, 10.0
+_NEAR_ACROSS, _NEAR_UP, _GAP = 44.0, 12.0, 10.0
 
 
 def picture(lines: Sequence[RuleLine]) -> Picture | None:
@@ -94,12 +94,12 @@ def picture(lines: Sequence[RuleLine]) -> Picture | None:
 
 
 def _labels(dots: Sequence[Dot]) -> Iterator[Label]:
-    """One label for all dots that are within ``_NEAR`` of one another: their numbers would cover each other."""
+    """One label for all dots that are near one another: their numbers would cover each other."""
     left = list(dots)
     while left:
         here = [left.pop(0)]
         for dot in here:
-            near = [other for other in left if abs(other.x - dot.x) < _NEAR and abs(other.y - dot.y) < _NEAR]
+            near = [other for other in left if abs(other.x - dot.x) < _NEAR_ACROSS and abs(other.y - dot.y) < _NEAR_UP]
             here += near
             left = [other for other in left if other not in near]
         rightmost = max(here, key=lambda dot: dot.x)
