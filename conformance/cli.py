@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from conformance.cases.space import Space
     from conformance.contract.kernel import Kernel
     from conformance.exam.results import Exam
-    from conformance.running.check import Judged, RunPlan
+    from conformance.running.check import RunPlan
     from conformance.running.diff import KernelSummary
+    from conformance.running.runs import Judged
     from conformance.running.session import RunLog, Subject
 
 

@@ -24,7 +24,7 @@ from conformance.contract.stage import layer_of
 from conformance.judge.judgement import judge
 from conformance.judge.verdict import Finding, Verdict
 from conformance.lanes.base import Outcome
-from conformance.running.check import MOST_LOST, Judged, Runner, is_lost
+from conformance.running.runs import MOST_LOST, Judged, Runner, is_lost
 
 #: What the ``check`` of these runs begins with; the names of the capabilities follow, joined by ``+``.
 CHECK_PREFIX = "capability:"

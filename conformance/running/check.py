@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey, smallest, take_rows
@@ -25,30 +25,14 @@ from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import bits
 from conformance.lanes.messages import Passes
 from conformance.reports import check_report
+from conformance.running.capabilities import prove
+from conformance.running.runs import MOST_LOST, Judged, Runner, is_lost
 
 #: Of so many examples with several sequences one is judged again with these in another order, and one with a sequence alone;
 #: prime to the number of regimes of every stage, so that all of them come up.
 ROW_CHECK_PERIOD = 5
 #: Of a layer or a chain the last compiler pass is compared once in so many cases: that takes ten times as long as the run itself.
 PASS_PERIOD = 4
-#: After so many runs that crashed or timed out the rest is not tried: each costs a process, or the whole time limit.
-MOST_LOST = 2
-
-
-class Runner(Protocol):
-    """Runs a kernel on a case; ``passes`` says which compiler passes are compared: the last, all or none."""
-
-    def __call__(self, case: Case, passes: Passes = "last") -> Outcome: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Judged:
-    """One judged run: which check it was, of which case, and the verdict."""
-
-    check: str
-    case: CaseKey
-    verdict: Verdict
-    outcome: Outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,15 +171,8 @@ def capability_runs(kernel: Kernel, space: Space, run: Runner, lane: str, before
 
     Also where cases fail: what a kernel does not serve may be why.
     """
-    from conformance.running.capabilities import prove
-
     if lane_named(lane).executes and sum(map(is_lost, before)) < MOST_LOST:
         yield from prove(kernel, space, run)
-
-
-def is_lost(run: Judged) -> bool:
-    """Whether a run took its process with it."""
-    return run.outcome.status in ("crashed", "timed_out")
 
 
 def require_count(examples: int, seed: int) -> None:

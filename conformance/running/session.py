@@ -17,8 +17,8 @@ from conformance.contract.kernel import Kernel
 from conformance.contract.registry import names_in_short, short_name
 from conformance.errors import UsageError
 from conformance.lanes import LANES
-from conformance.running.check import Judged
 from conformance.running.records import Record, RecordWriter
+from conformance.running.runs import Judged
 
 #: Packages whose versions a report has to name.
 _PACKAGES = ("torch", "pypto", "numpy", "hypothesis", "pytest")

@@ -21,7 +21,8 @@ from conformance.judge.judgement import judge_without_outputs
 from conformance.lanes.base import Outcome
 from conformance.lanes.process import KernelProcess, Limits
 from conformance.running.capabilities import prove
-from conformance.running.check import MOST_LOST, Judged, Plans, Report, RunPlan, is_lost, judged_runs, pooled_run
+from conformance.running.check import Plans, Report, RunPlan, judged_runs, pooled_run
+from conformance.running.runs import MOST_LOST, Judged, is_lost
 from conformance.running.session import RunLog, Subject
 
 #: The dearest real-size kernel runs in about a minute and 11.5 GB; a slow machine gets ten times that.

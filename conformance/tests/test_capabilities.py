@@ -27,8 +27,8 @@ from conformance.lanes.eager import run_eager
 from conformance.lanes.messages import Passes
 from conformance.numerics.arithmetic import SINGLE, Arithmetic
 from conformance.running.capabilities import BATCHES, CHECK_PREFIX, LAYERS, prove, proven
-from conformance.running.check import MOST_LOST, Judged
 from conformance.running.records import read_run
+from conformance.running.runs import MOST_LOST, Judged
 from conformance.tests.reference_kernels import SMALL, Spoil, reference_kernel
 from conformance.toolchains import detect
 

@@ -20,7 +20,6 @@ from conformance.judge.verdict import Finding, Verdict
 from conformance.lanes.base import Outcome
 from conformance.reports import diff_report
 from conformance.running.capabilities import CHECK_PREFIX
-from conformance.running.check import Judged
 from conformance.running.diff import (
     SERVES_LESS,
     ClaimStatus,
@@ -32,6 +31,7 @@ from conformance.running.diff import (
     of_run,
 )
 from conformance.running.records import Record, RecordWriter
+from conformance.running.runs import Judged
 from conformance.running.session import RunLog, Subject
 from conformance.tests.reference_kernels import SMALL, reference_kernel
 

@@ -25,7 +25,8 @@ from conformance.lanes.base import Outcome
 from conformance.lanes.eager import run_eager
 from conformance.numerics.arithmetic import CONTRACT, EXACT, Arithmetic, ErrorSites, RoundingSites
 from conformance.numerics.ulp import rounded, spacing
-from conformance.running.check import Judged, pooled_run
+from conformance.running.check import pooled_run
+from conformance.running.runs import Judged
 
 BF16 = torch.bfloat16
 LAYER = "decode_layer:tiny:B=16,seq_lens=1+80+16+71+1+66+122+15+102+2+119+4+94+3+83+58:normal:821304491"

@@ -20,8 +20,9 @@ from conformance.lanes.base import Outcome, UnwrittenRead
 from conformance.lanes.process import KernelProcess
 from conformance.lanes.pypto.unwritten import look_at_graph
 from conformance.reports.summarise import summarise
-from conformance.running.check import Judged, check
+from conformance.running.check import check
 from conformance.running.records import read_run
+from conformance.running.runs import Judged
 from conformance.running.session import RunLog, Subject
 from conformance.tests.kernels_under_test import pypto_assembling
 from conformance.tests.kernels_under_test.pypto_assembling import FAULTS, LEGAL

@@ -11,7 +11,7 @@ from conformance.contract.registry import Capability
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import bits
 from conformance.running.capabilities import LAYERS, Trial, batch_sizes, chain, depths, not_held, with_dims
-from conformance.running.check import Judged
+from conformance.running.runs import Judged
 
 #: How many seeds are tried to find data in which sequences share pages: one case in three has them, where lengths allow.
 SEEDS = 40
