@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from conformance.cases.key import CaseKey
     from conformance.cases.space import Space
     from conformance.contract.kernel import Kernel
+    from conformance.contract.stage import Stage
     from conformance.exam.results import Exam
     from conformance.running.check import RunPlan
     from conformance.running.diff import KernelSummary
@@ -222,11 +223,11 @@ def _kernel(stage: str, target: str | None) -> Kernel:
         return find_kernel(
             [one for one in bundled_kernels() if one.stage.id == contract.id], contract.name, "the bundled kernels"
         )
-    return as_kernel(stage, _named(target))
+    return as_kernel(stage, _named(target, contract))
 
 
-def _named(target: str) -> Any:
-    """The kernel or function that ``FILE.py:FUNC`` names."""
+def _named(target: str, stage: Stage | None = None) -> Any:
+    """The kernel or function that ``FILE.py:FUNC`` names; of several kernels of that name the one of the stage."""
     from conformance.contract.loading import kernels_in, load_module
 
     location, separator, name = target.rpartition(":")
@@ -234,7 +235,11 @@ def _named(target: str) -> Any:
         raise UsageError(f"expected FILE.py:FUNC, found {target!r}")
     module = load_module(location)
     declared = kernels_in(module)
-    named = [kernel for kernel in declared if kernel.name == name]
+    named = [kernel for kernel in declared if name in (kernel.name, kernel.id)]
+    if stage is not None and len(named) > 1:
+        named = [kernel for kernel in named if kernel.stage.id == stage.id] or named
+    if len({kernel.id for kernel in named}) > 1:
+        raise UsageError(f"kernel {name!r} is ambiguous in {location}: {' and '.join(kernel.id for kernel in named)}; say which")
     function = named[0] if named else getattr(module, name, None)
     if function is None:
         known = ", ".join(kernel.name for kernel in declared) or "none"
@@ -248,7 +253,7 @@ def read_dims(text: str, example: str = "B=3,S=64") -> str | dict[str, Any]:
         return text
     overrides: dict[str, Any] = {}
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(?:(preset)\s*=\s*(\w+)|(\w+)\s*=\s*([0-9]+))\s*", item)
+        match = re.fullmatch(r"\s*(?:(preset)\s*=\s*([\w./-]+)|(\w+)\s*=\s*([0-9]+))\s*", item)
         if match is None:
             raise UsageError(f"--dims takes a preset or overrides such as {example}, found {item.strip()!r}")
         overrides |= {match[1]: match[2]} if match[1] else {match[3]: int(match[4])}

@@ -361,27 +361,43 @@ class PluginState:
     def presets(self) -> dict[str, list[str]]:
         """By model the presets to run: those that the user chose, or those of the model's suites.
 
-        Raises ``pytest.UsageError`` for one that no model has.
+        Raises ``pytest.UsageError`` for a name that no model of the kernels has, or several, and where a model has none of them.
         """
-        from conformance.contract.registry import models, presets
+        from conformance.contract.registry import chosen_name, models
         from conformance.errors import UsageError
 
         chosen = [name for name in self.config.option.conformance_presets.split(",") if name]
         if not chosen:
             return {model.name: list(model.suite_presets) for model in models()}
-        found = {model.name: [n for n in chosen if n.removeprefix(f"{model.name}/") in model.presets] for model in models()}
-        unknown = [name for name in chosen if not any(name in names for names in found.values())]
-        if unknown:
-            raise pytest.UsageError(str(UsageError(f"unknown preset {unknown[0]!r}; known are {', '.join(presets())}")))
+        judged = {kernel.stage.model for kernel in self.kernels()}
+        known = [f"{model.name}/{preset}" for model in models() if model.name in judged for preset in model.presets]
+        found: dict[str, list[str]] = {model: [] for model in judged}
+        try:
+            for name in chosen:
+                model, _, preset = chosen_name(name, known, "preset").partition("/")
+                found[model].append(preset)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+        for model, presets in found.items():
+            if not presets:
+                raise pytest.UsageError(
+                    f"no preset of model {model} is chosen, and kernels of it are to be judged: add {model}/NAME"
+                )
         return found
+
+    @property
+    def kernel_names(self) -> dict[str, str]:
+        """What each kernel is called: its name, or ``model/name`` where kernels of several models have the name."""
+        from conformance.contract.registry import names_in_short
+
+        return names_in_short(kernel.id for kernel in self.kernels())
 
     def subjects(self, executes: bool) -> list[Subject]:
         """Every kernel in every lane that takes it and executes, or that only compiles, at every preset of the lane."""
-        from conformance.contract.registry import names_in_short
         from conformance.running.session import Subject
 
         chosen, presets = bool(self.config.option.conformance_presets), self.presets()
-        names = names_in_short(kernel.id for kernel in self.kernels())
+        names = self.kernel_names
         lanes = [lane for lane in LANES if lane.executes == executes]
         return [
             Subject(kernel, preset, lane.name, called=names[kernel.id])
@@ -416,7 +432,9 @@ class PluginState:
             lanes = [usual] if executes else [lane for lane in lanes_of(kernel.toolchain) if not lane.executes]
             sizes = full_size.executed if executes else full_size.compiled
             subjects += [
-                Subject(kernel, full_size.preset, lane.name, tuple(overrides.items()), full_size.memory)
+                Subject(
+                    kernel, full_size.preset, lane.name, tuple(overrides.items()), full_size.memory, self.kernel_names[kernel.id]
+                )
                 for lane in lanes
                 for overrides in sizes(kernel.stage)
             ]

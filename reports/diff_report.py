@@ -48,6 +48,8 @@ class Replacement(Protocol):
     @property
     def new(self) -> KernelFacts: ...
     @property
+    def capabilities(self) -> Sequence[str]: ...
+    @property
     def lost(self) -> Sequence[str]: ...
     @property
     def gained(self) -> Sequence[str]: ...
@@ -70,7 +72,7 @@ def render(comparison: Replacement, width: int = 100, *, colour: bool = False) -
         for reason in one.errors:
             page.whole(f"{side} could not run: {text.one_line(reason)}", indent=4)
     meanings = capability_meanings()
-    rows = [(name, old.status(name), new.status(name)) for name in meanings]
+    rows = [(name, old.status(name), new.status(name)) for name in comparison.capabilities]
     rows = [row for row in rows if row[1:] != ("no", "no")]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=bool(rows), header_style="")
     for title, room in (("capability", 17), ("before", 10), ("after", 10), ("", 0)):
@@ -86,7 +88,7 @@ def render(comparison: Replacement, width: int = 100, *, colour: bool = False) -
         reason = new.refuted.get(name, f"{new.kernel} does not declare it")
         if new.status(name) in ("yes", "not shown"):
             reason = f"variable_batch {old.capacity} -> {new.capacity}"
-        page.whole(text.one_line(f"lost: {name} ({meanings[name]}): {reason}"))
+        page.whole(text.one_line(f"lost: {name} ({meanings.get(name, 'of a model that is not installed')}): {reason}"))
     for name, reason in new.refuted.items():
         if name not in comparison.lost:
             page.whole(text.one_line(f"not held: {name}: {reason}"))

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from conformance.contract.registry import model_named, stages
 from conformance.lanes import find_lane
 
 # What XML 1.0 forbids, what a terminal would obey (escape sequences), and what reverses the text around it (bidi overrides).
@@ -16,9 +17,6 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u206
 
 #: Longest command that is shown; a longer one is no longer something a person copies.
 LONGEST_COMMAND = 2000
-
-# What a case key says of sizes and sequences besides the model.
-_VARIED_BY_A_CHECK = ("B", "L", "NB", "T", "seq_lens", "chunk_lens", "rows")
 
 
 def worth_naming(lane: str) -> bool:
@@ -143,9 +141,19 @@ def position(argument: str | None, index: Sequence[int] | None, where: Mapping[s
 
 def _dims_of(case: str) -> str:
     """The model that a case key is of, as ``--dims`` takes it: without what a whole check varies by itself."""
-    preset, varied = case.split(":")[1:3]
-    model = [item for item in varied.split(",") if item.split("=")[0] not in _VARIED_BY_A_CHECK]
+    name, preset, varied = case.split(":")[:3]
+    stage = stages().get(name)
+    drawn = {"seq_lens", "chunk_lens", "rows"}
+    if stage is not None:
+        drawn |= {*stage.drawn, *(dims.symbol("tokens") for dims in model_named(stage.model).presets.values())}
+    model = [item for item in varied.split(",") if item.split("=")[0] not in drawn]
     return ",".join([f"preset={preset}", *filter(None, model)])
+
+
+def _without_model(kernel: str, stage: str) -> str:
+    """A kernel's own name, of one that is called ``model/name`` beside another model's."""
+    known = stages().get(stage)
+    return kernel if known is None else kernel.removeprefix(f"{known.model}/")
 
 
 def replay_command(
@@ -165,7 +173,7 @@ def replay_command(
     """
     if not (stage and source and kernel):
         return None
-    words = ["conformance", "check", stage, f"{source}:{kernel.rpartition('/')[2]}"]
+    words = ["conformance", "check", stage, f"{source}:{_without_model(kernel, stage)}"]
     # The command runs a kernel where its toolchain executes it, unless told otherwise.
     known = find_lane(lane)
     elsewhere = known is not None and not known.default

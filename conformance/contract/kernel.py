@@ -31,7 +31,7 @@ class Kernel:
 
     ``profile`` names the one error-model profile that the kernel declares; ``None`` lets any legal one pass. ``accepts(dims)``
     returns ``True``, or a sentence that says which dimensions the kernel takes. ``capacity`` is the largest user batch that one
-    build serves, for a kernel that declares ``variable_batch``:.
+    build serves, for a kernel that declares ``variable_batch``.
     """
 
     function: Callable[..., Any]

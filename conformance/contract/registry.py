@@ -120,7 +120,7 @@ def names_in_short(ids: Iterable[str]) -> dict[str, str]:
     return {one: name if names.count(name) == 1 else one for one, name in zip(ids, names, strict=True)}
 
 
-def _chosen(name: object, known: Iterable[str], what: str) -> str:
+def chosen_name(name: object, known: Iterable[str], what: str) -> str:
     """The one of ``known`` (each ``model/name``) that a name means; raises ``UsageError`` if it is none, or several."""
     known = list(known)
     found = [one for one in known if name in (one, one.partition("/")[2])]
@@ -146,7 +146,7 @@ def short_name(stage: Stage) -> str:
 def stage_named(name: str) -> Stage:
     """The stage of that name, or of ``model/name``; raises ``UsageError`` if there is none, or several."""
     found = {stage.id: stage for model in models() for stage in model.stages}
-    return found[_chosen(name, found, "stage")]
+    return found[chosen_name(name, found, "stage")]
 
 
 def presets() -> dict[str, Dims]:
@@ -163,4 +163,4 @@ def preset_named(name: str, model: str | None = None) -> Dims:
     """
     among = models() if model is None else (model_named(model),)
     found = {f"{one.name}/{preset}": dims for one in among for preset, dims in one.presets.items()}
-    return found[_chosen(name, found, "preset")]
+    return found[chosen_name(name, found, "preset")]

@@ -130,14 +130,15 @@ def chosen_subjects(effort: Effort, stage: str | None = None, lane: str | None =
         raise UsageError(f"the exam has no kernel of stage {stage or 'any'} in lane {lane or 'any'}")
     if not effort.sample or stage is not None:
         return found
-    alike: dict[tuple[str, bool], list[KnownKernel]] = collections.defaultdict(list)
+    alike: dict[tuple[str, str, bool], list[KnownKernel]] = collections.defaultdict(list)
     others: dict[tuple[str, bool], list[KnownKernel]] = collections.defaultdict(list)
     for one in found:
         if lane_named(one.lane).in_process:
-            alike[one.name, stage_named(one.stage).composite].append(one)
+            stage_of = stage_named(one.stage)
+            alike[stage_of.model, one.name, stage_of.composite].append(one)
         else:
             others[one.lane, one.legal].append(one)
-    sample = [group[number_of(name) % len(group)] for (name, _), group in alike.items()]
+    sample = [group[number_of(name) % len(group)] for (_, name, _), group in alike.items()]
     for group in others.values():
         sample += sorted(group, key=lambda one: number_of(one.id))[: math.ceil(len(group) / INTERPRETED_SAMPLE)]
     return sample

@@ -119,20 +119,20 @@ def judge_known_kernel(
 
     ``first`` is the number of the first trial, by which its row checks are chosen. Whatever goes wrong is this subject's error.
     """
-    standing = KernelResult.of(subject)
+    result = KernelResult.of(subject)
     try:
-        _judge_trials(subject, standing, trials, least, space, costs, first, measures)
+        _judge_trials(subject, result, trials, least, space, costs, first, measures)
     except Exception as error:
         what = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
-        standing.error = f"{what}{error}".split("\n", 1)[0]
-    if not standing.trials and not standing.error:
-        standing.error = "the kernel took none of the cases"
-    return standing
+        result.error = f"{what}{error}".split("\n", 1)[0]
+    if not result.trials and not result.error:
+        result.error = "the kernel took none of the cases"
+    return result
 
 
 def _judge_trials(
     subject: KnownKernel,
-    standing: KernelResult,
+    result: KernelResult,
     trials: Iterable[Trial],
     least: int,
     space: Space,
@@ -148,9 +148,9 @@ def _judge_trials(
     judged: list[Judged] = []
     with runner as run:
         for trial in trials:
-            if standing.trials >= least:
-                settled = _is_settled(standing, measures) if standing.first else _show_together(standing, judged)
-                if subject.legal or (settled and standing.names(standing.detectors)):
+            if result.trials >= least:
+                settled = _is_settled(result, measures) if result.first else _show_together(result, judged)
+                if subject.legal or (settled and result.names(result.detectors)):
                     break
             if kernel.refusal(trial.case.dims) is not None:
                 continue
@@ -163,72 +163,72 @@ def _judge_trials(
                     break  # it is found: what a repeat would add is not counted
             judged += runs
             assert watched.first is not None
-            _count(standing, trial, watched.first, runs, costs)
+            _count(result, trial, watched.first, runs, costs)
             lost += sum(map(is_lost, runs))
             if lost >= MOST_LOST:
                 break
-        if not standing.first:
-            _show_together(standing, judged)
-        if kernel.capabilities and not standing.first:
+        if not result.first:
+            _show_together(result, judged)
+        if kernel.capabilities and not result.first:
             proofs = list(capability_runs(kernel, space, run, subject.lane, judged))
             refuted = [finding for proof in proofs for finding in proof.verdict.findings]
             if refuted:
-                standing.first = standing.trials
-                standing.rejected[OURS] = 1
-                standing.detectors = ["capability"]
-                standing.unnamed = not standing.names(standing.detectors)
-                standing.rejections = [refuted[0].message]
+                result.first = result.trials
+                result.rejected[OURS] = 1
+                result.detectors = ["capability"]
+                result.unnamed = not result.names(result.detectors)
+                result.rejections = [refuted[0].message]
 
 
-def _show_together(standing: KernelResult, judged: Sequence[Judged]) -> bool:
+def _show_together(result: KernelResult, judged: Sequence[Judged]) -> bool:
     """Whether what no trial shows by itself is shown by all so far, which counts as one trial rejected."""
     for one in pooled_run(judged):
         if one.verdict.ok:
-            standing.share = max(standing.share, one.verdict.share or 0.0)
+            result.share = max(result.share, one.verdict.share or 0.0)
         else:
             finding = one.verdict.findings[0]
-            standing.first = standing.trials
-            standing.rejected[OURS] = 1
-            standing.in_outputs = 1  # whoever compares outputs had all of these to go by
-            standing.detectors = [finding.detector]
-            standing.unnamed = not standing.names(standing.detectors)
-            standing.rejections = [f"{one.case} ({one.check}): {finding.detector}: {finding.message}"]
-    return standing.first > 0
+            result.first = result.trials
+            result.rejected[OURS] = 1
+            result.in_outputs = 1  # whoever compares outputs had all of these to go by
+            result.detectors = [finding.detector]
+            result.unnamed = not result.names(result.detectors)
+            result.rejections = [f"{one.case} ({one.check}): {finding.detector}: {finding.message}"]
+    return result.first > 0
 
 
-def _is_settled(standing: KernelResult, measures: bool) -> bool:
+def _is_settled(result: KernelResult, measures: bool) -> bool:
     """Whether a fault that was found was judged on as many cases as its power so far asks for, if that is measured."""
-    return not (measures and standing.has_power) or trials_for(standing.regimes) <= standing.trials
+    return not (measures and result.has_power) or trials_for(result.regimes) <= result.trials
 
 
-def _count(standing: KernelResult, trial: Trial, outcome: Outcome, runs: Sequence[Judged], costs: dict[str, Cost]) -> None:
-    """Add one trial to a standing, and its cost if the kernel is a legal one."""
-    standing.trials += 1
-    regime = standing.regimes.setdefault(trial.key.regime, [0, 0])
+def _count(result: KernelResult, trial: Trial, outcome: Outcome, runs: Sequence[Judged], costs: dict[str, Cost]) -> None:
+    """Add one trial to a result, and its cost if the kernel is a legal one."""
+    result.trials += 1
+    regime = result.regimes.setdefault(trial.key.regime, [0, 0])
     regime[0] += 1
     findings = [(run, finding) for run in runs for finding in run.verdict.findings]
     if findings:
         regime[1] += 1
-        standing.rejected[OURS] = standing.rejected.get(OURS, 0) + 1
-        standing.first = standing.first or standing.trials
-        standing.in_outputs += any(run.check == "example" and finding.detector not in BEYOND_OUTPUTS for run, finding in findings)
+        result.rejected[OURS] = result.rejected.get(OURS, 0) + 1
+        result.first = result.first or result.trials
+        result.in_outputs += any(run.check == "example" and finding.detector not in BEYOND_OUTPUTS for run, finding in findings)
         fired = dict.fromkeys(finding.detector for _, finding in findings)
-        standing.detectors += [name for name in fired if name not in standing.detectors]
-        standing.unnamed += not standing.names(fired)
-        if standing.legal and len(standing.rejections) < MOST_REJECTIONS:
+        result.detectors += [name for name in fired if name not in result.detectors]
+        result.unnamed += not result.names(fired)
+        if result.legal and len(result.rejections) < MOST_REJECTIONS:
             run, finding = findings[0]
-            standing.rejections.append(f"{run.case} ({run.check}): {finding.detector}: {finding.message}")
+            result.rejections.append(f"{run.case} ({run.check}): {finding.detector}: {finding.message}")
     else:
-        standing.share = max([standing.share, *(run.verdict.share or 0.0 for run in runs)])
+        result.share = max([result.share, *(run.verdict.share or 0.0 for run in runs)])
     compared = list(trial.compared(outcome)) if outcome.outputs else []  # a kernel that is compiled only leaves none
     for rule in RULES:
         began = time.perf_counter()
         accepted = outcome.status == "ok" and all(rule.accepts(one) for one in compared)
-        if standing.legal and compared:
+        if result.legal and compared:
             costs[rule.name].add(Cost(time.perf_counter() - began, 1))
         if not accepted:  # a kernel that did not come to its end is seen by everyone
-            standing.rejected[rule.name] = standing.rejected.get(rule.name, 0) + 1
-    if standing.legal and compared:
+            result.rejected[rule.name] = result.rejected.get(rule.name, 0) + 1
+    if result.legal and compared:
         began = time.perf_counter()
         judge(trial.case, outcome, oracle=trial.oracle)  # once more: bounds are there now, as goldens are for the others
         costs[OURS].add(Cost(time.perf_counter() - began, 1))

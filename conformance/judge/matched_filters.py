@@ -97,7 +97,7 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
     # Disturbances of neighbouring places together: what comes before the first of them is computed once.
     places = {name: place for place, name in enumerate(contract.names)}
     order = sorted(range(len(known)), key=lambda number: places[known[number][1][0]])
-    tokens = max(len(values[0]) for values in contract.rounded_values.values())
+    tokens = max((len(values[0]) for values in contract.rounded_values.values()), default=1)
     of_known: dict[int, Tensors] = {}
     for numbers in _batches(order, max(1, ROWS_TOGETHER // tokens)):
         disturbances = [known[number][1] for number in numbers]

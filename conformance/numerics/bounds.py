@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from conformance.numerics.ulp import Mode, _rounded, spacing
+from conformance.numerics.ulp import Mode, rounded_at, spacing
 
 #: Unit roundoff of fp32.
 U = 2.0**-24
@@ -140,7 +140,7 @@ def modelled_rounding(estimate: Bounds, tie_prone: bool = False) -> Bounds:
 def reproduced_rounding(estimate: Bounds, mode: Mode) -> Bounds:
     """A bf16 rounding that the kernel makes for certain; where the value is next to a tie it may fall on the other side."""
     ulp = spacing(estimate.value, BF16)
-    value = _rounded(estimate.value, ulp, BF16, mode)
+    value = rounded_at(estimate.value, ulp, BF16, mode)
     # Distance to the nearest tie: below a power of two the spacing is half as wide, and to a value that is rounded down to one
     # the tie below may be the nearer.
     below = spacing(value * (1 - 2.0**-40), BF16)

@@ -58,10 +58,11 @@ def rounded(value: torch.Tensor, dtype: torch.dtype, mode: Mode = "half_even") -
 
     Rounding float64 to bf16 through fp32 rounds twice, which goes wrong next to ties; this does not.
     """
-    return _rounded(value, spacing(value, dtype), dtype, mode)
+    return rounded_at(value, spacing(value, dtype), dtype, mode)
 
 
-def _rounded(value: torch.Tensor, ulp: torch.Tensor, dtype: torch.dtype, mode: Mode) -> torch.Tensor:
+def rounded_at(value: torch.Tensor, ulp: torch.Tensor, dtype: torch.dtype, mode: Mode) -> torch.Tensor:
+    """``rounded`` for values whose spacing is known."""
     steps = value / ulp  # exact: a division by a power of two
     if mode == "half_even":
         steps = torch.round(steps)

@@ -54,7 +54,7 @@ def prove(kernel: Kernel, space: Space, run: Runner) -> Iterator[Judged]:
                 )
                 yield not_held(CHECK_PREFIX + name, space.largest, reason)
             continue
-        for judged in capability.proof(Trial(kernel, space, run, check)):
+        for judged in capability.proof(Proof(kernel, space, run, check)):
             lost += is_lost(judged)
             yield judged
             if lost >= MOST_LOST:
@@ -74,7 +74,7 @@ def not_held(check: str, key: CaseKey, reason: str, outcome: Outcome | None = No
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class Proof:
     """The runs of one proof."""
 
     kernel: Kernel
@@ -151,53 +151,53 @@ def with_dims(key: CaseKey, **overrides: int) -> CaseKey:
     return dataclasses.replace(key, overrides=tuple({**dict(key.overrides), **overrides}.items()))
 
 
-def batch_sizes(trial: Trial) -> Iterator[Judged]:
+def batch_sizes(proof: Proof) -> Iterator[Judged]:
     """One build for every user batch: 1, 3, 7 and the capacity, with mixed lengths in a pool of one size."""
-    capacity = trial.capacity
+    capacity = proof.capacity
     for index, batch in enumerate(sorted({*BATCHES, capacity})):
         if batch > capacity:
             continue
-        key = trial.key(index, batch, 1)
-        limit = trial.space.limit
-        if limit.symbol("pages") in trial.space.stage.drawn:
+        key = proof.key(index, batch, 1)
+        limit = proof.space.limit
+        if limit.symbol("pages") in proof.space.stage.drawn:
             key = with_dims(key, **{limit.symbol("pages"): 1 + capacity * limit.pages_per_sequence})
-        judged, _ = trial(f"with a batch of {batch} in the build made for {trial.kernel.capacity}", make_case(key))
+        judged, _ = proof(f"with a batch of {batch} in the build made for {proof.kernel.capacity}", make_case(key))
         yield judged
 
 
-def depths(trial: Trial) -> Iterator[Judged]:
+def depths(proof: Proof) -> Iterator[Judged]:
     """One layer and several, every layer with weights and a cache of its own."""
     for layers in (1, LAYERS):
         about = "with one layer" if layers == 1 else f"with {layers} layers"
-        key = trial.key(layers, trial.batch(2), layers)
-        judged, _ = trial(about, make_case(with_dims(key, **{key.dims.symbol("depth"): layers})))
+        key = proof.key(layers, proof.batch(2), layers)
+        judged, _ = proof(about, make_case(with_dims(key, **{key.dims.symbol("depth"): layers})))
         yield judged
 
 
-def chain(trial: Trial, chunks: Sequence[int]) -> Iterator[Judged]:
+def chain(proof: Proof, chunks: Sequence[int]) -> Iterator[Judged]:
     """Chunks of a deeper model one after another, each on its rows of weights and caches and on the result of the one before.
 
     Each call is judged by what a correct kernel makes of the inputs that it was really given.
     """
-    stage = trial.space.stage
+    stage = proof.space.stage
     assert stage.chain is not None
     start, result = stage.chain
-    key = trial.key(0, trial.batch(2), 1)
+    key = proof.key(0, proof.batch(2), 1)
     deep = key.dims.resized(depth=sum(chunks))
     inputs = make_inputs(stage, key, deep)
     state = inputs[start]
     for first, count in zip(itertools.accumulate((0, *chunks)), chunks, strict=False):
-        part = {name: _layers(tensor, name, first, count, trial, deep) for name, tensor in inputs.items()}
+        part = {name: _layers(tensor, name, first, count, proof, deep) for name, tensor in inputs.items()}
         case = Case(key, stage, deep.resized(depth=count), {**part, start: state})
         last = first + count - 1
         about = f"at layer {first} of {deep.depth}" if count == 1 else f"at layers {first} to {last} of {deep.depth}"
-        judged, outcome = trial(about, case)
+        judged, outcome = proof(about, case)
         yield judged
         state = outcome.outputs[result]
 
 
-def _layers(tensor: torch.Tensor, name: str, first: int, count: int, trial: Trial, dims: Dims) -> torch.Tensor:
+def _layers(tensor: torch.Tensor, name: str, first: int, count: int, proof: Proof, dims: Dims) -> torch.Tensor:
     """The rows of some layers, where the first axis stacks layers."""
-    if dims.symbol("depth") not in trial.space.stage.argument(name).axes[0]:
+    if dims.symbol("depth") not in proof.space.stage.argument(name).axes[0]:
         return tensor
     return layer_of(tensor, first, dims.depth, count).contiguous()

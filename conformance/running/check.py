@@ -283,7 +283,8 @@ def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan, *, ora
     rows = case.dims.batch
     if case.dims.symbol("batch") not in case.stage.drawn or rows < 2:
         return
-    source = Source(f"rows/{key}")
+    # By the bare name of the stage: what a row check draws does not depend on which other models are installed.
+    source = Source(f"rows/{dataclasses.replace(key, stage=case.stage.name)}")
     if plan.permuted:
         order = source.permutation("order", rows)
         yield from _related(kernel, take_rows(key, tuple(order)), run, "permuted_rows", plan.passes)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from conformance.contract.kernel import Kernel
+from conformance.contract.kernel import VARIABLE_BATCH, Kernel
 from conformance.contract.registry import capability_meanings, model_named, short_name, stages
 from conformance.errors import UsageError
 from conformance.lanes import find_lane
@@ -138,28 +138,33 @@ class Comparison:
     new: KernelSummary
 
     @property
+    def capabilities(self) -> tuple[str, ...]:
+        """All capabilities that either kernel may have: those of the installed models, and what the records name besides."""
+        return tuple(dict.fromkeys([*capability_meanings(), *self.old.declared, *self.new.declared]))
+
+    @property
     def lost(self) -> tuple[str, ...]:
         """Capabilities that the old kernel has, or declares without a run that says otherwise, and the new one has not.
 
         Of a variable batch also a part: a smaller capacity.
         """
-        had = [name for name in capability_meanings() if self.old.status(name) in ("yes", "not shown")]
+        had = [name for name in self.capabilities if self.old.status(name) in ("yes", "not shown")]
         return tuple(name for name in had if self.new.status(name) in ("no", "fails") or self._smaller(name))
 
     def _smaller(self, name: str) -> bool:
-        return name == "variable_batch" and self.new.capacity < self.old.capacity
+        return name == VARIABLE_BATCH and self.new.capacity < self.old.capacity
 
     @property
     def gained(self) -> tuple[str, ...]:
         """Capabilities that only the new kernel has."""
         return tuple(
-            name for name in capability_meanings() if self.old.status(name) in ("no", "fails") and self.new.status(name) == "yes"
+            name for name in self.capabilities if self.old.status(name) in ("no", "fails") and self.new.status(name) == "yes"
         )
 
     @property
     def open(self) -> tuple[str, ...]:
         """Capabilities that the new kernel declares and that no run put to the test."""
-        return tuple(name for name in capability_meanings() if self.new.status(name) == "not shown")
+        return tuple(name for name in self.capabilities if self.new.status(name) == "not shown")
 
     @property
     def exit_code(self) -> int:
@@ -176,8 +181,9 @@ class Comparison:
 
 def for_kernel(kernel: Kernel, run: dict[str, KernelSummary], folder: str) -> dict[str, KernelSummary]:
     """What a kept run says of the kernel of that name, or of its only one; raises ``UsageError`` if it has several others."""
-    if kernel.name in run:
-        return {kernel.name: run[kernel.name]}
+    for name in (kernel.name, kernel.id):
+        if name in run:
+            return {kernel.name: run[name]}
     if len(run) != 1:
         raise UsageError(f"no kernel {kernel.name!r} in the run {folder}; found {', '.join(run) or 'none'}")
     return run
@@ -191,9 +197,18 @@ def compare_runs(old: Mapping[str, KernelSummary], new: Mapping[str, KernelSumma
     """
     if len(old) == len(new) == 1:
         return [Comparison(next(iter(old.values())), next(iter(new.values())))]
-    if not set(old) & set(new):
+    # A run that was kept when another set of models was installed may call the same kernel with its model's name, or without.
+    other = {name: name if name in new else _alike(name, new) for name in old}
+    if not any(other.values()):
         raise UsageError(f"no kernel is in both runs: OLD has {', '.join(old) or 'none'}, NEW has {', '.join(new) or 'none'}")
-    return [Comparison(summary, new.get(name) or _nothing(summary)) for name, summary in old.items()]
+    return [Comparison(summary, new.get(other[name]) or _nothing(summary)) for name, summary in old.items()]
+
+
+def _alike(name: str, others: Iterable[str]) -> str:
+    """The one of ``others`` that is called so but for its model, or an empty string if none or several are."""
+    bare = name.rpartition("/")[2]
+    found = [one for one in others if one.rpartition("/")[2] == bare]
+    return found[0] if len(found) == 1 and ("/" in name) != ("/" in found[0]) else ""
 
 
 def _nothing(old: KernelSummary) -> KernelSummary:

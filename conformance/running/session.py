@@ -192,15 +192,17 @@ class ExpectedFailures:
 
     def reason(self, subject: Subject) -> str | None:
         """Why this subject is expected to fail, or ``None`` if it is not."""
-        name = subject.name
-        return self.reasons.get((name, subject.lane), self.reasons.get((name, "")))
+        names = (subject.name, subject.kernel.id)
+        keys = [(name, lane) for lane in (subject.lane, "") for name in names]
+        return next((self.reasons[key] for key in keys if key in self.reasons), None)
 
     def require_known(self, kernels: Iterable[Kernel]) -> None:
         """Raise ``UsageError`` for an entry that matches no kernel: a typing error would otherwise hide."""
-        names = set(names_in_short(kernel.id for kernel in kernels).values())
+        short = names_in_short(kernel.id for kernel in kernels)
+        names = set(short.values())
         for kernel, lane in self.reasons:
             known = [one.name for one in LANES]
             if lane and lane not in known:
                 raise UsageError(f"{self.path}: unknown lane {lane!r} of {kernel}; known are {', '.join(known)}")
-            if kernel not in names:
+            if kernel not in names and kernel not in short:
                 raise UsageError(f"{self.path}: no kernel {kernel!r} is judged here; known are {', '.join(sorted(names))}")

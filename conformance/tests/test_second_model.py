@@ -88,6 +88,57 @@ def test_a_second_model_needs_nothing_of_the_harness(environment: dict[str, str]
         assert code == 0, text
 
 
+MIXED = """
+import conformance
+
+@conformance.kernel("gelu/layer_norm", name="norm")
+def wrong(x, weight, bias, out):
+    out.copy_(x)
+
+@conformance.kernel("qwen3/rms_norm", name="norm")
+def right(x, weight, out):
+    wide = x.float()
+    out.copy_(wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight)
+"""
+
+
+def test_kernels_of_one_name_are_told_by_their_model(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MIXED)
+    (tmp_path / "expected.txt").write_text("gelu/norm copies its input\n")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        program = [sys.executable, "-m", *words]
+        return subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    suites = ("pytest", "--pyargs", "conformance.suites", "-m", "interpret", "-p", "no:cacheprovider", "-q")
+    own = (
+        "--conformance-only-user-kernels",
+        "--conformance-kernels",
+        "mine.py",
+        "--conformance-expected-failures",
+        "expected.txt",
+    )
+    # A preset that one of the models lacks would leave its kernel unjudged; one that both have does not say which is meant.
+    left_out = run(*suites, *own, "--conformance-presets", "narrow")
+    assert "no preset of model gelu is chosen" in left_out.stdout + left_out.stderr
+    assert left_out.returncode != 0
+    assert (
+        "preset 'tiny' is ambiguous" in (unclear := run(*suites, *own, "--conformance-presets", "tiny")).stdout + unclear.stderr
+    )
+    both = run(*suites, *own, "--conformance-presets", "gelu/tiny,qwen3/tiny", "--conformance-run", "run")
+    assert "1 passed, " in both.stdout, both.stdout + both.stderr
+    assert "1 xfailed" in both.stdout
+    judged = {(record.kernel, record.status) for record in read_run(tmp_path / "run").of("case")}
+    assert {("qwen3/norm", "passed"), ("gelu/norm", "failed")} <= judged
+    # The command finds the kernel of the stage, takes the same list, and what it prints can be run again.
+    alone = run(
+        "conformance.cli", "check", "layer_norm", "mine.py:norm", "--examples", "4", "--expected-failures", "expected.txt"
+    )
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    again = alone.stdout.split("again: conformance ", 1)[1].splitlines()[0].split()
+    assert run("conformance.cli", *again).returncode == 1
+
+
 def test_the_suites_judge_both_models(environment: dict[str, str], tmp_path: Path) -> None:
     words = ["-m", "interpret", "-k", "mlp-odd", "--conformance-run", "run", "-p", "no:cacheprovider", "-q"]
     done = subprocess.run(

@@ -10,34 +10,34 @@ from conformance.cases.case import Case, make_case
 from conformance.contract.registry import Capability
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import bits
-from conformance.running.capabilities import LAYERS, Trial, batch_sizes, chain, depths, not_held, with_dims
+from conformance.running.capabilities import LAYERS, Proof, batch_sizes, chain, depths, not_held, with_dims
 from conformance.running.runs import Judged
 
 #: How many seeds are tried to find data in which sequences share pages: one case in three has them, where lengths allow.
 SEEDS = 40
 
 
-def other_pools(trial: Trial) -> Iterator[Judged]:
+def other_pools(proof: Proof) -> Iterator[Judged]:
     """The same sequences in another pool, larger and in another order, with pages that sequences share: the same bits.
 
     Where no pages can be shared (no block table, one sequence, or one page each), in another pool only.
     """
-    batch = trial.batch(3)
-    case = make_case(trial.key(0, batch, 1))
+    batch = proof.batch(3)
+    case = make_case(proof.key(0, batch, 1))
     if "block_table" in case.inputs and batch > 1 and case.dims.S > case.dims.BS:
         # Only full pages are shared: where sequences have few, mixed lengths may leave none.
-        keys = (trial.key(index, batch, 1, longest=longest) for longest in (False, True) for index in range(SEEDS))
+        keys = (proof.key(index, batch, 1, longest=longest) for longest in (False, True) for index in range(SEEDS))
         shared = next(filter(_shares_pages, map(make_case, keys)), None)
         if shared is None:
             text = f"pages that sequences share: none of {2 * SEEDS} data sets has any"
-            yield not_held(trial.check, case.key, f"declared capability paged_kv could not be tested with {text}")
+            yield not_held(proof.check, case.key, f"declared capability paged_kv could not be tested with {text}")
             return
         case = shared
-    first, outcome = trial("on a pool of pages in random order", case)
+    first, outcome = proof("on a pool of pages in random order", case)
     yield first
     # Which pages a sequence gets depends on the size of the pool.
     larger = make_case(with_dims(case.key, NB=case.dims.NB + 5))
-    second, _ = trial(
+    second, _ = proof(
         "when the same sequences lie in other pages", larger, lambda found: _difference(case, outcome, larger, found)
     )
     yield second
@@ -72,9 +72,9 @@ def _filled(case: Case, outcome: Outcome) -> dict[str, torch.Tensor]:
     return filled
 
 
-def logits(trial: Trial) -> Iterator[Judged]:
+def logits(proof: Proof) -> Iterator[Judged]:
     """One call, from hidden states to logits."""
-    judged, _ = trial("from hidden states to logits", make_case(trial.key(0, trial.batch(2), 1)))
+    judged, _ = proof("from hidden states to logits", make_case(proof.key(0, proof.batch(2), 1)))
     yield judged
 
 
@@ -92,7 +92,7 @@ CAPABILITIES = (
     ),
     Capability({"fused_lm_head": "ends in final norm and vocabulary projection on the device"}, logits),
     Capability(
-        {"chunked_layers": "runs a contiguous chunk of the layers per dispatch"}, lambda trial: chain(trial, (1, LAYERS - 1))
+        {"chunked_layers": "runs a contiguous chunk of the layers per dispatch"}, lambda proof: chain(proof, (1, LAYERS - 1))
     ),
-    Capability({"host_loop": "can be driven layer by layer from the host"}, lambda trial: chain(trial, (1,) * LAYERS)),
+    Capability({"host_loop": "can be driven layer by layer from the host"}, lambda proof: chain(proof, (1,) * LAYERS)),
 )

@@ -53,7 +53,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class PassComparison:
     """What ``compare_passes`` found; ``compared`` counts (pass, function, loop trip, result)."""
 
     differences: tuple[PassDifference, ...]
@@ -77,7 +77,7 @@ class UnreadableError(Exception):
     """The interpreter's files are not laid out as they were found to be: the comparison cannot be made."""
 
 
-def compare_passes(output: Path) -> Comparison:
+def compare_passes(output: Path) -> PassComparison:
     """Compare every pass that was interpreted with the tensor graph.
 
     ``output`` is an ``output_*`` folder of a run with ``pass_verify_save_tensor``. A result that is missing, has another shape,
@@ -119,7 +119,7 @@ def compare_passes(output: Path) -> Comparison:
                 )
                 differences.append(PassDifference(compiler_pass, function, "", loop, math.inf, 0, 0, message))
     differences.sort(key=lambda difference: difference.compiler_pass)
-    return Comparison(tuple(differences), compared)
+    return PassComparison(tuple(differences), compared)
 
 
 def _expected(folder: Path, rows: list[dict[str, str]]) -> dict[tuple[str, str, str], Path]:

@@ -38,7 +38,7 @@ Kind = Literal["tie", "wrong", "missampled"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
+class TokenDifference:
     """A generated token that is not the reference's, or that was not chosen rightly.
 
     ``place`` counts the new tokens of ``sequence`` from 0, ``position`` its prompt too. ``margin`` is by how much the exact logit
@@ -70,7 +70,7 @@ class Agreement:
     """
 
     tokens: int
-    differences: tuple[Difference, ...]
+    differences: tuple[TokenDifference, ...]
     margins: tuple[tuple[float, ...], ...]
 
     @property
@@ -99,7 +99,7 @@ class TokenVerifier:
     def judge(self, requests: Sequence[Request]) -> Agreement:
         """Compare every new token of some sequences with the reference's."""
         self._compute_logits(requests)
-        found: list[Difference] = []
+        found: list[TokenDifference] = []
         margins = []
         for request in requests:
             logits = self._exact_logits[_key(request)]
@@ -111,7 +111,7 @@ class TokenVerifier:
                 right = request.missampled.get(place, right)
                 if token != right:
                     margin = float(logits[place, right] - logits[place, token])
-                    found.append(Difference(kind, request.number, place, len(request.prompt) + place, token, right, margin))
+                    found.append(TokenDifference(kind, request.number, place, len(request.prompt) + place, token, right, margin))
         tokens = sum(len(request.tokens) for request in requests)
         return Agreement(tokens, self._classified(found, requests, tokens), tuple(margins))
 
@@ -126,7 +126,7 @@ class TokenVerifier:
         for request, rows in zip(new, prefill.predecessors, strict=True):
             (self._exact_logits[_key(request)],) = reference.lm_head(hidden[rows], **head, dims=prefill.dims, a=EXACT)
 
-    def _classified(self, found: list[Difference], requests: Sequence[Request], tokens: int) -> tuple[Difference, ...]:
+    def _classified(self, found: list[TokenDifference], requests: Sequence[Request], tokens: int) -> tuple[TokenDifference, ...]:
         """The differences with the allowed error of each; those within it become ties."""
         last_place: dict[int, int] = {}
         for difference in found:

@@ -6,6 +6,8 @@ import dataclasses
 import random
 from typing import Any
 
+from conformance.kernels.qwen3.exam.torch.hooks import ENDING_IN_LOGITS, PREFILLS
+
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
@@ -105,9 +107,8 @@ _ATTENTION = (
 
 def _of_layers(stage: str) -> tuple[str, ...]:
     """Every choice, but for those that belong to other stages."""
-    ends_in_logits = stage.endswith("_fwd")
-    without = {"scan"} if ends_in_logits else {"scan", "deferred_final_norm"}
-    if not stage.startswith("prefill_"):
+    without = {"scan"} if stage in ENDING_IN_LOGITS else {"scan", "deferred_final_norm"}
+    if stage not in PREFILLS:
         without.add("queries")
     return tuple(field.name for field in dataclasses.fields(Choices) if field.name not in without)
 

@@ -39,6 +39,7 @@ CHAINS = ("decode_fwd_layers", "decode_fwd", "paged_decode_fwd", "prefill_fwd")
 #: Chains that end in logits.
 TO_LOGITS = ("decode_fwd", "paged_decode_fwd", "prefill_fwd")
 PREFILLS = ("prefill_layer", "prefill_fwd")
+ENDING_IN_LOGITS = ("decode_fwd", "paged_decode_fwd", "prefill_fwd")
 ALL_LAYERS = (*DECODE_LAYERS, "prefill_layer", *CHAINS)
 #: A layer and a chain of layers over contiguous caches.
 CONTIGUOUS_LAYERS = ("decode_layer", "decode_fwd_layers")
