@@ -61,6 +61,14 @@ def make_inputs(stage: Stage, key: CaseKey, dims: Dims) -> dict[str, torch.Tenso
         chunks = {"chunk_lens": key.chunk_lens} if stage.has_chunks else {}
         source = Source(f"{stage.name}/{key.regime}/{key.seed}")
         inputs = stage.make_inputs(dims, key.seq_lens, key.regime, source, **chunks)
+    for argument in stage.inputs:
+        expected, found = (argument.dtype, argument.size(dims)), inputs.get(argument.name)
+        if found is None or (found.dtype, tuple(found.shape)) != expected:
+            what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise UsageError(
+                f"the data of stage {stage.name} do not fit its contract: {argument.name} is {argument.describe()}, "
+                f"{expected[0]} {list(expected[1])} here; found {what}"
+            )
     return {argument.name: inputs[argument.name].contiguous() for argument in stage.inputs}
 
 

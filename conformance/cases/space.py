@@ -34,12 +34,13 @@ class Space:
         """From a preset's name, or overrides of it (``{"B": 3, "S": 64}``, with ``"preset"`` to name another than tiny)."""
         if isinstance(dims, str):
             preset_named(dims, stage.model)
-            return cls(stage, dims)
+            return cls(stage, dims.removeprefix(f"{stage.model}/"))
         if not isinstance(dims, Mapping) or not all(isinstance(name, str) for name in dims):
             raise UsageError(f"dims is a preset's name or a dict such as {{'B': 3, 'S': 64}}, found {dims!r}")
         overrides: dict[str, Any] = dict(dims)
         preset = overrides.pop("preset", "tiny")
         model = preset_named(preset, stage.model)
+        preset = preset.removeprefix(f"{stage.model}/")
         for name in model.constants():
             if name in overrides:
                 raise UsageError(f"{name} belongs to the contract and cannot be overridden")

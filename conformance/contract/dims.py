@@ -95,8 +95,13 @@ class Dims:
         return declared.label if declared is not None else cls.derived[symbol]
 
     def size(self, symbol: str) -> int:
-        """The size of an axis, declared or derived, or the number that stands for one."""
-        return int(symbol) if symbol.isdigit() else int(getattr(self, symbol))
+        """The size of an axis, declared or derived, or the number that stands for one; raises ``UsageError`` for any other."""
+        if symbol.isdigit():
+            return int(symbol)
+        if symbol not in self.axes() and symbol not in self.derived:
+            known = ", ".join([*self.axes(), *self.derived])
+            raise UsageError(f"{type(self).__name__} has no axis {symbol!r}; it has {known}")
+        return int(getattr(self, symbol))
 
     def _of_role(self, role: Role) -> int:
         symbol = self.symbol(role)

@@ -163,4 +163,4 @@ def preset_named(name: str, model: str | None = None) -> Dims:
     """
     among = models() if model is None else (model_named(model),)
     found = {f"{one.name}/{preset}": dims for one in among for preset, dims in one.presets.items()}
-    return found[chosen_name(name, found, "preset")]
+    return found[chosen_name(name, found, "preset" if model is None or len(models()) == 1 else f"preset of model {model}")]

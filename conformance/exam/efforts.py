@@ -99,9 +99,14 @@ def catalogue() -> list[KnownKernel]:
     """Every kernel of the exam, as the models bring them; its stage by ``model/name`` where several models have the name."""
     found = []
     for model in models():
-        called = {stage.name: short_name(stage) for stage in model.stages}
+        called = {name: short_name(stage) for stage in model.stages for name in (stage.name, stage.id)}
         for name in model.exam_modules:
-            found += [dataclasses.replace(one, stage=called[one.stage]) for one in load_module(name).KNOWN_KERNELS]
+            for one in load_module(name).KNOWN_KERNELS:
+                if one.stage not in called:
+                    raise UsageError(
+                        f"{name}: known kernel {one.name} is of stage {one.stage!r}, which model {model.name} has not"
+                    )
+                found.append(dataclasses.replace(one, stage=called[one.stage]))
     return found
 
 

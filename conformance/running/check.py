@@ -13,7 +13,7 @@ from conformance.cases.key import CaseKey, smallest, take_rows
 from conformance.cases.source import Source
 from conformance.cases.space import Space, stratified_keys
 from conformance.contract.kernel import Kernel, as_kernel
-from conformance.contract.registry import stage_named
+from conformance.contract.registry import short_name, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 from conformance.judge.judgement import judge
@@ -135,7 +135,7 @@ def chosen_keys(kernel: Kernel, space: Space, lane: str, examples: int | None, s
     examples = kernel.stage.examples if examples is None else examples
     require_count(examples, seed)
     if case is not None:
-        return [require_stage(CaseKey.parse(case), kernel.stage_name)]
+        return [require_stage(CaseKey.parse(case), kernel.stage)]
     if not lane_named(lane).executes:
         return acceptable(kernel, [space.largest], 1)
     return acceptable(kernel, stratified_keys(space, seed), examples)
@@ -183,11 +183,14 @@ def require_count(examples: int, seed: int) -> None:
         raise UsageError(f"seed must be a whole number, not negative, found {seed!r}")
 
 
-def require_stage(key: CaseKey, stage: str) -> CaseKey:
-    """The key, if it is one of this stage; raises ``UsageError`` otherwise."""
-    if stage_named(key.stage).id != stage_named(stage).id:
-        raise UsageError(f"case key {key} is of stage {key.stage}, not of {stage}")
-    return key
+def require_stage(key: CaseKey, stage: Stage) -> CaseKey:
+    """The key, if it is one of this stage; raises ``UsageError`` otherwise.
+
+    The stage's bare name will do, also where other models have one that is called so: keys outlive what is installed.
+    """
+    if key.stage not in (stage.name, stage.id):
+        raise UsageError(f"case key {key} is of stage {key.stage}, not of {short_name(stage)}")
+    return dataclasses.replace(key, stage=short_name(stage))
 
 
 def acceptable(kernel: Kernel, keys: Iterable[CaseKey], count: int) -> list[CaseKey]:

@@ -223,6 +223,8 @@ def _legal(stage: str, name: str, summary: str, choices: Choices, dims: dict[str
 def torch_kernels() -> tuple[KnownKernel, ...]:
     """Every fault of every stage, and every named variant that means something to it."""
     found = []
+    if unknown := set(FAULTS.by_stage) - set(stages()):
+        raise ValueError(f"faults are declared of stages that there are not: {', '.join(sorted(unknown))}")
     for stage in stages():
         found += [_faulty(stage, fault) for fault in FAULTS.of(stage)]
         found += [
