@@ -139,7 +139,14 @@ class KernelProcess:
         if self._arena is None:
             self._arena = Arena()
         slots = self._arena.write((argument.name, case.inputs[argument.name].contiguous()) for argument in case.stage.inputs)
-        return self._ask(Run(case.dims, passes, case.key, slots))
+        outcome = self._ask(Run(case.dims, passes, case.key, slots))
+        missing = [argument.name for argument in case.stage.outputs if argument.name not in outcome.outputs]
+        if outcome.status == "ok" and missing:
+            # Not the kernel's doing, and no pass: a run that executed leaves every output.
+            raise UsageError(
+                f"lane {self.lane} ended well and returned no {', '.join(missing)}: a lane that executes returns them all"
+            )
+        return outcome
 
     def compile(self, dims: Dims) -> Outcome:
         """Compile the kernel for these dimensions; no input is needed and nothing is executed."""

@@ -21,10 +21,11 @@ import torch
 from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey
 from conformance.contract.kernel import Kernel, as_kernel, kernel
-from conformance.contract.loading import load_module
+from conformance.contract.loading import bundled_kernels, load_module
 from conformance.contract.registry import stage_named
 from conformance.errors import UsageError
 from conformance.lanes.arena import Arena, Slot
+from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import Guarded, bits, poisoned, same_bits
 from conformance.lanes.process import KernelProcess, Limits
 from conformance.lanes.pypto.device import run_on_card
@@ -644,3 +645,15 @@ def test_a_pass_whose_result_cannot_be_interpreted_is_a_difference(rms_norm: Wri
     (difference,) = compare_passes(rms_norm.folder).differences
     assert difference.compiler_pass == "Pass_28_InferParamIndex"
     assert "index out of range" in difference.message
+
+
+def test_a_run_that_ends_well_and_leaves_an_output_out_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a lane does wrong: nothing was judged then."""
+    case = make_case(CaseKey.parse("rope:tiny:B=2,seq_lens=3+4:normal:1"))
+    monkeypatch.setattr(KernelProcess, "_ask", lambda self, request: Outcome("ok", outputs={"q_out": torch.zeros(1)}))
+    (rope,) = (kernel for kernel in bundled_kernels() if kernel.name == "rope")
+    with (
+        KernelProcess(rope, "interpret") as process,
+        pytest.raises(UsageError, match="interpret ended well and returned no k_out"),
+    ):
+        process.run(case)
