@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from conformance.lanes import lane_named, lanes_of
 from conformance.lanes.arena import Arena
 from conformance.lanes.base import Outcome
 from conformance.lanes.device import DEVICE_EXECUTORS
-from conformance.lanes.forking import ForkedProcess, fork_server
+from conformance.lanes.forking import UNKNOWN_EXIT, ForkedProcess, fork_server
 from conformance.lanes.messages import Done, KernelAddress, Passes, Ready, Refused, Run, Start
 from conformance.lanes.scratch import ScratchFolder
 from conformance.toolchains.calculator import Progress
@@ -68,6 +69,10 @@ class _FailureError(Exception):
         self.outcome = outcome
 
 
+class _UnknownEndError(Exception):
+    """The worker has ended, and so had its fork server: nobody knows how it ended."""
+
+
 class KernelProcess:
     """Runs one kernel in one lane, in a process of its own.
 
@@ -111,6 +116,7 @@ class KernelProcess:
         self._connection: Connection[Any, Any] | None = None
         self._lifeline: int | None = None
         self._unavailable: str | None = None
+        self._forks = True
         #: How many worker processes were started so far.
         self.starts = 0
 
@@ -136,10 +142,13 @@ class KernelProcess:
             raise UsageError(f"the {self.lane} lane executes nothing: use compile(dims)")
         if passes not in ("last", "all", "none"):
             raise UsageError(f"passes is 'last', 'all' or 'none', found {passes!r}")
-        if self._arena is None:
-            self._arena = Arena()
-        slots = self._arena.write((argument.name, case.inputs[argument.name].contiguous()) for argument in case.stage.inputs)
-        outcome = self._ask(Run(case.dims, passes, case.key, slots))
+
+        def request() -> Run:
+            assert self._arena is not None
+            inputs = ((argument.name, case.inputs[argument.name].contiguous()) for argument in case.stage.inputs)
+            return Run(case.dims, passes, case.key, self._arena.write(inputs))
+
+        outcome = self._ask(request)
         missing = [argument.name for argument in case.stage.outputs if argument.name not in outcome.outputs]
         if outcome.status == "ok" and missing:
             # Not the kernel's doing, and no pass: a run that executed leaves every output.
@@ -152,7 +161,7 @@ class KernelProcess:
         """Compile the kernel for these dimensions; no input is needed and nothing is executed."""
         if self._lane.executes:
             raise UsageError(f"the {self.lane} lane runs cases: use run(case)")
-        return self._ask(Run(dims, "none"))
+        return self._ask(lambda: Run(dims, "none"))
 
     def close(self) -> None:
         """End the worker and remove its temporary files; closing twice is harmless, and a later run starts anew."""
@@ -167,14 +176,16 @@ class KernelProcess:
             self._temporary.close()
             self._temporary = self._folder = None
 
-    def _ask(self, request: Run) -> Outcome:
+    def _ask(self, request: Callable[[], Run]) -> Outcome:
+        """Ask the worker, started first if there is none; ``request`` writes what it needs into the arena."""
         if self._unavailable is not None:
             return Outcome("unavailable", message=self._unavailable)
         began = time.monotonic()
         try:
             self._start()
+            run = request()
             began = time.monotonic()
-            answer = self._exchange(request, self.limits.seconds)
+            answer = self._exchange(run, self.limits.seconds)
         except ToolchainUnavailableError as error:
             # What a machine lacks it will lack for the next case too.
             self._unavailable = str(error)
@@ -184,6 +195,11 @@ class KernelProcess:
             self._stop()
             failure.outcome.seconds = time.monotonic() - began
             return failure.outcome
+        except _UnknownEndError:
+            # It may have nothing to do with the kernel: ask once more, in a process whose end is seen here.
+            self._stop()
+            self._forks = False
+            return self._ask(request)
         except UsageError:
             raise
         except BaseException:
@@ -245,7 +261,7 @@ class KernelProcess:
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
         environment = {**os.environ, "PYTHONPATH": path, INSIDE_WORKER: "1"}
         preload = self._lane.preloads(self._device_executor)
-        server = fork_server(preload, environment) if preload is not None else None
+        server = fork_server(preload, environment) if preload is not None and self._forks else None
         forked = server.fork(descriptors, out, errors, environment) if server is not None else None
         if forked is not None:
             return forked
@@ -300,6 +316,8 @@ class KernelProcess:
         except subprocess.TimeoutExpired:
             self._kill()
             return Outcome("crashed", message=f"its process closed the connection during {what} and was killed")
+        if code == UNKNOWN_EXIT:
+            raise _UnknownEndError
         text = _tail(self._folder / "stderr.log")
         how = f"died of {_signal_name(-code)}" if code < 0 else f"ended itself with exit code {code}"
         said = [line for line in text if line.strip() and not _FAULT_HANDLER.match(line)]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
+import signal
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,28 +18,31 @@ from conformance.cases.key import CaseKey
 from conformance.contract.kernel import Kernel
 from conformance.contract.loading import load_module
 from conformance.lanes import forking
-from conformance.lanes.base import Outcome
 from conformance.lanes.process import KernelProcess
 from conformance.toolchains.text_dumps import without_text_dumps
 
 KERNEL = """
 import os
+import time
 
 import conformance
 
 
 @conformance.kernel("rms_norm")
 def tells(x, weight, out):
+    time.sleep(0.2)
     raise ValueError(f"{os.environ.get('TOLD')} in {os.getcwd()}, {len(os.listdir('/proc/self/task'))} thread")
 """
 
 
-def run(folder: Path) -> Outcome:
+CASE = make_case(CaseKey("rms_norm", "tiny", "normal", 7, (("B", 1),), ()))
+
+
+def kernel_in(folder: Path) -> Kernel:
     (folder / "tells.py").write_text(KERNEL)
     kernel = vars(load_module(str(folder / "tells.py")))["tells"]
     assert isinstance(kernel, Kernel)
-    with KernelProcess(kernel, "eager") as process:
-        return process.run(make_case(CaseKey("rms_norm", "tiny", "normal", 7, (("B", 1),), ())))
+    return kernel
 
 
 def test_each_worker_has_the_environment_and_the_folder_its_owner_has_now(
@@ -44,19 +51,182 @@ def test_each_worker_has_the_environment_and_the_folder_its_owner_has_now(
     monkeypatch.chdir(tmp_path)
     for told in ("first", "second"):
         monkeypatch.setenv("TOLD", told)
-        assert run(tmp_path).message == f"ValueError: {told} in {tmp_path}, 1 thread"
+        with KernelProcess(kernel_in(tmp_path), "eager") as process:
+            assert process.run(CASE).message == f"ValueError: {told} in {tmp_path}, 1 thread"
 
 
-def test_without_its_server_a_worker_starts_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOLD", "alone")
-    server = forking.ForkServer("conformance.lanes.eager", dict(os.environ))
-    monkeypatch.setitem(forking._SERVERS, (os.getpid(), "conformance.lanes.eager"), server)
-    assert server.usable
-    server._process.kill()
-    server._process.wait()
-    assert run(tmp_path).message.startswith("ValueError: alone in")
-    assert not server.usable
+def test_a_server_that_dies_is_no_finding_about_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forking, "_SERVERS", {})
+    monkeypatch.setenv("TOLD", "on")
+    with KernelProcess(kernel_in(tmp_path), "eager") as process:
+        assert process.run(CASE).message.startswith("ValueError: on")
+        (server,) = forking._SERVERS.values()
+        server._process.kill()
+        server._process.wait()
+        # The worker lives, and its kernel takes longer than its owner waits before it looks whether it does.
+        assert process.run(CASE).message.startswith("ValueError: on")
+        assert process.starts == 1
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        # Nobody saw how it ended: the case is run again, by a process that needs no server.
+        assert process.run(CASE).message.startswith("ValueError: on")
+        assert process.starts == 2
     server.close()
+
+
+# The server alone, with workers that run a program from their environment and need no torch
+
+PRELOADED = """
+import os, sys, types
+
+def preload(folder):
+    worker = types.ModuleType("conformance.lanes.worker")
+    worker.main = lambda arguments: exec(os.environ["PROGRAM"], {})
+    sys.modules[worker.__name__] = worker
+"""
+LEAVES_A_CHILD = """
+    import subprocess
+    subprocess.Popen(["sleep", "0.1"])
+"""
+FORKS_EVERY_OTHER_TIME = """
+    forks, calls = os.fork, []
+
+    def fork():
+        calls.append(None)
+        if len(calls) % 2 == 0:
+            raise BlockingIOError(11, "no process to be had")
+        return forks()
+
+    os.fork = fork
+"""
+
+
+class Server:
+    """A fork server of a module of its own in ``folder``, where its workers' output goes too."""
+
+    def __init__(self, folder: Path, preloaded: str = "") -> None:
+        (folder / "preloaded.py").write_text(PRELOADED + preloaded)
+        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parents[2])])}
+        self.server = forking.ForkServer("preloaded", self.environment)
+        self.output = folder / "output.txt"
+        assert self.server.usable
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.close()
+
+    def fork(self, program: str) -> forking.ForkedProcess | None:
+        with self.output.open("wb") as file:
+            return self.server.fork((), file.fileno(), file.fileno(), {**self.environment, "PROGRAM": program})
+
+    def start(self, program: str) -> forking.ForkedProcess:
+        process = self.fork(program)
+        assert process is not None
+        return process
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+def test_a_request_that_is_given_up_ends_the_server_and_its_late_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    class GivenUp:
+        def __init__(self, control: socket.socket) -> None:
+            self.fileno, self.sendmsg, self.close = control.fileno, control.sendmsg, control.close
+
+        def recv(self, size: int) -> bytes:
+            raise error
+
+    reading, writing = os.pipe()
+    with Server(tmp_path) as started:
+        server = started.server
+        monkeypatch.setattr(server, "_control", GivenUp(server._control))
+        environment = {**started.environment, "PROGRAM": "print('ran', flush=True)"}
+        with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else contextlib.nullcontext():
+            assert server.fork((), writing, writing, environment) is None
+        assert not server.usable
+        assert server._process.poll() is not None
+        assert started.fork("") is None
+    os.close(writing)
+    with open(reading, "rb") as file:
+        assert file.read() == b""  # at its end: the worker, if any, has ended without running anything
+
+
+def test_a_worker_is_watched_when_its_server_is_gone(tmp_path: Path) -> None:
+    with Server(tmp_path) as started:
+        process = started.start("import time; time.sleep(60)")
+        started.server._process.kill()
+        started.server._process.wait()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.1)
+        assert started.fork("") is None
+        assert not started.server.usable
+        process.kill()
+        assert process.wait(10.0) == forking.UNKNOWN_EXIT
+
+
+def test_a_server_that_cannot_fork_now_can_later(tmp_path: Path) -> None:
+    with Server(tmp_path, FORKS_EVERY_OTHER_TIME) as started:
+        first = started.start("import time; time.sleep(0.2); sys = __import__('sys'); sys.exit(3)")
+        assert started.fork("") is None
+        assert started.start("").wait(10.0) == 1  # a program that returns nothing
+        assert first.wait(10.0) == 3
+
+
+def test_a_child_of_what_was_preloaded_does_not_end_the_server(tmp_path: Path) -> None:
+    with Server(tmp_path, LEAVES_A_CHILD) as started:
+        assert started.start("import sys, time; time.sleep(0.3); sys.exit(0)").wait(10.0) == 0
+        assert started.start("import sys; sys.exit(4)").wait(10.0) == 4
+
+
+def test_a_request_that_cannot_be_read_ends_its_worker_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Server(tmp_path) as started:
+        with monkeypatch.context() as patched:
+            patched.setattr("conformance.lanes.forking.json.dumps", lambda request: "{")
+            assert started.start("").wait(10.0) == 1
+        assert "JSONDecodeError" in started.output.read_text()
+        assert started.start("import sys; sys.exit(0)").wait(10.0) == 0
+
+
+def test_a_worker_looks_for_modules_in_its_own_folder_and_leaves_no_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Server(tmp_path) as started:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "only_here.py").write_text("")
+        logs = started.server._folder.path / "plog"
+        logs.mkdir()
+        write = f"open({str(logs)!r} + f'/pypto-{{os.getpid()}}_1.log', 'w').close()"
+        program = f"import os, sys; print(sys.path[0], len(os.listdir({str(logs)!r}))); {write}; print(os.listdir({str(logs)!r}))"
+        process = started.start(program)
+        process.wait(10.0)
+        assert started.output.read_text().split("\n")[:2] == [f"{tmp_path} 0", f"['pypto-{process.pid}_1.log']"]
+        assert not list(logs.iterdir())
+
+
+def test_what_libraries_read_once_decides_which_server_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forking, "_SERVERS", {})
+    (tmp_path / "preloaded.py").write_text(PRELOADED)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
+    first = forking.fork_server("preloaded", environment)
+    assert first is not None
+    assert forking.fork_server("preloaded", {**environment, "TOLD": "else"}) is first
+    second = forking.fork_server("preloaded", {**environment, "ATEN_CPU_CAPABILITY": "default"})
+    assert second not in (None, first)
+    for server in forking._SERVERS.values():
+        server.close()
+
+
+def test_a_copy_of_the_owner_leaves_the_server_alone(tmp_path: Path) -> None:
+    with Server(tmp_path) as started:
+        copy = os.fork()
+        if copy == 0:
+            try:
+                started.server.close()
+            finally:
+                os._exit(0)
+        os.waitpid(copy, 0)
+        assert started.server._folder.path.is_dir()
+        assert started.start("import sys; sys.exit(0)").wait(10.0) == 0
 
 
 def test_text_dumps_are_replaced_by_functions_that_return_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
