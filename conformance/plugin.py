@@ -227,6 +227,25 @@ def _is_controller(config: pytest.Config) -> bool:
     return bool(getattr(config.option, "dist", "no") != "no") and not hasattr(config, "workerinput")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """Take the live line away before pytest writes of a test that is not the suites'."""
+    progress = item.config.stash[_STATE].progress
+    if progress is not None and _subject_of(item) is None:
+        progress.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tell xdist's controller, which has no tests, whose test it is."""
+    report = yield
+    if item.config.stash[_STATE].log is not None and _subject_of(item) is None:
+        from conformance.suites.live import NOT_OF_SUITES
+
+        setattr(report, NOT_OF_SUITES, True)
+    return report
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Close this process's records."""
@@ -441,10 +460,11 @@ class PluginState:
         return subjects
 
     def show_progress(self, planned: int) -> None:
-        """Begin the live line, if there is none yet; with ``-v`` pytest names every test itself."""
-        if self.progress is None and self.config.option.verbose <= 0:
+        """Begin the live line, if there is none yet and the terminal is free for it."""
+        from conformance.suites.live import SuiteProgress, may_show
+
+        if self.progress is None and may_show(self.config.option):
             from conformance.running.records import RunFollower
-            from conformance.suites.live import SuiteProgress
 
             reporter = self.config.pluginmanager.get_plugin("terminalreporter")
             if reporter is not None and reporter.isatty:

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Generator
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 
@@ -16,13 +16,21 @@ from conformance.running.records import RunFollower
 
 #: Seconds between two looks at what the workers have recorded.
 PERIOD = 0.5
+#: The attribute of a test's report that says, across processes, that the test is not the suites' own.
+NOT_OF_SUITES = "conformance_not_of_suites"
+
+
+def may_show(options: Any) -> bool:
+    """Whether nothing else writes to the terminal while tests run: no names of tests, prompt of a debugger, or output."""
+    return options.verbose <= 0 and not options.usepdb and not options.trace and options.capture not in ("no", "tee-sys")
 
 
 class SuiteProgress:
     """A plugin of pytest for the process that has the terminal: a live line in place of pytest's dots.
 
     Tests done come from pytest, cases and findings from the records that every process writes as it judges: a test may take
-    minutes, the first of its cases a second.
+    minutes, the first of its cases a second. Pytest's letters and the line cannot share the screen: with the first test that is
+    not a suite's the line is taken away, and letters are written from then on.
     """
 
     def __init__(self, follower: RunFollower, planned: int) -> None:
@@ -54,10 +62,18 @@ class SuiteProgress:
         self._done += report.when == "teardown"
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_report_teststatus(self) -> Generator[None, tuple[str, str, object], tuple[str, str, object]]:
-        """No letter for a test: it would stand in the middle of the line. The summary counts them as ever."""
-        category, _, _ = yield
-        return category, "", ""
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport
+    ) -> Generator[None, tuple[str, str, object], tuple[str, str, object]]:
+        """No letter for a test of the suites: it would stand in the middle of the line. The summary counts them as ever."""
+        category, letter, word = yield
+        if getattr(report, NOT_OF_SUITES, False):
+            self.stop()
+        return (category, letter, word) if self._ended.is_set() else (category, "", "")
+
+    def pytest_enter_pdb(self) -> None:
+        """A test calls ``breakpoint()``: the prompt needs the screen."""
+        self.stop()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 from conformance.contract.loading import bundled_kernels
 from conformance.contract.registry import models
 from conformance.running.records import read_run
+from conformance.suites.live import may_show
 
 HERE = Path(__file__).parent
 TORCH_KERNELS = """
@@ -122,6 +124,21 @@ def test_device_tests_are_collected_and_skipped_with_what_was_missing(tmp_path: 
     text = done.stdout.lower()
     assert "passed: 0 cases" not in text
     assert "nothing" in text
+
+
+@pytest.mark.parametrize("processes", [(), ("-n", "1")], ids=["alone", "xdist"])
+def test_the_live_line_takes_no_letters_but_the_suites(tmp_path: Path, processes: tuple[str, ...]) -> None:
+    (tmp_path / "test_own.py").write_text(
+        "import pytest\n@pytest.mark.device\n@pytest.mark.parametrize('n', range(3))\ndef test_rms_norm(n): pass\n"
+    )
+    done = run_pytest(tmp_path, "-m", "device", "-k", "rms_norm", "test_own.py", *processes)
+    assert re.search(r"^\.\.\. +\[", done.stdout, re.MULTILINE), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("option", ["-s", "--pdb", "--trace", "--capture=tee-sys", "-v"])
+def test_what_else_writes_to_the_terminal_takes_the_place_of_the_live_line(pytester: pytest.Pytester, option: str) -> None:
+    assert may_show(pytester.parseconfig().option)
+    assert not may_show(pytester.parseconfig(option).option)
 
 
 def test_a_missing_device_fails_where_one_is_required(tmp_path: Path) -> None:
