@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from conformance.lanes import LANES, default_lane, lane_named, lanes_of
+from conformance.lanes import LANES, lane_named
 from conformance.lanes.device import DEVICE, DEVICE_EXECUTORS, NPU
+from conformance.suites.state import PluginState
 
 if TYPE_CHECKING:
-    from conformance.cases.profiles import SuiteProfile
-    from conformance.contract.kernel import Kernel
-    from conformance.running.session import ExpectedFailures, RunLog, Subject
-    from conformance.suites.live import SuiteProgress
+    from conformance.running.session import Subject
 
 MARKERS = {
     **{lane.name: lane.summary for lane in LANES if lane.marker == lane.name},
@@ -273,221 +270,6 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     terminalreporter.section("kernel conformance")
     terminalreporter.write_line(str(built["terminal"]))
     terminalreporter.write_line(f"kept in {state.folder}: report.html, summary.md, junit.xml")
-
-
-@dataclasses.dataclass
-class PluginState:
-    """What the plugin knows during one pytest run."""
-
-    config: pytest.Config
-    log: RunLog | None = None
-    progress: SuiteProgress | None = None
-    _kernels: list[Kernel] | None = None
-    _folder: Path | None = None
-    _expected: ExpectedFailures | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where the run is kept; named when first asked for."""
-        if self._folder is None:
-            from_controller = getattr(self.config, "workerinput", {}).get("conformance_run")
-            chosen = from_controller or self.config.option.conformance_run
-            if chosen:
-                self._folder = Path(chosen).resolve()
-            else:
-                from conformance.running.session import new_run_folder
-
-                self._folder = new_run_folder(self.config.invocation_params.dir / "runs")
-        return self._folder
-
-    def require_new_folder(self) -> None:
-        """Raise ``pytest.UsageError`` if the folder that the user named already holds a run."""
-        from conformance.errors import UsageError
-        from conformance.running.session import require_new_folder
-
-        try:
-            require_new_folder(self.folder)
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
-
-    def wrote_records(self) -> bool:
-        """Whether any process of this run wrote records."""
-        return self._folder is not None and any(self._folder.glob("records-*.jsonl"))
-
-    @property
-    def profile(self) -> SuiteProfile:
-        """How many cases."""
-        from conformance.cases.profiles import profile_named
-
-        return profile_named(self.config.option.conformance_profile)
-
-    def kernels(self) -> list[Kernel]:
-        """Bundled kernels and the user's; raises ``pytest.UsageError`` for a file that cannot be used."""
-        if self._kernels is None:
-            from conformance.contract.loading import bundled_kernels, kernels_in, load_module
-            from conformance.errors import UsageError
-
-            options = self.config.option
-            try:
-                found = [] if options.conformance_only_user_kernels else bundled_kernels()
-                for location in options.conformance_kernels:
-                    own = kernels_in(load_module(self._resolve(location)))
-                    if not own:
-                        raise UsageError(f"{location} defines no kernel: decorate one with @conformance.kernel(STAGE)")
-                    found += own
-                if not found:
-                    raise UsageError("no kernel to judge: --conformance-only-user-kernels needs --conformance-kernels FILE.py")
-                self._require_distinct(found)
-            except UsageError as error:
-                raise pytest.UsageError(str(error)) from error
-            self._kernels = found
-        return self._kernels
-
-    def _resolve(self, location: str) -> str:
-        # pytest may have been started elsewhere than where an xdist worker stands.
-        if location.endswith(".py"):
-            return str(self.config.invocation_params.dir / location)
-        return location
-
-    @staticmethod
-    def _require_distinct(kernels: list[Kernel]) -> None:
-        from conformance.errors import UsageError
-
-        seen: dict[str, Path] = {}
-        for kernel in kernels:
-            if kernel.id in seen:
-                raise UsageError(
-                    f"two kernels are named {kernel.name!r}, in {seen[kernel.id].name} and {kernel.source.name}: "
-                    f"give one another name=..."
-                )
-            seen[kernel.id] = kernel.source
-
-    @property
-    def expected(self) -> ExpectedFailures:
-        """The user's list of expected failures."""
-        if self._expected is None:
-            from conformance.errors import UsageError
-            from conformance.running.session import ExpectedFailures
-
-            path = self.config.option.conformance_expected_failures
-            try:
-                self._expected = ExpectedFailures.read(self.config.invocation_params.dir / path) if path else ExpectedFailures()
-                self._expected.require_known(self.kernels())
-            except UsageError as error:
-                raise pytest.UsageError(str(error)) from error
-        return self._expected
-
-    def presets(self) -> dict[str, list[str]]:
-        """By model the presets to run: those that the user chose, or those of the model's suites.
-
-        Raises ``pytest.UsageError`` for a name that no model of the kernels has, or several, and where a model has none of them.
-        """
-        from conformance.contract.registry import chosen_name, models
-        from conformance.errors import UsageError
-
-        chosen = [name for name in self.config.option.conformance_presets.split(",") if name]
-        if not chosen:
-            return {model.name: list(model.suite_presets) for model in models()}
-        judged = {kernel.stage.model for kernel in self.kernels()}
-        known = [f"{model.name}/{preset}" for model in models() if model.name in judged for preset in model.presets]
-        found: dict[str, list[str]] = {model: [] for model in judged}
-        try:
-            for name in chosen:
-                model, _, preset = chosen_name(name, known, "preset").partition("/")
-                found[model].append(preset)
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
-        for model, presets in found.items():
-            if not presets:
-                raise pytest.UsageError(
-                    f"no preset of model {model} is chosen, and kernels of it are to be judged: add {model}/NAME"
-                )
-        return found
-
-    @property
-    def kernel_names(self) -> dict[str, str]:
-        """What each kernel is called: its name, or ``model/name`` where kernels of several models have the name."""
-        from conformance.contract.registry import names_in_short
-
-        return names_in_short(kernel.id for kernel in self.kernels())
-
-    def subjects(self, executes: bool) -> list[Subject]:
-        """Every kernel in every lane that takes it and executes, or that only compiles, at every preset of the lane."""
-        from conformance.running.session import Subject
-
-        chosen, presets = bool(self.config.option.conformance_presets), self.presets()
-        names = self.kernel_names
-        lanes = [lane for lane in LANES if lane.executes == executes]
-        return [
-            Subject(kernel, preset, lane.name, called=names[kernel.id])
-            for marker in sorted({lane.marker for lane in lanes}, key=[lane.name for lane in LANES].index)
-            for kernel in self.kernels()
-            for lane in lanes
-            if lane.marker == marker and kernel.toolchain in lane.toolchains
-            for preset in presets[kernel.stage.model][: None if chosen else lane.presets]
-        ]
-
-    def declaring_subjects(self) -> list[Subject]:
-        """Every kernel that declares a capability, at the first preset: what a kernel serves does not depend on its sizes."""
-        subjects = [
-            subject
-            for subject in self.subjects(executes=True)
-            if subject.kernel.capabilities and lane_named(subject.lane).default
-        ]
-        first = {subject.name: subject for subject in reversed(subjects)}
-        return [subject for subject in subjects if first[subject.name] is subject]
-
-    def full_size_subjects(self, executes: bool) -> list[Subject]:
-        """Every kernel of a compiler at the model's real size: the fused loops only compile there, all others execute."""
-        from conformance.contract.registry import model_named
-        from conformance.running.session import Subject
-
-        subjects = []
-        for kernel in self.kernels():
-            full_size = model_named(kernel.stage.model).full_size
-            usual = default_lane(kernel.toolchain)
-            if full_size is None or usual.in_process:
-                continue
-            lanes = [usual] if executes else [lane for lane in lanes_of(kernel.toolchain) if not lane.executes]
-            sizes = full_size.executed if executes else full_size.compiled
-            subjects += [
-                Subject(
-                    kernel, full_size.preset, lane.name, tuple(overrides.items()), full_size.memory, self.kernel_names[kernel.id]
-                )
-                for lane in lanes
-                for overrides in sizes(kernel.stage)
-            ]
-        return subjects
-
-    def show_progress(self, planned: int) -> None:
-        """Begin the live line, if there is none yet and the terminal is free for it."""
-        from conformance.suites.live import SuiteProgress, may_show
-
-        if self.progress is None and may_show(self.config.option):
-            from conformance.running.records import RunFollower
-
-            reporter = self.config.pluginmanager.get_plugin("terminalreporter")
-            if reporter is not None and reporter.isatty:
-                reporter.write_line("")  # xdist leaves a line about its workers open
-            self.progress = SuiteProgress(RunFollower(self.folder), planned)
-            self.config.pluginmanager.register(self.progress)
-
-    def open_log(self, planned: list[Subject]) -> None:
-        """Begin this process's records."""
-        from conformance.running.session import RunLog
-
-        options = self.config.option
-        process = getattr(self.config, "workerinput", {}).get("workerid", "main")
-        self.log = RunLog(self.folder, process)
-        self.log.start(
-            planned,
-            {
-                "profile": options.conformance_profile,
-                "markers": options.markexpr,
-                "require_device": options.conformance_require_device,
-                "device_executor": options.conformance_device_executor,
-            },
-        )
 
 
 @pytest.fixture
