@@ -37,14 +37,11 @@ STAGES = (
 MOST = 0.3
 
 
-def cpu_seconds_of_children() -> float:
-    """User and system seconds of the running processes that this one has started, and of those that they ended (Linux)."""
-    ticks = 0
-    for number in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        # The name, which may hold spaces, stands in parentheses before the numbers.
-        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-        ticks += sum(map(int, fields[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+def cpu_seconds_of(process: KernelProcess) -> float:
+    """User and system seconds of a kernel's worker, which must be running, and of the processes that ended below it (Linux)."""
+    # The name, which may hold spaces, stands in parentheses before the numbers.
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(stage: str, cases: int) -> bool:
@@ -59,9 +56,9 @@ def measure(stage: str, cases: int) -> bool:
         judge(first, process.run(first, passes="none"))
         for key in keys:
             case = make_case(key)
-            began = cpu_seconds_of_children()
+            began = cpu_seconds_of(process)
             outcome = process.run(case, passes="none")
-            interpreting.append(cpu_seconds_of_children() - began)
+            interpreting.append(cpu_seconds_of(process) - began)
             if outcome.status != "ok":
                 raise SystemExit(f"{key}: {outcome.status}: {outcome.message}")
             began = time.process_time()
