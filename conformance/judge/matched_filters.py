@@ -105,7 +105,12 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
         def disturbed(weights: torch.Tensor, disturbances: list[Disturbance] = disturbances) -> Tensors:
             return evaluated(Disturbed(disturbances, weights))
 
-        found = torch.func.vmap(disturbed)(torch.eye(len(numbers), dtype=torch.float64))
+        weights = torch.eye(len(numbers), dtype=torch.float64)
+        try:
+            found = torch.func.vmap(disturbed)(weights)
+        except RuntimeError:  # a reference that branches on its data is evaluated one by one
+            each = [disturbed(row) for row in weights]
+            found = {name: torch.stack([one[name] for one in each]) for name in each[0]}
         for position, number in enumerate(numbers):
             of_known[number] = shifts({name: value[position] for name, value in found.items()})
     for number, (signature, _) in enumerate(known):

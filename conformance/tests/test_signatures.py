@@ -12,6 +12,7 @@ import conformance
 from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey, take_rows
 from conformance.cases.space import Space, stratified_keys
+from conformance.contract.dims import Dims
 from conformance.judge.judgement import judge
 from conformance.judge.limits import SIGNATURE_SIGMAS
 from conformance.judge.matched_filters import Filter, _sequence_of_judged_rows, filters, signatures
@@ -406,6 +407,21 @@ def test_every_rounding_of_a_layer_has_a_signature() -> None:
     } <= set(mistakes)
     assert set(case.stage.mistakes) <= set(mistakes)
     assert set(case.stage.tie_prone) <= set(names.rounded_values)
+
+
+def test_a_reference_that_branches_on_its_data_has_the_same_signatures(layer: Oracle) -> None:
+    """Such a one cannot be evaluated for several mistakes at a time."""
+    case, rows = layer.case, dict.fromkeys(("k_cache", "v_cache", "out"))
+
+    def branching(inputs: dict[str, torch.Tensor], dims: Dims, arithmetic: Arithmetic) -> dict[str, torch.Tensor]:
+        found = case.stage.reference(inputs, dims, arithmetic)
+        return found if float(found["out"].abs().amax()) >= 0 else {}
+
+    other = dataclasses.replace(case, stage=dataclasses.replace(case.stage, reference=branching))
+    for one, same in zip(signatures(case, rows), signatures(other, rows), strict=True):
+        assert one.mistake == same.mistake
+        for name, shift in one.shifts.items():
+            assert torch.allclose(shift, same.shifts[name], rtol=1e-6, atol=1e-12)
 
 
 def test_what_rounding_adds_is_looked_for_after_all_optional_roundings_too_where_they_matter(layer: Oracle) -> None:
