@@ -107,6 +107,9 @@ _HIDDEN = (write("out", "B H", bf16),)
 
 def _stage(name: str, summary: str, arguments: tuple[Argument, ...], **keywords: object) -> Stage:
     keywords = {"capabilities": ("variable_batch",), "drawn": ("B",), **keywords}
+    unknown = [regime for regime in keywords["regimes"] if regime not in inputs.REGIMES]  # type: ignore[attr-defined]
+    if unknown:
+        raise ValueError(f"stage {name} has regimes that no data are made for: {', '.join(unknown)}")
     return Stage(
         model="qwen3",
         name=name,
