@@ -30,7 +30,7 @@ OUR_DEFINITION = (
     "larger than rounding explains nor leaning one way, in a layer or in all its cases not those of a known mistake; nothing "
     "unwritten, nothing else written, no input changed; repeats and single rows agree; declared capabilities hold"
 )
-OUR_SOURCE = "conformance/bounds.py, conformance/judge.py, conformance/checking.py"
+OUR_SOURCE = "conformance/numerics, conformance/judge, conformance/running/check.py"
 
 
 @dataclasses.dataclass(frozen=True)
