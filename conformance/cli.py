@@ -26,8 +26,7 @@ from conformance.lanes import LANES, find_lane
 if TYPE_CHECKING:
     from conformance.cases.key import CaseKey
     from conformance.cases.space import Space
-    from conformance.contract.kernel import Kernel
-    from conformance.contract.stage import Stage
+    from conformance.contract.kernel import Declaration
     from conformance.exam.results import Exam
     from conformance.running.check import RunPlan
     from conformance.running.diff import KernelSummary
@@ -86,14 +85,14 @@ def doctor() -> None:
 @click.option("--kernels", "locations", multiple=True, metavar="FILE.py", help="also list the kernels of this file")
 def list_command(locations: tuple[str, ...]) -> None:
     """List stages with their arguments, and kernels with their lanes and capabilities."""
-    from conformance.contract.loading import bundled_kernels, kernels_in, load_module
     from conformance.contract.registry import stages
     from conformance.lanes import lanes_of
+    from conformance.lanes.listing import bundled_kernels, kernels_of
     from conformance.reports import inventory
 
     kernels = bundled_kernels()
     for location in locations:
-        kernels += kernels_in(load_module(location))
+        kernels += kernels_of(location)
     for name, stage in stages().items():
         arguments = [argument.describe() for argument in stage.arguments]
         of_stage = {
@@ -212,39 +211,28 @@ def _short(folder: Path) -> str:
         return str(folder)
 
 
-def _kernel(stage: str, target: str | None) -> Kernel:
+def _kernel(stage: str, target: str | None) -> Declaration:
     """The kernel that ``FILE.py:FUNC`` names, or the bundled one of a stage."""
-    from conformance.contract.kernel import as_kernel
-    from conformance.contract.loading import bundled_kernels, find_kernel
+    from conformance.contract.loading import find_kernel
     from conformance.contract.registry import stage_named
+    from conformance.lanes.listing import bundled_kernels
 
     contract = stage_named(stage)
     if target is None:
         return find_kernel(
             [one for one in bundled_kernels() if one.stage.id == contract.id], contract.name, "the bundled kernels"
         )
-    return as_kernel(stage, _named(target, contract))
+    return _named(target, stage)
 
 
-def _named(target: str, stage: Stage | None = None) -> Any:
-    """The kernel or function that ``FILE.py:FUNC`` names; of several kernels of that name the one of the stage."""
-    from conformance.contract.loading import kernels_in, load_module
+def _named(target: str, stage: str | None = None) -> Declaration:
+    """The kernel that ``FILE.py:FUNC`` names, or the plain function, if there is a stage that it is to be one of."""
+    from conformance.lanes.listing import kernel_named
 
     location, separator, name = target.rpartition(":")
     if not separator:
         raise UsageError(f"expected FILE.py:FUNC, found {target!r}")
-    module = load_module(location)
-    declared = kernels_in(module)
-    named = [kernel for kernel in declared if name in (kernel.name, kernel.id)]
-    if stage is not None and len(named) > 1:
-        named = [kernel for kernel in named if kernel.stage.id == stage.id] or named
-    if len({kernel.id for kernel in named}) > 1:
-        raise UsageError(f"kernel {name!r} is ambiguous in {location}: {' and '.join(kernel.id for kernel in named)}; say which")
-    function = named[0] if named else getattr(module, name, None)
-    if function is None:
-        known = ", ".join(kernel.name for kernel in declared) or "none"
-        raise UsageError(f"{location} has no kernel or function {name!r}; its kernels: {known}")
-    return function
+    return kernel_named(location, name, stage)
 
 
 def read_dims(text: str, example: str = "B=3,S=64") -> str | dict[str, Any]:
@@ -298,10 +286,10 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
     sys.exit(comparison.exit_code(found))
 
 
-def _subject_of_diff(text: str) -> dict[str, KernelSummary] | Kernel:
+def _subject_of_diff(text: str) -> dict[str, KernelSummary] | Declaration:
     """What is known of the kernels of a kept run, or a kernel that is to be judged: of a file or a bundled one."""
-    from conformance.contract.kernel import Kernel
-    from conformance.contract.loading import bundled_kernels, find_kernel
+    from conformance.contract.loading import find_kernel
+    from conformance.lanes.listing import bundled_kernels
     from conformance.running import diff as comparison
 
     folder = Path(text)
@@ -309,14 +297,11 @@ def _subject_of_diff(text: str) -> dict[str, KernelSummary] | Kernel:
         return comparison.of_run(folder)
     if ":" not in text:
         return find_kernel(bundled_kernels(), text, "the bundled kernels (and there is no such folder)")
-    kernel = _named(text)
-    if not isinstance(kernel, Kernel):
-        raise UsageError(f"{text} is a plain function: decorate it with @conformance.kernel(STAGE, capabilities=[...])")
-    return kernel
+    return _named(text)
 
 
 def _summaries(
-    subject: dict[str, KernelSummary] | Kernel, dims: str, examples: int, seed: int, lane: str, timeout: float | None
+    subject: dict[str, KernelSummary] | Declaration, dims: str, examples: int, seed: int, lane: str, timeout: float | None
 ) -> dict[str, KernelSummary]:
     """What is known of the kernels of a run, or of one that is judged now."""
     from conformance.running import diff as comparison

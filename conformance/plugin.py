@@ -280,4 +280,6 @@ def judging(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     state = request.config.stash[_STATE]
     subject = request.getfixturevalue("subject")
     assert state.log is not None, "records are opened when collection ends"
-    return SubjectJudging(subject, state.log, state.profile, state.expected.reason(subject), request.config.option, tmp_path)
+    presets = state.presets()[subject.kernel.stage.model]
+    expected = state.expected.reason(subject)
+    return SubjectJudging(subject, state.log, state.profile, expected, request.config.option, tmp_path, presets)

@@ -17,34 +17,35 @@ from conformance.contract.dims import Dims
 from conformance.contract.registry import model_named, short_name, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
+from conformance.plain import plain_line
 
 TOOLCHAINS = ("torch", "pypto")
 
 
 #: The one capability that the harness itself acts on: a build that serves several batches is made once.
 VARIABLE_BATCH = "variable_batch"
+#: The longest name of a kernel, in characters.
+MOST_OF_NAME = 100
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One implementation of one stage, made by ``conformance.kernel``.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Declaration:
+    """What is known of one implementation of one stage without running any of it.
 
-    ``profile`` names the one error-model profile that the kernel declares; ``None`` lets any legal one pass. ``accepts(dims)``
-    returns ``True``, or a sentence that says which dimensions the kernel takes. ``capacity`` is the largest user batch that one
-    build serves, for a kernel that declares ``variable_batch``.
+    ``profile`` names the one error-model profile that the kernel declares; ``None`` lets any legal one pass. ``capacity`` is the
+    largest user batch that one build serves, for a kernel that declares ``variable_batch``. ``source`` is the file that defines
+    the kernel, ``summary`` the first line of its docstring; ``digest`` is the SHA-256 of the file, where it was listed.
     """
 
-    function: Callable[..., Any]
     stage_name: str
     name: str
     toolchain: str = "torch"
     capabilities: tuple[str, ...] = ()
     profile: str | None = None
-    accepts: Callable[[Dims], bool | str] | None = None
     capacity: int = 1
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        return self.function(*arguments, **keywords)
+    source: Path = Path("<unknown>")
+    summary: str = ""
+    digest: str = ""
 
     @property
     def stage(self) -> Stage:
@@ -56,25 +57,39 @@ class Kernel:
         """``model/name``: kernels of two models may have one name."""
         return f"{self.stage.model}/{self.name}"
 
-    @property
-    def source(self) -> Path:
-        """The file that defines the kernel."""
-        # A callable object has no source of its own; its class has.
-        subject = self.function if hasattr(self.function, "__code__") else type(self.function)
-        try:
-            return Path(inspect.getsourcefile(inspect.unwrap(subject)) or "<unknown>")
-        except TypeError:
-            return Path("<unknown>")
-
-    @property
-    def summary(self) -> str:
-        """The first line of the docstring, or an empty string."""
-        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
-
     def refusal(self, dims: Dims) -> str | None:
         """Why the kernel does not take these dimensions, or ``None`` if it does."""
         if VARIABLE_BATCH in self.capabilities and self.capacity < dims.batch:
             return f"kernel {self.name} serves batches of 1 to {self.capacity}, not {dims.batch}"
+        return self.asked(dims)
+
+    def asked(self, dims: Dims) -> str | None:
+        """What the kernel's own ``accepts`` says; a subclass knows how to ask it."""
+        return None
+
+    def built_for(self, dims: Dims) -> Dims:
+        """The dimensions that a build is made for: with ``variable_batch`` one build serves every batch up to the capacity.
+
+        The builder is then given the capacity as the batch, and 1 as the number of tokens, which varies likewise in a prefill.
+        """
+        return dims.resized(batch=self.capacity, tokens=1) if VARIABLE_BATCH in self.capabilities else dims
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel(Declaration):
+    """A kernel in the process that runs it, made by ``conformance.kernel``: a declaration and its code.
+
+    ``accepts(dims)`` returns ``True``, or a sentence that says which dimensions the kernel takes.
+    """
+
+    function: Callable[..., Any]
+    accepts: Callable[[Dims], bool | str] | None = None
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.function(*arguments, **keywords)
+
+    def asked(self, dims: Dims) -> str | None:
+        """What ``accepts`` says; raises ``UsageError`` if it raises."""
         if self.accepts is None:
             return None
         try:
@@ -84,13 +99,6 @@ class Kernel:
         if answer is True:
             return None
         return answer if isinstance(answer, str) else f"kernel {self.name} does not take {dims}"
-
-    def built_for(self, dims: Dims) -> Dims:
-        """The dimensions that a build is made for: with ``variable_batch`` one build serves every batch up to the capacity.
-
-        The builder is then given the capacity as the batch, and 1 as the number of tokens, which varies likewise in a prefill.
-        """
-        return dims.resized(batch=self.capacity, tokens=1) if VARIABLE_BATCH in self.capabilities else dims
 
     def build(self, dims: Dims) -> Any:
         """The object that a toolchain compiles, for these dimensions; raises ``UsageError`` if they are refused."""
@@ -155,15 +163,40 @@ def kernel(
         return Kernel(
             function=function,
             stage_name=stage,
-            name=name or _name_of(function),
+            name=require_name(name or _name_of(function)),
             toolchain=toolchain,
             capabilities=tuple(capabilities),
             profile=profile,
             accepts=accepts,
             capacity=served,
+            source=_source(function),
+            summary=_summary(function),
         )
 
     return decorate
+
+
+def _source(function: Callable[..., Any]) -> Path:
+    """The file that defines a callable."""
+    # A callable object has no source of its own; its class has.
+    subject = function if hasattr(function, "__code__") else type(function)
+    try:
+        return Path(inspect.getsourcefile(inspect.unwrap(subject)) or "<unknown>")
+    except (TypeError, ValueError):
+        return Path("<unknown>")
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    """The first line of the docstring, or an empty string."""
+    return plain_line((inspect.getdoc(function) or "").split("\n", 1)[0], 200)
+
+
+def require_name(name: object) -> str:
+    """The name of a kernel, which stands in reports, file names and commands; raises ``UsageError`` for one that cannot."""
+    if isinstance(name, str) and 0 < len(name) <= MOST_OF_NAME and name.isprintable() and not set(name) & {" ", "/"}:
+        return name
+    shown = plain_line(repr(name), 60)
+    raise UsageError(f"a kernel's name has at most {MOST_OF_NAME} characters, no space and no '/' among them, found {shown}")
 
 
 def _name_of(function: Callable[..., Any]) -> str:
@@ -220,11 +253,24 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def as_kernel(stage: str, function: Callable[..., Any] | Kernel) -> Kernel:
     """A ``Kernel`` for any callable; raises ``UsageError`` if it claims another stage or has another signature."""
-    contract = stage_named(stage)
     if isinstance(function, Kernel):
-        if function.stage.id != contract.id:
-            raise UsageError(f"kernel {function.name} implements {short_name(function.stage)}, not {short_name(contract)}")
+        require_kernel_of(function, stage)
         return function
+    contract = stage_named(stage)
     require_signature(function, contract)
     capacity = model_named(contract.model).largest_batch
-    return Kernel(function=function, stage_name=stage, name=_name_of(function), capacity=capacity)
+    return Kernel(
+        function=function,
+        stage_name=stage,
+        name=_name_of(function),
+        capacity=capacity,
+        source=_source(function),
+        summary=_summary(function),
+    )
+
+
+def require_kernel_of(kernel: Declaration, stage: str) -> None:
+    """Raise ``UsageError`` unless the kernel is one of that stage."""
+    contract = stage_named(stage)
+    if kernel.stage.id != contract.id:
+        raise UsageError(f"kernel {kernel.name} implements {short_name(kernel.stage)}, not {short_name(contract)}")

@@ -1,16 +1,25 @@
-"""Where kernels come from: a user's file, an importable module, or the bundled ones of the installed models."""
+"""Modules that define kernels, imported: by a kernel's own process, and by whoever judges a callable of his own."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import site
 import sys
+import sysconfig
 from collections.abc import Iterable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
+from typing import TypeVar
 
-from conformance.contract.kernel import Kernel
-from conformance.contract.registry import models
+from conformance.contract.kernel import Declaration, Kernel
 from conformance.errors import UsageError
+
+#: The largest file of a kernel, in bytes: an endless one is no kernel.
+MOST_BYTES = 16 << 20
+
+Declared = TypeVar("Declared", bound=Declaration)
 
 
 def load_module(location: str | Path) -> ModuleType:
@@ -21,21 +30,20 @@ def load_module(location: str | Path) -> ModuleType:
             return importlib.import_module(text)
         except Exception as error:
             raise UsageError(f"cannot import {text}: {type(error).__name__}: {error}") from error
-    path = Path(text).resolve()
-    if not path.is_file():
-        raise UsageError(f"no such kernel file: {text}")
+    path = require_file(text)
     for module in list(sys.modules.values()):
         known = getattr(module, "__file__", None)
         # The bundled kernels are imported by way of a link.
-        if known and Path(known).name == path.name and Path(known).resolve() == path:
+        if isinstance(known, str) and Path(known).name == path.name and Path(known).resolve() == path:
             return module
     module_name = f"conformance_user_{path.stem}_{abs(hash(path))}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    spec = importlib.util.spec_from_file_location(module_name, path, loader=_TextLoader(module_name, str(path)))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    sys.path.insert(0, str(path.parent))
+    folder, place = str(path.parent), _behind_standard_library()
+    sys.path.insert(place, folder)
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
@@ -45,8 +53,82 @@ def load_module(location: str | Path) -> ModuleType:
         reason = str(error) if isinstance(error, UsageError) else f"does not import: {_first_line(error)}"
         raise UsageError(f"{path.name}: {reason}") from error
     finally:
-        sys.path.remove(str(path.parent))
+        if folder in sys.path:
+            sys.path.remove(folder)
     return module
+
+
+def require_file(text: str) -> Path:
+    """The path of a kernel's file; raises ``UsageError`` for what is none: a folder, a pipe, a device."""
+    try:
+        path = Path(text).resolve()
+        if path.is_file():
+            if path.stat().st_size > MOST_BYTES:
+                raise UsageError(f"{path.name} is no kernel file: it has more than {MOST_BYTES >> 20} MiB")
+            return path
+    except (OSError, ValueError) as error:  # a name that is too long, or that holds a NUL
+        raise UsageError(f"no such kernel file: {text[:200]!r} ({error})") from error
+    raise UsageError(f"no such kernel file: {text[:200]}")
+
+
+def file_of(location: str) -> Path:
+    """The file that a module is in, by its path or its dotted name, without importing it; raises ``UsageError``."""
+    if location.endswith(".py"):
+        return require_file(location)
+    known = getattr(sys.modules.get(location), "__file__", None)
+    if known is None:
+        try:
+            spec = importlib.util.find_spec(location)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"cannot import {location}: {error}") from error
+        known = None if spec is None else spec.origin
+    if known is None:
+        raise UsageError(f"cannot import {location}: it has no file")
+    return Path(known)
+
+
+def digest_of(location: str) -> str:
+    """The SHA-256 of the text of a module on disk; raises ``UsageError`` if it cannot be read."""
+    path = file_of(location)
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+class _TextLoader(SourceFileLoader):
+    """Compiles the text on disk. Byte code that Python kept is taken for that of a text of the same size and time."""
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """The code of the text as it is now."""
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
+_kept_get_code = SourceFileLoader.get_code
+
+
+def import_anew() -> None:
+    """From here on this process takes no byte code that was kept but for installed packages; for a process that runs a kernel."""
+    if sys.dont_write_bytecode and SourceFileLoader.get_code is not _kept_get_code:
+        return  # done before
+    installed = tuple(
+        {*(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")), *site.getsitepackages()}
+    )
+
+    def get_code(self: SourceFileLoader, fullname: str) -> CodeType | None:
+        path = self.get_filename(fullname)
+        return _kept_get_code(self, fullname) if path.startswith(installed) else self.source_to_code(self.get_data(path), path)
+
+    SourceFileLoader.get_code = get_code  # type: ignore[method-assign, assignment]
+    sys.dont_write_bytecode = True
+
+
+def _behind_standard_library() -> int:
+    """Where a kernel's folder stands in ``sys.path``: a ``random.py`` beside a kernel is not Python's."""
+    standard = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    places = [place for place, entry in enumerate(sys.path) if entry in standard or entry.endswith("lib-dynload")]
+    return 1 + max(places, default=-1)
 
 
 def _first_line(error: BaseException) -> str:
@@ -58,17 +140,20 @@ def _first_line(error: BaseException) -> str:
 
 
 def kernels_in(module: ModuleType) -> list[Kernel]:
-    """The kernels that a module defines (not those it imports), in the order of their definition."""
+    """The kernels that a module defines (not those it imports), in the order of their definition.
+
+    Raises ``UsageError`` if two of them have one name.
+    """
     found = [value for value in vars(module).values() if isinstance(value, Kernel)]
-    return [found_kernel for found_kernel in dict.fromkeys(found) if found_kernel.function.__module__ == module.__name__]
+    own = [one for one in dict.fromkeys(found) if one.function.__module__ == module.__name__]
+    for name in {one.id for one in own}:
+        if sum(one.id == name for one in own) > 1:
+            file = Path(str(getattr(module, "__file__", module.__name__))).name
+            raise UsageError(f"{file}: two kernels are named {name.partition('/')[2]!r}: give one another name=...")
+    return own
 
 
-def bundled_kernels() -> list[Kernel]:
-    """The kernels that come with the installed models, in the order of their contracts."""
-    return [kernel for model in models() for name in model.kernel_modules for kernel in kernels_in(load_module(name))]
-
-
-def find_kernel(kernels: Iterable[Kernel], name: str, where: str) -> Kernel:
+def find_kernel(kernels: Iterable[Declared], name: str, where: str) -> Declared:
     """The kernel of that name; raises ``UsageError`` that lists what is there."""
     known = list(kernels)
     found = [candidate for candidate in known if name in (candidate.name, candidate.id)]

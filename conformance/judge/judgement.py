@@ -48,8 +48,13 @@ def judge(case: Case, outcome: Outcome, *, profile: str | None = None, oracle: O
     Raises ``UsageError`` if an output has another dtype or shape than the contract says.
     """
     oracle = oracle or Oracle(case)
-    if outcome.status != "ok" or not outcome.outputs:
+    if outcome.status != "ok" or not outcome.executed:
         return judge_without_outputs(outcome)
+    undelivered = [argument for argument in case.stage.outputs if argument.name not in outcome.outputs]
+    if undelivered:
+        return Verdict(
+            tuple(Finding("unwritten", f"{one.name} was not delivered by a run that ended well", one.name) for one in undelivered)
+        )
     findings = _conduct(outcome)
     for argument in case.stage.outputs:
         _require_declared_shape(argument, outcome.outputs[argument.name], case)

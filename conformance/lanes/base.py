@@ -45,7 +45,8 @@ class Outcome:
 
     ``message`` says what went wrong, and of a run that is ``"ok"`` what could not be looked at.
     ``outputs`` holds every argument that the stage may write, as it was afterwards; it is empty unless ``status`` is ``"ok"``
-    and the lane executes. ``changed_inputs`` and ``guard_damage`` name arguments; ``guard_damage`` says where.
+    and the kernel was executed rather than only compiled. ``changed_inputs`` and ``guard_damage`` name arguments; the latter says
+    where.
     """
 
     status: Status
@@ -59,6 +60,8 @@ class Outcome:
     #: How many (pass, function, loop trip, result) comparisons were made, so that none is not mistaken for agreement.
     passes_compared: int = 0
     unwritten_reads: tuple[UnwrittenRead, ...] = ()
+    #: Whether the kernel was run on data: then a run that is ``"ok"`` without all of its outputs is no pass.
+    executed: bool = True
     #: Seconds the lane took, without generating or judging the case, and the worker's peak resident memory in bytes.
     seconds: float = 0.0
     peak_memory: int | None = None

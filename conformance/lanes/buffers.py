@@ -7,9 +7,13 @@ where the right answer is 0. Guards before and after keep the alignment that NPU
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 
+from conformance.contract.dims import Dims
+from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 
 #: Guard regions are whole multiples of this, in bytes, so that a guarded output is as aligned as an unguarded one.
@@ -49,6 +53,13 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and torch.equal(bits(left), bits(right))
 
 
+class Memory(Protocol):
+    """Memory that tensors are views of."""
+
+    def view(self, offset: int, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """So many elements from byte ``offset`` on, which is a multiple of ``GUARD_ALIGNMENT``; the memory reaches that far."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Guarded:
     """A contiguous tensor of one dtype with guard regions on both sides of it in the same storage."""
@@ -57,29 +68,27 @@ class Guarded:
     tensor: torch.Tensor
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device = "cpu") -> Guarded:
-        """A poisoned tensor of that shape between poisoned guards."""
-        size = torch.empty((), dtype=dtype).element_size()
-        margin = GUARD_BYTES // size
-        count = 1
-        for extent in shape:
-            count *= extent
-        tail = -count % (GUARD_ALIGNMENT // size) + margin
-        # torch aligns CPU storage to 64 bytes only: start at the next address that is aligned.
-        slack = GUARD_ALIGNMENT // size
-        whole = torch.empty(slack + margin + count + tail, dtype=dtype, device=device)
-        start = (-whole.data_ptr() % GUARD_ALIGNMENT) // size
-        storage = poison(whole[start : start + margin + count + tail])
-        return cls(storage, storage[margin : margin + count].view(shape))
+    def over(cls, storage: torch.Tensor, shape: tuple[int, ...]) -> Guarded:
+        """The tensor of that shape in a one-dimensional storage of the size that ``guarded_bytes`` says."""
+        before = GUARD_BYTES // storage.element_size()
+        return cls(storage, storage[before : before + _count(shape)].view(shape))
 
-    def damage(self, storage: torch.Tensor | None = None) -> str | None:
-        """Where a guard was overwritten, as a sentence, or ``None``; ``storage`` may be a copy read back from a device."""
-        held = self.storage if storage is None else storage
-        touched = ~poisoned(held)
-        before = self.tensor.storage_offset() - self.storage.storage_offset()
-        after = before + self.tensor.numel()
-        left = torch.nonzero(touched[:before])
-        right = torch.nonzero(touched[after:])
+    def poison_guards(self) -> None:
+        """Fill what lies around the tensor with poison."""
+        before, after = self._bounds
+        poison(self.storage[:before])
+        poison(self.storage[after:])
+
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        before = GUARD_BYTES // self.storage.element_size()
+        return before, before + self.tensor.numel()
+
+    def damage(self) -> str | None:
+        """Where a guard was overwritten, as a sentence, or ``None``."""
+        before, after = self._bounds
+        left = torch.nonzero(~poisoned(self.storage[:before]))
+        right = torch.nonzero(~poisoned(self.storage[after:]))
         if not len(left) and not len(right):
             return None
         parts = []
@@ -88,3 +97,75 @@ class Guarded:
         if len(right):
             parts.append(f"{len(right)} elements past the end, the nearest {int(right[0]) + 1} past it")
         return " and ".join(parts)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+def guarded_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """How much memory a tensor takes with its guards, in bytes: a multiple of ``GUARD_ALIGNMENT``."""
+    size = _count(shape) * dtype.itemsize
+    return 2 * GUARD_BYTES + size + -size % GUARD_ALIGNMENT
+
+
+def case_bytes(stage: Stage, dims: Dims) -> int:
+    """How much memory the arguments of a case take, in bytes."""
+    return sum(guarded_bytes(argument.size(dims), argument.dtype) for argument in stage.arguments)
+
+
+def lay_out(memory: Memory, stage: Stage, dims: Dims) -> dict[str, Guarded]:
+    """The arguments of a case in memory of ``case_bytes`` bytes, one after another, each between guards; nothing is written.
+
+    The process that judges and the one that runs the kernel both find them so.
+    """
+    found: dict[str, Guarded] = {}
+    offset = 0
+    for argument in stage.arguments:
+        size = guarded_bytes(argument.size(dims), argument.dtype)
+        storage = memory.view(offset, argument.dtype, size // argument.dtype.itemsize)
+        found[argument.name] = Guarded.over(storage, argument.size(dims))
+        offset += size
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a kernel left in the arguments of a case: copies of what it may write, and where it wrote what it may not.
+
+    ``changed_inputs`` has how many elements of an input differ, ``guard_damage`` where what lies around an argument does.
+    """
+
+    outputs: dict[str, torch.Tensor]
+    changed_inputs: dict[str, int]
+    guard_damage: dict[str, str]
+
+
+def fill(arguments: Mapping[str, Guarded], stage: Stage, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Put a case's inputs where its arguments lie, and poison into everything else: outputs and guards."""
+    for argument in stage.arguments:
+        guarded = arguments[argument.name]
+        if argument.access == "out":
+            poison(guarded.storage)
+        else:
+            guarded.poison_guards()
+            guarded.tensor.copy_(inputs[argument.name])
+
+
+def contents(arguments: Mapping[str, Guarded], stage: Stage, inputs: Mapping[str, torch.Tensor]) -> Contents:
+    """What a kernel left there. The judging process looks itself: a kernel could change what its own process says of it."""
+    changed: dict[str, int] = {}
+    for argument in stage.arguments:
+        if argument.access == "in":
+            before, now = inputs[argument.name], arguments[argument.name].tensor
+            if not same_bits(before, now):
+                changed[argument.name] = int((bits(before) != bits(now)).sum())
+    return Contents(
+        # Copies: the next case reuses the memory.
+        {argument.name: arguments[argument.name].tensor.clone() for argument in stage.arguments if argument.access != "in"},
+        changed,
+        {name: where for name, guarded in arguments.items() if (where := guarded.damage()) is not None},
+    )

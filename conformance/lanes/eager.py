@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING
 from conformance.lanes.lane import Lane
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from conformance.cases.case import Case
+    from conformance.contract.dims import Dims
     from conformance.contract.kernel import Kernel
     from conformance.lanes.base import Outcome
-    from conformance.lanes.messages import Run, RunRequest, Start
+    from conformance.lanes.buffers import Guarded
+    from conformance.lanes.messages import Passes, RunRequest
+    from conformance.lanes.worker import Start
 
 EAGER = Lane(
     name="eager",
@@ -39,18 +44,14 @@ def preload(folder: Path) -> None:
     """Import what a torch kernel's worker needs, in a fork server; ``folder`` is not used."""
     import torch
 
-    import conformance.lanes.buffers  # noqa: F401
-
     torch.set_num_threads(1)  # a thread pool would not survive the fork
 
 
 def open_lane(kernel: Kernel, start: Start) -> RunRequest:
     """What a worker of the lane does with a request."""
-    from conformance.cases.case import Case
 
-    def run(request: Run, tensors: dict[str, torch.Tensor]) -> Outcome:
-        assert request.key is not None
-        return run_eager(kernel, Case(request.key, kernel.stage, request.dims, tensors))
+    def run(dims: Dims, passes: Passes, arguments: dict[str, Guarded]) -> Outcome:
+        return call(kernel, dims, {name: guarded.tensor for name, guarded in arguments.items()})
 
     return run
 
@@ -58,26 +59,35 @@ def open_lane(kernel: Kernel, start: Start) -> RunRequest:
 def run_eager(kernel: Kernel, case: Case) -> Outcome:
     """Run a torch kernel on a case, in this process and thread.
 
-    The kernel gets copies: every output and every updated tensor lies between guard regions, inputs are compared bit for bit
-    afterwards. It is given other tensor objects on the same memory, so that rebinding one (``out.data = ...``, ``x.t_()``)
-    changes nothing that is judged. An exception of the kernel is an outcome, ``SystemExit`` too; ``KeyboardInterrupt`` passes.
+    It gets copies, each argument between guard regions; inputs are compared bit for bit afterwards.
+    """
+    from conformance.lanes.arena import Arena
+    from conformance.lanes.buffers import case_bytes, contents, fill, lay_out
+
+    arena = Arena()
+    try:
+        arena.reach(case_bytes(case.stage, case.dims))
+        arguments = lay_out(arena, case.stage, case.dims)
+        fill(arguments, case.stage, case.inputs)
+        outcome = call(kernel, case.dims, {name: guarded.tensor for name, guarded in arguments.items()})
+        if outcome.status == "ok":
+            left = contents(arguments, case.stage, case.inputs)
+            outcome.outputs, outcome.changed_inputs, outcome.guard_damage = left.outputs, left.changed_inputs, left.guard_damage
+        return outcome
+    finally:
+        arena.close()
+
+
+def call(kernel: Kernel, dims: Dims, tensors: Mapping[str, torch.Tensor]) -> Outcome:
+    """Call a torch kernel on its arguments in order.
+
+    The kernel is given other tensor objects on the same memory, so that rebinding one (``out.data = ...``, ``x.t_()``) changes
+    nothing that is judged. An exception of the kernel is an outcome, ``SystemExit`` too; ``KeyboardInterrupt`` passes.
     """
     from conformance.contract.kernel import takes_dims
     from conformance.lanes.base import Outcome
-    from conformance.lanes.buffers import Guarded, bits
 
-    tensors: dict[str, torch.Tensor] = {}
-    guards: dict[str, Guarded] = {}
-    for argument in case.stage.arguments:
-        if argument.access == "in":
-            tensors[argument.name] = case.inputs[argument.name].clone()
-            continue
-        guarded = Guarded.of(argument.size(case.dims), argument.dtype)
-        if argument.access == "io":
-            guarded.tensor.copy_(case.inputs[argument.name])
-        guards[argument.name] = guarded
-        tensors[argument.name] = guarded.tensor
-    keywords = {"dims": case.dims} if takes_dims(kernel.function) else {}
+    keywords = {"dims": dims} if takes_dims(kernel.function) else {}
     began = time.perf_counter()
     try:
         returned = kernel.function(*(tensor.view(tensor.shape) for tensor in tensors.values()), **keywords)
@@ -91,15 +101,7 @@ def run_eager(kernel: Kernel, case: Case) -> Outcome:
             message=f"a kernel writes its outputs in place and returns nothing; {kernel.name} returned {type(returned).__name__}",
             seconds=seconds,
         )
-    changed = {}
-    for argument in case.stage.arguments:
-        if argument.access == "in":
-            differing = bits(tensors[argument.name]) != bits(case.inputs[argument.name])
-            if bool(differing.any()):
-                changed[argument.name] = int(differing.sum())
-    damage = {name: where for name, guarded in guards.items() if (where := guarded.damage()) is not None}
-    outputs = {name: guarded.tensor for name, guarded in guards.items()}
-    return Outcome("ok", outputs=outputs, changed_inputs=changed, guard_damage=damage, seconds=seconds)
+    return Outcome("ok", seconds=seconds)
 
 
 def _location(error: BaseException) -> str | None:

@@ -1,79 +1,209 @@
-"""What a kernel's process and its owner tell each other. Tensors are named by their place in the arena."""
+"""What a kernel's process and its owner tell each other, each a structure of a fixed form.
+
+Tensors lie in the arena, where both sides find them by the stage and the dimensions (``conformance.lanes.buffers``).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal, TypeVar
 
-import torch
+import msgspec
 
 from conformance.contract.dims import Dims
-from conformance.lanes.arena import Slot
-from conformance.lanes.base import Outcome
-
-if TYPE_CHECKING:
-    from conformance.cases.key import CaseKey
+from conformance.lanes.base import Outcome, PassDifference, Status, UnwrittenRead
+from conformance.lanes.buffers import Guarded
+from conformance.plain import plain, plain_line
 
 #: Which compiler passes are compared with the tensor graph: the last one, every one, or none.
 Passes = Literal["last", "all", "none"]
+#: Dimensions by name, constants included; which class they are of follows from the stage.
+Sizes = dict[str, int | float]
+#: How many pass differences and unwritten reads of one run are told, from the first.
+MOST_TOLD = 200
 
 
-@dataclasses.dataclass(frozen=True)
-class KernelAddress:
-    """How another process finds a kernel: a module (a file's path or a dotted name) and an attribute of it."""
+class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True):
+    """What all messages have in common: one that has other fields, or of other types, is none."""
+
+
+# To the worker
+
+
+class Opening(Message):
+    """The first message to a worker. ``folder`` takes logs; ``scratch`` what PyPTO writes, deleted after every run."""
+
+    search_path: tuple[str, ...]
+    folder: str
+    scratch: str
+
+
+class OpenLane(Message):
+    """Find a kernel, an attribute of a module (a file's path or a dotted name), and get ready to run it in a lane.
+
+    ``digest``: the SHA-256 that the file had when the kernel was listed, or empty.
+    """
 
     module: str
     attribute: str
-    stage_name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """The first message to a worker. ``folder`` takes logs; ``scratch`` what PyPTO writes, deleted after every run."""
-
-    kernel: KernelAddress
+    stage: str
+    digest: str
     lane: str
-    search_path: tuple[str, ...]
-    folder: Path
-    scratch: Path
-    calculator: Path | None
+    calculator: str | None
     device_executor: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Run the kernel on one case, or only compile it: then ``slots`` is empty and there is no ``key``."""
+class Run(Message):
+    """Run the kernel on the case that lies in the arena, or only compile it."""
 
-    dims: Dims
+    sizes: Sizes
     passes: Passes
-    key: CaseKey | None = None
-    slots: tuple[Slot, ...] = ()
 
 
-#: Runs one request with the tensors of a case by name.
-RunRequest = Callable[[Run, dict[str, torch.Tensor]], Outcome]
+class ListKernels(Message):
+    """Which kernels does a module define? It is a file's path or a dotted name."""
+
+    module: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Ready:
+class FindKernel(Message):
+    """The kernel of that name in a module, or a plain function that is to be one of ``stage``."""
+
+    module: str
+    name: str
+    stage: str | None
+
+
+class AskAccepts(Message):
+    """Which of these dimensions does a kernel not take, and why?"""
+
+    module: str
+    attribute: str
+    stage: str
+    sizes: tuple[Sizes, ...]
+
+
+# From the worker
+
+
+class Ready(Message):
     """The worker has imported what it needs and found the kernel."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Done:
-    """A run's outcome; its outputs lie in the arena. ``healthy`` says whether the worker can run another case."""
+class Result(Message):
+    """A run's outcome but for its outputs, which lie in the arena. ``healthy``: the worker can run another case."""
 
-    outcome: Outcome
-    slots: tuple[Slot, ...]
+    status: Status
+    message: str
+    location: str | None
+    pass_differences: tuple[PassDifference, ...]
+    passes_compared: int
+    unwritten_reads: tuple[UnwrittenRead, ...]
+    executed: bool
+    seconds: float
+    peak_memory: int | None
     healthy: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Refused:
+class Refused(Message):
     """Not the kernel's result but its declaration is wrong, or the worker cannot do what was asked: one line for a person."""
 
     message: str
     #: Whether something is missing on the machine (the outcome is ``unavailable``) rather than wrong with the kernel.
     unavailable: bool = False
+
+
+class Declared(Message):
+    """What a kernel declares; ``digest`` is the SHA-256 of the file that defines it."""
+
+    module: str
+    attribute: str
+    stage: str
+    name: str
+    toolchain: str
+    capabilities: tuple[str, ...]
+    profile: str | None
+    capacity: int
+    chooses: bool
+    source: str
+    summary: str
+    digest: str
+
+
+class Listed(Message):
+    """The kernels that were asked for."""
+
+    kernels: tuple[Declared, ...]
+
+
+class Reasons(Message):
+    """Why a kernel refuses each of the dimensions, or ``None`` where it takes them."""
+
+    reasons: tuple[str | None, ...]
+
+
+Request = Opening | OpenLane | Run | ListKernels | FindKernel | AskAccepts
+Answer = Ready | Result | Refused | Listed | Reasons
+Kind = TypeVar("Kind")
+
+#: Runs one request with the arguments of a case by name, each between its guards; they are empty where nothing is executed.
+RunRequest = Callable[[Dims, Passes, dict[str, Guarded]], Outcome]
+
+_REQUESTS = msgspec.msgpack.Decoder(Request)  # type: ignore[var-annotated]
+_ANSWERS = msgspec.msgpack.Decoder(Answer)  # type: ignore[var-annotated]
+
+
+def encode(message: Message) -> bytes:
+    """A message as bytes."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode_request(content: bytes) -> Any:
+    """The inverse for what goes to a worker; raises ``msgspec.ValidationError``."""
+    return _REQUESTS.decode(content)
+
+
+def decode_answer(content: bytes) -> Any:
+    """The inverse for what comes from a worker; raises ``msgspec.DecodeError`` for anything else than an answer."""
+    try:
+        return _ANSWERS.decode(content)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise msgspec.DecodeError(str(error)) from error
+
+
+def result_of(outcome: Outcome, *, seconds: float, peak_memory: int | None, healthy: bool) -> Result:
+    """What a worker tells of a run: bounded texts, which any file can hold."""
+    differences = outcome.pass_differences[:MOST_TOLD]
+    reads = outcome.unwritten_reads[:MOST_TOLD]
+    return Result(
+        outcome.status,
+        plain(outcome.message),
+        None if outcome.location is None else plain_line(outcome.location),
+        tuple(dataclasses.replace(one, **_plain_texts(one)) for one in differences),
+        outcome.passes_compared,
+        tuple(dataclasses.replace(one, **_plain_texts(one)) for one in reads),
+        outcome.executed,
+        seconds,
+        peak_memory,
+        healthy,
+    )
+
+
+def outcome_of(result: Result) -> Outcome:
+    """The outcome that a result tells of, without outputs. Texts are made plain again: who knows who wrote them."""
+    return Outcome(
+        result.status,
+        message=plain(result.message),
+        location=None if result.location is None else plain_line(result.location),
+        pass_differences=tuple(dataclasses.replace(one, **_plain_texts(one)) for one in result.pass_differences),
+        passes_compared=result.passes_compared,
+        unwritten_reads=tuple(dataclasses.replace(one, **_plain_texts(one)) for one in result.unwritten_reads),
+        executed=result.executed,
+        seconds=result.seconds,
+        peak_memory=result.peak_memory,
+    )
+
+
+def _plain_texts(one: PassDifference | UnwrittenRead) -> dict[str, Any]:
+    return {name: plain_line(value) for name, value in vars(one).items() if isinstance(value, str)}

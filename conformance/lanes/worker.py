@@ -1,4 +1,4 @@
-"""The process that runs one kernel: ``python -m conformance.lanes.worker CONNECTION ARENA LIFELINE`` (descriptors).
+"""The process that runs one kernel, or says what a file declares. Its arguments: ``CONNECTION ARENA LIFELINE`` (descriptors).
 
 It owns nothing that must be tidied up: whoever started it reads its answers, kills it when it takes too long and deletes its
 folders. It ends when its owner does.
@@ -12,86 +12,230 @@ import fcntl
 import importlib
 import os
 import select
+import socket
 import sys
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from conformance.contract.kernel import Kernel, as_kernel
-from conformance.contract.loading import load_module
+from conformance.contract.dims import Dims
+from conformance.contract.kernel import Kernel, as_kernel, require_name
+from conformance.contract.loading import digest_of, file_of, import_anew, kernels_in, load_module
+from conformance.contract.registry import model_named, stage_named
+from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 from conformance.lanes import Lane, lane_named
 from conformance.lanes.arena import Arena
-from conformance.lanes.messages import Done, KernelAddress, Ready, Refused, Run, RunRequest, Start
+from conformance.lanes.base import Outcome
+from conformance.lanes.buffers import lay_out
+from conformance.lanes.channel import Channel
+from conformance.lanes.messages import (
+    Answer,
+    AskAccepts,
+    Declared,
+    FindKernel,
+    Listed,
+    ListKernels,
+    Opening,
+    OpenLane,
+    Ready,
+    Reasons,
+    Refused,
+    Result,
+    Run,
+    RunRequest,
+    Sizes,
+    decode_request,
+    encode,
+    result_of,
+)
+from conformance.lanes.reference_lock import lock_references
+from conformance.plain import plain_line
 from conformance.toolchains.detection import ToolchainUnavailableError
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a lane needs in a worker. ``folder`` takes logs; ``scratch`` what PyPTO writes, deleted after every run."""
+
+    folder: Path
+    scratch: Path
+    calculator: Path | None
+    device_executor: str
+
+
 def main(arguments: list[str]) -> int:
-    """Serve runs until the owner closes the connection."""
+    """Serve requests until the owner closes the connection."""
     connection_descriptor, arena_descriptor, lifeline = map(int, arguments)
     _end_with_owner(lifeline)
     faulthandler.enable()
     # Two workers share two cores, and small operators only lose time in a thread pool.
     torch.set_num_threads(1)
-    connection: Connection[object, object] = Connection(connection_descriptor)
-    arena = Arena(arena_descriptor)
-    start = connection.recv()
-    assert isinstance(start, Start)
-    try:
-        lane = lane_named(start.lane)
-        run = _open_lane(lane, start)
-    except UsageError as error:
-        connection.send(Refused(str(error)))
-        return 0
-    except ToolchainUnavailableError as error:
-        connection.send(Refused(str(error), unavailable=True))
-        return 0
-    connection.send(Ready())
+    channel = Channel(socket.socket(fileno=connection_descriptor))
+    worker = Worker(Arena(arena_descriptor))
+    process = os.getpid()
     while True:
         try:
-            request = connection.recv()
+            received = channel.receive()
         except EOFError:
             return 0
-        assert isinstance(request, Run)
-        connection.send(_serve(lane, run, request, arena))
+        assert received is not None
+        number, content = received
+        answer = worker.answer(decode_request(content))
+        if os.getpid() != process:
+            os._exit(0)  # a copy of this process that the kernel made: it has nothing to say
+        channel.send(number, encode(answer))
 
 
-def _serve(lane: Lane, run: RunRequest, request: Run, arena: Arena) -> Done | Refused:
-    _reset_peak_memory()
-    began = time.perf_counter()
-    tensors = {slot.name: arena.view(slot) for slot in request.slots}
-    try:
-        outcome = run(request, tensors)
-    except UsageError as error:
-        return Refused(str(error))
-    except ToolchainUnavailableError as error:
-        return Refused(str(error), unavailable=True)
-    end = max((slot.end for slot in request.slots), default=0)
-    slots = arena.write(((name, tensor.contiguous()) for name, tensor in outcome.outputs.items()), start=end)
-    bare = dataclasses.replace(outcome, outputs={}, seconds=time.perf_counter() - began, peak_memory=_peak_memory())
-    return Done(bare, slots, healthy=outcome.status == "ok" or lane.survives_failure)
+def prepare() -> None:
+    """What a process must have done before a kernel's code runs in it, or in one that is forked from it."""
+    lock_references()
+    import_anew()
 
 
-def _open_lane(lane: Lane, start: Start) -> RunRequest:
-    sys.path.extend(entry for entry in start.search_path if entry not in sys.path)
-    kernel = find(start.kernel)
-    if start.kernel.module.endswith(".py"):
-        # A builder may import what lies beside its file when it is called, long after the file itself was imported.
-        sys.path.append(str(Path(start.kernel.module).parent))
-    # Imported here, and only in a worker: a toolchain's native libraries stay out of every other process.
-    opened: RunRequest = importlib.import_module(lane.worker).open_lane(kernel, start)
-    return opened
+class Worker:
+    """Answers requests; keeps the one kernel that it runs."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._opening: Opening | None = None
+        self._lane: Lane | None = None
+        self._kernel: Kernel | None = None
+        self._run: RunRequest | None = None
+
+    def answer(self, request: object) -> Answer:
+        """What a request is answered by; nothing is raised but what ends the process."""
+        try:
+            return self._answer(request)
+        except UsageError as error:
+            return Refused(plain_line(str(error)))
+        except ToolchainUnavailableError as error:
+            return Refused(plain_line(str(error)), unavailable=True)
+
+    def _answer(self, request: object) -> Answer:
+        if isinstance(request, Run):
+            return self._result(request)
+        if isinstance(request, Opening):
+            self._opening = request
+            sys.path.extend(entry for entry in request.search_path if entry not in sys.path)
+            prepare()
+            return Ready()
+        if isinstance(request, OpenLane):
+            return self._open(request)
+        if isinstance(request, ListKernels):
+            return Listed(tuple(declared_in(request.module)))
+        if isinstance(request, FindKernel):
+            return Listed((named_in(request.module, request.name, request.stage),))
+        assert isinstance(request, AskAccepts)
+        kernel = find(request.module, request.attribute, request.stage)
+        return Reasons(tuple(_reason(kernel, dims_of(kernel.stage, sizes)) for sizes in request.sizes))
+
+    def _open(self, request: OpenLane) -> Answer:
+        assert self._opening is not None
+        self._lane = lane_named(request.lane)
+        kernel = find(request.module, request.attribute, request.stage)
+        if request.digest and request.digest != digest_of(request.module):
+            raise UsageError(f"{_file_name(request.module)} was changed after it had been read for this run: start the run anew")
+        if request.module.endswith(".py"):
+            # A builder may import what lies beside its file when it is called, long after the file itself was imported.
+            sys.path.append(str(Path(request.module).parent))
+        calculator = None if request.calculator is None else Path(request.calculator)
+        start = Start(Path(self._opening.folder), Path(self._opening.scratch), calculator, request.device_executor)
+        # Imported here, and only in a worker: a toolchain's native libraries stay out of every other process.
+        self._run = importlib.import_module(self._lane.worker).open_lane(kernel, start)
+        self._kernel = kernel
+        return Ready()
+
+    def _result(self, request: Run) -> Result:
+        assert self._lane is not None
+        assert self._kernel is not None
+        assert self._run is not None
+        _reset_peak_memory()
+        dims = dims_of(self._kernel.stage, request.sizes)
+        arguments = lay_out(self._arena, self._kernel.stage, dims) if self._lane.executes else {}
+        began = time.perf_counter()
+        outcome: Outcome = self._run(dims, request.passes, arguments)
+        return result_of(
+            outcome,
+            seconds=time.perf_counter() - began,
+            peak_memory=_peak_memory(),
+            healthy=outcome.status == "ok" or self._lane.survives_failure,
+        )
 
 
-def find(address: KernelAddress) -> Kernel:
+def dims_of(stage: Stage, sizes: Sizes) -> Dims:
+    """The dimensions of those sizes, of the class that the stage's model has."""
+    kind = type(next(iter(model_named(stage.model).presets.values())))
+    return kind(**sizes)
+
+
+def find(module: str, attribute: str, stage: str) -> Kernel:
     """Import the module that defines a kernel and return the kernel; raises ``UsageError``."""
-    module = load_module(address.module)
-    found = vars(module).get(address.attribute)
+    found = vars(load_module(module)).get(attribute)
     if found is None:
-        raise UsageError(f"{address.module} defines no {address.attribute} when it is imported anew: define it at module level")
-    return as_kernel(address.stage_name, found)
+        raise UsageError(f"{module} defines no {attribute} when it is imported anew: define it at module level")
+    return as_kernel(stage, found)
+
+
+def declared_in(module: str) -> Iterable[Declared]:
+    """What the kernels that a module defines declare."""
+    loaded = load_module(module)
+    names = {id(value): name for name, value in reversed(vars(loaded).items()) if isinstance(value, Kernel)}
+    return [_declared(kernel, module, names[id(kernel)]) for kernel in kernels_in(loaded)]
+
+
+def named_in(module: str, name: str, stage: str | None) -> Declared:
+    """The kernel of that name in a module (of several the one of the stage), or a function that is to be a kernel of ``stage``.
+
+    Raises ``UsageError``.
+    """
+    loaded = load_module(module)
+    declared = kernels_in(loaded)
+    named = [kernel for kernel in declared if name in (kernel.name, kernel.id)]
+    if stage is not None and len(named) > 1:
+        named = [kernel for kernel in named if kernel.stage.id == stage_named(stage).id] or named
+    if len(named) > 1:
+        raise UsageError(f"kernel {name!r} is ambiguous in {module}: {' and '.join(kernel.id for kernel in named)}; say which")
+    if named:
+        attribute = next(key for key, value in vars(loaded).items() if value is named[0])
+        return _declared(named[0] if stage is None else as_kernel(stage, named[0]), module, attribute)
+    found = vars(loaded).get(name)
+    if found is None:
+        known = ", ".join(kernel.name for kernel in declared) or "none"
+        raise UsageError(f"{module} has no kernel or function {name!r}; its kernels: {known}")
+    if isinstance(found, Kernel):  # one that another module defines
+        return _declared(found if stage is None else as_kernel(stage, found), module, name)
+    if stage is None:
+        raise UsageError(f"{module}:{name} is a plain function: decorate it with @conformance.kernel(STAGE, capabilities=[...])")
+    return _declared(as_kernel(stage, found), module, name)
+
+
+def _declared(kernel: Kernel, module: str, attribute: str) -> Declared:
+    return Declared(
+        module,
+        attribute,
+        kernel.stage_name,
+        require_name(kernel.name),
+        kernel.toolchain,
+        kernel.capabilities,
+        kernel.profile,
+        kernel.capacity,
+        kernel.accepts is not None,
+        plain_line(str(kernel.source)),
+        kernel.summary,
+        digest_of(module),
+    )
+
+
+def _reason(kernel: Kernel, dims: Dims) -> str | None:
+    reason = kernel.asked(dims)
+    return None if reason is None else plain_line(reason, 500)
+
+
+def _file_name(module: str) -> str:
+    return file_of(module).name
 
 
 def _end_with_owner(lifeline: int) -> None:
@@ -122,7 +266,3 @@ def _peak_memory() -> int | None:
     except OSError:
         pass
     return None
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,7 @@ from conformance.cases.key import CaseKey
 from conformance.cases.source import Source
 from conformance.cases.space import Space
 from conformance.contract.dims import Dims
-from conformance.contract.kernel import Kernel
+from conformance.contract.kernel import Declaration
 from conformance.contract.registry import model_named
 from conformance.contract.stage import layer_of
 from conformance.judge.judgement import judge
@@ -34,7 +34,7 @@ BATCHES = (1, 3, 7)
 LAYERS = 3
 
 
-def prove(kernel: Kernel, space: Space, run: Runner) -> Iterator[Judged]:
+def prove(kernel: Declaration, space: Space, run: Runner) -> Iterator[Judged]:
     """Put every capability that the kernel declares to the test, on cases of ``space``'s preset.
 
     ``run`` executes: a capability is nothing that compiling shows. A proof ends with its first run that fails, and all of them
@@ -77,7 +77,7 @@ def not_held(check: str, key: CaseKey, reason: str, outcome: Outcome | None = No
 class Proof:
     """The runs of one proof."""
 
-    kernel: Kernel
+    kernel: Declaration
     space: Space
     run: Runner
     check: str

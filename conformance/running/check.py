@@ -12,7 +12,7 @@ from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey, smallest, take_rows
 from conformance.cases.source import Source
 from conformance.cases.space import Space, stratified_keys
-from conformance.contract.kernel import Kernel, as_kernel
+from conformance.contract.kernel import Declaration, Kernel, as_kernel, require_kernel_of
 from conformance.contract.registry import short_name, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
@@ -95,7 +95,7 @@ class Report:
 
 def check(
     stage: str,
-    function: Callable[..., Any] | Kernel,
+    function: Callable[..., Any] | Declaration,
     *,
     dims: str | Mapping[str, int] = "tiny",
     examples: int | None = None,
@@ -115,22 +115,30 @@ def check(
     judged as asked, ``UnavailableError`` where the lane cannot run.
     """
     contract = stage_named(stage)
-    kernel = as_kernel(stage, function)
+    kernel = declaration_of(stage, function)
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
         raise UsageError(f"timeout must be a positive number of seconds, found {timeout!r}")
     chosen = resolve_lane(kernel, lane)
     keys = chosen_keys(kernel, Space.of(contract, dims), chosen, examples, seed, case)
     replay = RunPlan(repeat=True) if case is not None else None
     runs: list[Judged] = []
-    in_process = lane_named(chosen).in_process and not isolated
-    with eager_runner(kernel) if in_process else worker_runner(kernel, chosen, timeout) as run:
+    in_process = lane_named(chosen).in_process and not isolated and isinstance(kernel, Kernel)
+    with eager_runner(kernel) if in_process else worker_runner(kernel, chosen, timeout) as run:  # type: ignore[arg-type]
         runs.extend(case_runs(kernel, keys, run, chosen, replay))
         if case is None:
             runs.extend(capability_runs(kernel, Space.of(contract, dims), run, chosen, runs))
     return Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys))
 
 
-def chosen_keys(kernel: Kernel, space: Space, lane: str, examples: int | None, seed: int, case: str | None) -> list[CaseKey]:
+def declaration_of(stage: str, function: Callable[..., Any] | Declaration) -> Declaration:
+    """The kernel that is to be judged; raises ``UsageError`` if it claims another stage or has another signature."""
+    if not isinstance(function, Declaration):
+        return as_kernel(stage, function)
+    require_kernel_of(function, stage)
+    return function
+
+
+def chosen_keys(kernel: Declaration, space: Space, lane: str, examples: int | None, seed: int, case: str | None) -> list[CaseKey]:
     """The keys to judge: the one of ``case``, the largest to compile, or ``examples`` stratified ones that the kernel takes."""
     examples = kernel.stage.examples if examples is None else examples
     require_count(examples, seed)
@@ -141,7 +149,9 @@ def chosen_keys(kernel: Kernel, space: Space, lane: str, examples: int | None, s
     return acceptable(kernel, stratified_keys(space, seed), examples)
 
 
-def case_runs(kernel: Kernel, keys: Iterable[CaseKey], run: Runner, lane: str, plan: RunPlan | None = None) -> Iterator[Judged]:
+def case_runs(
+    kernel: Declaration, keys: Iterable[CaseKey], run: Runner, lane: str, plan: RunPlan | None = None
+) -> Iterator[Judged]:
     """Judge case by case, with the lane's own plan unless one is given, then all together; end early if too many are lost."""
     lost, runs, plans = 0, list[Judged](), Plans(lane, kernel.stage)
     for key in keys:
@@ -166,7 +176,7 @@ def pooled_run(runs: Iterable[Judged]) -> Iterator[Judged]:
         yield Judged("pooled", list(cases)[telling], verdict, Outcome("ok"))
 
 
-def capability_runs(kernel: Kernel, space: Space, run: Runner, lane: str, before: Iterable[Judged]) -> Iterator[Judged]:
+def capability_runs(kernel: Declaration, space: Space, run: Runner, lane: str, before: Iterable[Judged]) -> Iterator[Judged]:
     """Put the capabilities that the kernel declares to the test, unless nothing is executed or too many runs were lost before.
 
     Also where cases fail: what a kernel does not serve may be why.
@@ -193,7 +203,7 @@ def require_stage(key: CaseKey, stage: Stage) -> CaseKey:
     return dataclasses.replace(key, stage=short_name(stage))
 
 
-def acceptable(kernel: Kernel, keys: Iterable[CaseKey], count: int) -> list[CaseKey]:
+def acceptable(kernel: Declaration, keys: Iterable[CaseKey], count: int) -> list[CaseKey]:
     """The first ``count`` keys whose dimensions the kernel takes, of at most twenty times as many.
 
     Raises ``UsageError`` with the kernel's reason if it takes none.
@@ -212,7 +222,7 @@ def acceptable(kernel: Kernel, keys: Iterable[CaseKey], count: int) -> list[Case
     return kept
 
 
-def resolve_lane(kernel: Kernel, lane: str) -> str:
+def resolve_lane(kernel: Declaration, lane: str) -> str:
     """The lane to use; raises ``UsageError`` for one that the kernel's toolchain has not."""
     if lane == "auto":
         return default_lane(kernel.toolchain).name
@@ -256,7 +266,9 @@ class Plans:
         return RunPlan(passes="none" if self._composite and count % PASS_PERIOD else "last")
 
 
-def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan, *, oracle: Oracle | None = None) -> Iterator[Judged]:
+def judged_runs(
+    kernel: Declaration, key: CaseKey, run: Runner, plan: RunPlan, *, oracle: Oracle | None = None
+) -> Iterator[Judged]:
     """Run a case and judge it, then whatever the plan adds, as long as nothing is wrong.
 
     Every case is judged against its oracle (``oracle``, if several kernels share one); a repeat must also equal the first run bit
@@ -267,7 +279,7 @@ def judged_runs(kernel: Kernel, key: CaseKey, run: Runner, plan: RunPlan, *, ora
     first = run(case, plan.passes)
     verdict = judge(case, first, profile=kernel.profile, oracle=oracle)
     yield _judged("example", key, verdict, first)
-    if first.status != "ok" or not first.outputs:
+    if first.status != "ok" or not first.executed:
         return
     fine = verdict.ok
     if plan.repeat:
@@ -301,7 +313,7 @@ def _judged(check_name: str, key: CaseKey, verdict: Verdict, outcome: Outcome) -
     return Judged(check_name, key, verdict, dataclasses.replace(outcome, outputs={}))
 
 
-def _related(kernel: Kernel, key: CaseKey, run: Runner, check_name: str, passes: Passes) -> Iterator[Judged]:
+def _related(kernel: Declaration, key: CaseKey, run: Runner, check_name: str, passes: Passes) -> Iterator[Judged]:
     case = make_case(key)
     if kernel.refusal(case.dims) is None:
         outcome = run(case, passes)
@@ -334,7 +346,7 @@ def eager_runner(kernel: Kernel) -> Iterator[Runner]:
 
 
 @contextlib.contextmanager
-def worker_runner(kernel: Kernel, lane: str, timeout: float | None = None) -> Iterator[Runner]:
+def worker_runner(kernel: Declaration, lane: str, timeout: float | None = None) -> Iterator[Runner]:
     """Runs cases in a worker process of the kernel's own, each within ``timeout`` seconds."""
     from conformance.lanes.process import KernelProcess, Limits
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from conformance.contract.kernel import VARIABLE_BATCH, Kernel
+from conformance.contract.kernel import VARIABLE_BATCH, Declaration
 from conformance.contract.registry import capability_meanings, model_named, short_name, stages
 from conformance.errors import UsageError
 from conformance.lanes import find_lane
@@ -54,7 +54,7 @@ class KernelSummary:
         return "yes" if capability in self.shown else "not shown"
 
 
-def of_report(kernel: Kernel, report: Report) -> KernelSummary:
+def of_report(kernel: Declaration, report: Report) -> KernelSummary:
     """The summary of a kernel that was just checked."""
     shown: set[str] = set()
     refuted: dict[str, str] = {}
@@ -179,7 +179,7 @@ class Comparison:
         return diff_report.render(self)
 
 
-def for_kernel(kernel: Kernel, run: dict[str, KernelSummary], folder: str) -> dict[str, KernelSummary]:
+def for_kernel(kernel: Declaration, run: dict[str, KernelSummary], folder: str) -> dict[str, KernelSummary]:
     """What a kept run says of the kernel of that name, or of its only one; raises ``UsageError`` if it has several others."""
     for name in (kernel.name, kernel.id):
         if name in run:

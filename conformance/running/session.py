@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import conformance
-from conformance.contract.kernel import Kernel
+from conformance.contract.kernel import Declaration
 from conformance.contract.registry import names_in_short, short_name
 from conformance.errors import UsageError
 from conformance.lanes import LANES
@@ -51,7 +51,7 @@ class Subject:
     At a model's real size ``overrides`` are dimensions other than the preset's, ``memory`` the bytes that a machine must have.
     """
 
-    kernel: Kernel
+    kernel: Declaration
     preset: str
     lane: str
     overrides: tuple[tuple[str, int], ...] = ()
@@ -87,6 +87,7 @@ class RunLog:
                 "preset": subject.preset,
                 "capabilities": list(subject.kernel.capabilities),
                 "capacity": subject.kernel.capacity,
+                "sha256": subject.kernel.digest,
             }
             for subject in plan
         ]
@@ -150,7 +151,7 @@ class RunLog:
         )
 
 
-def relative_source(kernel: Kernel) -> str:
+def relative_source(kernel: Declaration) -> str:
     """The kernel's file, relative to the current folder where it lies below it."""
     path = kernel.source.resolve()
     try:
@@ -196,7 +197,7 @@ class ExpectedFailures:
         keys = [(name, lane) for lane in (subject.lane, "") for name in names]
         return next((self.reasons[key] for key in keys if key in self.reasons), None)
 
-    def require_known(self, kernels: Iterable[Kernel]) -> None:
+    def require_known(self, kernels: Iterable[Declaration]) -> None:
         """Raise ``UsageError`` for an entry that matches no kernel: a typing error would otherwise hide."""
         short = names_in_short(kernel.id for kernel in kernels)
         names = set(short.values())

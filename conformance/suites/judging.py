@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,12 @@ class SubjectJudging:
         expected_reason: str | None,
         options: Any,
         folder: Path,
+        presets: Sequence[str],
     ) -> None:
         self.subject, self.log, self.profile, self.options, self.folder = subject, log, profile, options, folder
         self.expected_reason = expected_reason
+        #: All presets of the subject's model that the run judges kernels at.
+        self.presets = presets
         self.runs: list[Judged] = []
 
     def _process(self, limits: Limits) -> KernelProcess:
@@ -70,19 +73,21 @@ class SubjectJudging:
         """Compile the kernel at the subject's dimensions."""
         space = self._space()
         key = space.largest
-        self._require_accepted([key])
         limits = FULL_SIZE_LIMITS if self.subject.overrides else Limits()
-        with self._usage_errors(), self._process(limits) as process:
-            self._record("compile", key, process.compile(key.dims))
+        with self._usage_errors():
+            self._require_accepted([key])
+            with self._process(limits) as process:
+                self._record("compile", key, process.compile(key.dims))
         self._conclude()
 
     def cases(self) -> None:
         """Judge the kernel on cases: one or more of every regime, then, at night, what Hypothesis draws."""
         space = self._space()
         given = list(itertools.islice(stratified_keys(space, SEED), self.profile.given(space.stage)))
-        self._require_accepted(given)
         plans = Plans(self.subject.lane, space.stage)
-        with self._usage_errors(), self._process(Limits()) as process:
+        with self._usage_errors(), contextlib.ExitStack() as stack:
+            self._require_accepted(given)
+            process = stack.enter_context(self._process(Limits()))
 
             def one(key: CaseKey) -> None:
                 if self._refused(key) or sum(map(is_lost, self.runs)) >= MOST_LOST:
@@ -125,10 +130,11 @@ class SubjectJudging:
         """Judge the kernel on one case at real geometry; compiler passes are not compared, which would take minutes."""
         space = self._space()
         key = space.with_longest(next(iter(stratified_keys(space, SEED))))
-        self._require_accepted([key])
-        with self._usage_errors(), self._process(FULL_SIZE_LIMITS) as process:
-            for run in judged_runs(self.subject.kernel, key, process.run, RunPlan(passes="none")):
-                self._keep(run)
+        with self._usage_errors():
+            self._require_accepted([key])
+            with self._process(FULL_SIZE_LIMITS) as process:
+                for run in judged_runs(self.subject.kernel, key, process.run, RunPlan(passes="none")):
+                    self._keep(run)
         self._conclude()
 
     def _space(self) -> Space:
@@ -136,7 +142,10 @@ class SubjectJudging:
         return Space.of(self.subject.kernel.stage, dims)
 
     def _require_accepted(self, planned: list[CaseKey]) -> None:
-        """Skip the test if the kernel takes none of the planned cases; say how many if it does not take all."""
+        """Skip the test if the kernel takes none of the planned cases; say how many if it does not take all.
+
+        A kernel that takes none at any preset is not judged at all, which is no pass: raises ``UsageError``.
+        """
         reasons = [reason for key in planned if (reason := self.subject.kernel.refusal(key.dims)) is not None]
         if not reasons:
             return
@@ -145,7 +154,15 @@ class SubjectJudging:
         )
         self.log.skipped(self.subject, reason)
         if len(reasons) == len(planned):
+            if not self.subject.overrides and not any(map(self._takes, self.presets)):
+                raise UsageError(f"nothing was judged: kernel {self.subject.name} {reason}, and none at any other preset")
             pytest.skip(reason)
+
+    def _takes(self, preset: str) -> bool:
+        """Whether the kernel takes any of a preset's planned cases."""
+        space = Space.of(self.subject.kernel.stage, preset)
+        keys = itertools.islice(stratified_keys(space, SEED), self.profile.given(space.stage))
+        return any(self.subject.kernel.refusal(key.dims) is None for key in keys)
 
     def _refused(self, key: CaseKey) -> bool:
         return self.subject.kernel.refusal(key.dims) is not None

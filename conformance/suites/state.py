@@ -15,7 +15,7 @@ from conformance.lanes import LANES, default_lane, lane_named, lanes_of
 
 if TYPE_CHECKING:
     from conformance.cases.profiles import SuiteProfile
-    from conformance.contract.kernel import Kernel
+    from conformance.contract.kernel import Declaration
     from conformance.running.session import ExpectedFailures, RunLog, Subject
     from conformance.suites.live import SuiteProgress
 
@@ -27,7 +27,7 @@ class PluginState:
     config: pytest.Config
     log: RunLog | None = None
     progress: SuiteProgress | None = None
-    _kernels: list[Kernel] | None = None
+    _kernels: list[Declaration] | None = None
     _folder: Path | None = None
     _expected: ExpectedFailures | None = None
 
@@ -66,17 +66,17 @@ class PluginState:
 
         return profile_named(self.config.option.conformance_profile)
 
-    def kernels(self) -> list[Kernel]:
+    def kernels(self) -> list[Declaration]:
         """Bundled kernels and the user's; raises ``pytest.UsageError`` for a file that cannot be used."""
         if self._kernels is None:
-            from conformance.contract.loading import bundled_kernels, kernels_in, load_module
             from conformance.errors import UsageError
+            from conformance.lanes.listing import bundled_kernels, kernels_of
 
             options = self.config.option
             try:
-                found = [] if options.conformance_only_user_kernels else bundled_kernels()
+                found: list[Declaration] = [] if options.conformance_only_user_kernels else [*bundled_kernels()]
                 for location in options.conformance_kernels:
-                    own = kernels_in(load_module(self._resolve(location)))
+                    own = kernels_of(self._resolve(location))
                     if not own:
                         raise UsageError(f"{location} defines no kernel: decorate one with @conformance.kernel(STAGE)")
                     found += own
@@ -95,7 +95,7 @@ class PluginState:
         return location
 
     @staticmethod
-    def _require_distinct(kernels: list[Kernel]) -> None:
+    def _require_distinct(kernels: list[Declaration]) -> None:
         from conformance.errors import UsageError
 
         seen: dict[str, Path] = {}

@@ -17,13 +17,14 @@ from conformance.cases.space import Space
 from conformance.cli import main
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
-from conformance.contract.loading import bundled_kernels, load_module
+from conformance.contract.loading import load_module
 from conformance.contract.registry import capability_meanings, stage_named
 from conformance.errors import UsageError
 from conformance.kernels.qwen3 import capabilities
 from conformance.kernels.qwen3.capabilities import _shares_pages
 from conformance.lanes.base import Outcome
 from conformance.lanes.eager import run_eager
+from conformance.lanes.listing import bundled_kernels
 from conformance.lanes.messages import Passes
 from conformance.numerics.arithmetic import SINGLE, Arithmetic
 from conformance.running.capabilities import BATCHES, CHECK_PREFIX, LAYERS, prove, proven

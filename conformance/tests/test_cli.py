@@ -168,8 +168,8 @@ def test_doctor_names_what_the_lanes_need(folder: Path) -> None:
 def test_list_shows_every_stage_with_its_arguments_and_its_kernels(folder: Path) -> None:
     done = run_command(folder, "list", "--kernels", "mine.py")
     assert done.returncode == 0
-    from conformance.contract.loading import bundled_kernels
     from conformance.contract.registry import stages
+    from conformance.lanes.listing import bundled_kernels
 
     sections: dict[str, list[str]] = {}
     for line in done.stdout.splitlines():

@@ -155,8 +155,8 @@ def test_every_subject_is_described_and_unique() -> None:
 @pytest.mark.parametrize("subject", KNOWN_KERNELS[::20], ids=lambda subject: str(subject.id))
 def test_a_worker_finds_the_kernel(subject: KnownKernel) -> None:
     kernel = subject.make()
-    address = address_of(kernel)
-    assert vars(sys.modules[address.module])[address.attribute] == kernel
+    module, attribute = address_of(kernel)
+    assert vars(sys.modules[module])[attribute] == kernel
 
 
 def test_the_exam_is_listed_where_pypto_is_missing() -> None:

@@ -21,12 +21,10 @@ import torch
 from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey
 from conformance.contract.kernel import Kernel, as_kernel, kernel
-from conformance.contract.loading import bundled_kernels, load_module
-from conformance.contract.registry import stage_named
+from conformance.contract.loading import load_module
 from conformance.errors import UsageError
-from conformance.lanes.arena import Arena, Slot
-from conformance.lanes.base import Outcome
-from conformance.lanes.buffers import Guarded, bits, poisoned, same_bits
+from conformance.lanes.arena import Arena
+from conformance.lanes.buffers import GUARD_ALIGNMENT, bits, case_bytes, contents, fill, lay_out, poisoned, same_bits
 from conformance.lanes.process import KernelProcess, Limits
 from conformance.lanes.pypto.device import run_on_card
 from conformance.lanes.pypto.passes import compare_passes
@@ -306,9 +304,9 @@ def test_a_native_call_that_never_returns_is_stopped() -> None:
 def test_closing_ends_the_process_and_removes_its_folder_and_a_later_run_starts_anew() -> None:
     process = KernelProcess(torch_kernel("right"), "eager")
     process.run(case_of())
-    assert process._process is not None
-    assert process._folder is not None
-    number, folder = process._process.pid, process._folder
+    number, folder = process.pid, process._worker._folder
+    assert number is not None
+    assert folder is not None
     assert folder.is_dir()
     process.close()
     process.close()
@@ -327,10 +325,10 @@ from conformance.lanes.process import KernelProcess
 
 process = KernelProcess(load_module(sys.argv[1]).sleeps, "eager")
 threading.Thread(target=process.run, args=(make_case(CaseKey("rms_norm", "tiny", "normal", 1, (("B", 1),), ())),)).start()
-while process._process is None:
+while process.pid is None:
     time.sleep(0.01)
 time.sleep(float(sys.argv[2]))
-print(process._process.pid, flush=True)
+print(process.pid, flush=True)
 time.sleep(60)
 """
 
@@ -398,20 +396,35 @@ def test_questions_that_make_no_sense_are_refused() -> None:
 
 def test_the_arena_keeps_what_is_in_use_when_it_grows() -> None:
     arena = Arena()
-    small = torch.arange(10, dtype=torch.int32)
-    (slot,) = arena.write([("small", small)])
-    view = arena.view(slot)
-    large = torch.randn(1_000_000).bfloat16()
-    slots = arena.write([("large", large), ("empty", torch.empty(0, 4))], start=slot.end)
+    small = arena.view(0, torch.int32, 10)
+    small.copy_(torch.arange(10, dtype=torch.int32))
+    large = arena.view(GUARD_ALIGNMENT, torch.bfloat16, 1_000_000)
+    large.copy_(torch.randn(1_000_000))
     other = Arena(os.dup(arena.descriptor))
-    assert torch.equal(other.view(slots[0]), large)
-    assert other.view(slots[1]).shape == (0, 4)
-    assert torch.equal(view, small)
-    assert all(entry.offset % 512 == 0 for entry in slots)
-    view += 1
-    assert torch.equal(other.view(Slot("small", 0, torch.int32, (10,))), small + 1)
+    assert torch.equal(other.view(GUARD_ALIGNMENT, torch.bfloat16, 1_000_000), large)
+    small += 1
+    assert torch.equal(other.view(0, torch.int32, 10), torch.arange(1, 11, dtype=torch.int32))
+    for side in (arena, other):
+        side.close()
+
+
+def test_a_kernel_cannot_make_the_arena_shorter() -> None:
+    arena = Arena()
+    arena.reach(1 << 20)
+    with pytest.raises(PermissionError):
+        os.ftruncate(arena.descriptor, 0)
     arena.close()
-    other.close()
+
+
+def test_arguments_lie_aligned_between_guards() -> None:
+    case = case_of()
+    arena = Arena()
+    arguments = lay_out(arena, case.stage, case.dims)
+    fill(arguments, case.stage, case.inputs)
+    assert all(guarded.tensor.data_ptr() % GUARD_ALIGNMENT == 0 for guarded in arguments.values())
+    assert list(contents(arguments, case.stage, case.inputs).guard_damage) == []
+    assert poisoned(arguments["out"].tensor).all()
+    arena.close()
 
 
 # The device lane
@@ -446,17 +459,17 @@ class StrayCard:
 
 def test_what_a_card_writes_beside_its_outputs_is_found() -> None:
     case = case_of()
-    outcome = run_on_card(StrayCard(), None, stage_named("rms_norm"), case.dims, case.inputs)
-    assert same_bits(outcome.outputs["out"], case.inputs["x"])
-    assert list(outcome.guard_damage) == ["out"]
-    assert f"{case.dims.H} elements past the end" in outcome.guard_damage["out"]
-    assert outcome.changed_inputs == {"weight": 1}
-
-
-def test_placed_tensors_are_aligned_like_unguarded_ones() -> None:
-    guarded = Guarded.of((3, 7), torch.bfloat16)
-    offset = (guarded.tensor.storage_offset() - guarded.storage.storage_offset()) * 2
-    assert offset % 512 == 0
+    arena = Arena()
+    arena.reach(case_bytes(case.stage, case.dims))
+    arguments = lay_out(arena, case.stage, case.dims)
+    fill(arguments, case.stage, case.inputs)
+    assert run_on_card(StrayCard(), None, arguments).status == "ok"
+    left = contents(arguments, case.stage, case.inputs)
+    assert same_bits(left.outputs["out"], case.inputs["x"])
+    assert list(left.guard_damage) == ["out"]
+    assert f"{case.dims.H} elements past the end" in left.guard_damage["out"]
+    assert left.changed_inputs == {"weight": 1}
+    arena.close()
 
 
 # The comparison of passes, on what PyPTO really wrote, altered
@@ -470,8 +483,10 @@ from conformance.cases.case import make_case
 from conformance.contract.loading import load_module
 from conformance.errors import UsageError
 from conformance.lanes.pypto import interpret
-from conformance.lanes.pypto.runtime import Builds
-from conformance.lanes.pypto.runtime import Runtime
+from conformance.lanes.arena import Arena
+from conformance.lanes.buffers import fill, lay_out
+from conformance.lanes.pypto.runtime import Builds, Runtime
+from conformance.lanes.pypto.serve import Build
 from conformance.toolchains import calculator
 
 folder = Path(sys.argv[2])
@@ -486,7 +501,10 @@ for name, stage in (("right", "rms_norm"), ("fails_in_a_pass", "o_proj")):
         return compare(output)
 
     interpret.compare_passes = keep
-    interpret.interpret(runtime, Builds(runtime, kernel)[case.dims], kernel.stage, case.dims, case.inputs, "last")
+    arguments = lay_out(Arena(), kernel.stage, case.dims)
+    fill(arguments, kernel.stage, case.inputs)
+    build = Build(runtime, Builds(runtime, kernel)[case.dims], kernel.stage, case.dims)
+    interpret.interpret(build, {name: guarded.tensor for name, guarded in arguments.items()}, "last")
 
 for name in ("wrong_dtype", "wrong_shape", "wrong_order", "returns_a_function"):
     try:
@@ -645,15 +663,3 @@ def test_a_pass_whose_result_cannot_be_interpreted_is_a_difference(rms_norm: Wri
     (difference,) = compare_passes(rms_norm.folder).differences
     assert difference.compiler_pass == "Pass_28_InferParamIndex"
     assert "index out of range" in difference.message
-
-
-def test_a_run_that_ends_well_and_leaves_an_output_out_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a lane does wrong: nothing was judged then."""
-    case = make_case(CaseKey.parse("rope:tiny:B=2,seq_lens=3+4:normal:1"))
-    monkeypatch.setattr(KernelProcess, "_ask", lambda self, request: Outcome("ok", outputs={"q_out": torch.zeros(1)}))
-    (rope,) = (kernel for kernel in bundled_kernels() if kernel.name == "rope")
-    with (
-        KernelProcess(rope, "interpret") as process,
-        pytest.raises(UsageError, match="interpret ended well and returned no k_out"),
-    ):
-        process.run(case)

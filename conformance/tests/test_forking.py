@@ -18,6 +18,7 @@ from conformance.cases.key import CaseKey
 from conformance.contract.kernel import Kernel
 from conformance.contract.loading import load_module
 from conformance.lanes import forking
+from conformance.lanes.keeper import UNKNOWN_EXIT, KeptProcess
 from conformance.lanes.process import KernelProcess
 from conformance.toolchains.text_dumps import without_text_dumps
 
@@ -55,7 +56,7 @@ def test_each_worker_has_the_environment_and_the_folder_its_owner_has_now(
             assert process.run(CASE).message == f"ValueError: {told} in {tmp_path}, 1 thread"
 
 
-def test_a_server_that_dies_is_no_finding_about_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_or_a_keeper_that_dies_is_no_finding_about_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forking, "_SERVERS", {})
     monkeypatch.setenv("TOLD", "on")
     with KernelProcess(kernel_in(tmp_path), "eager") as process:
@@ -65,9 +66,12 @@ def test_a_server_that_dies_is_no_finding_about_a_kernel(tmp_path: Path, monkeyp
         server._process.wait()
         # The worker lives, and its kernel takes longer than its owner waits before it looks whether it does.
         assert process.run(CASE).message.startswith("ValueError: on")
+        worker = process._worker._process
+        assert worker is not None
+        os.kill(worker.keeper, signal.SIGKILL)
+        assert process.run(CASE).message.startswith("ValueError: on")
         assert process.starts == 1
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(worker.pid, signal.SIGKILL)
         # Nobody saw how it ended: the case is run again, by a process that needs no server.
         assert process.run(CASE).message.startswith("ValueError: on")
         assert process.starts == 2
@@ -81,6 +85,7 @@ import os, sys, types
 
 def preload(folder):
     worker = types.ModuleType("conformance.lanes.worker")
+    worker.prepare = lambda: None
     worker.main = lambda arguments: exec(os.environ["PROGRAM"], {})
     sys.modules[worker.__name__] = worker
 """
@@ -89,11 +94,11 @@ LEAVES_A_CHILD = """
     subprocess.Popen(["sleep", "0.1"])
 """
 FORKS_EVERY_OTHER_TIME = """
-    forks, calls = os.fork, []
+    forks, calls, server = os.fork, [], os.getpid()
 
     def fork():
         calls.append(None)
-        if len(calls) % 2 == 0:
+        if os.getpid() == server and len(calls) % 2 == 0:
             raise BlockingIOError(11, "no process to be had")
         return forks()
 
@@ -117,11 +122,16 @@ class Server:
     def __exit__(self, *error: object) -> None:
         self.server.close()
 
-    def fork(self, program: str) -> forking.ForkedProcess | None:
-        with self.output.open("wb") as file:
-            return self.server.fork((), file.fileno(), file.fileno(), {**self.environment, "PROGRAM": program})
+    def fork(self, program: str) -> KeptProcess | None:
+        lifeline, self.lifeline = os.pipe()
+        with self.output.open("wb") as file, open(os.devnull, "rb") as nothing:
+            descriptors = (lifeline, nothing.fileno(), nothing.fileno(), file.fileno(), file.fileno())
+            try:
+                return self.server.fork(*descriptors, {**self.environment, "PROGRAM": program})
+            finally:
+                os.close(lifeline)
 
-    def start(self, program: str) -> forking.ForkedProcess:
+    def start(self, program: str) -> KeptProcess:
         process = self.fork(program)
         assert process is not None
         return process
@@ -144,7 +154,7 @@ def test_a_request_that_is_given_up_ends_the_server_and_its_late_worker(
         monkeypatch.setattr(server, "_control", GivenUp(server._control))
         environment = {**started.environment, "PROGRAM": "print('ran', flush=True)"}
         with pytest.raises(KeyboardInterrupt) if error is KeyboardInterrupt else contextlib.nullcontext():
-            assert server.fork((), writing, writing, environment) is None
+            assert server.fork(reading, writing, writing, writing, writing, environment) is None
         assert not server.usable
         assert server._process.poll() is not None
         assert started.fork("") is None
@@ -153,17 +163,18 @@ def test_a_request_that_is_given_up_ends_the_server_and_its_late_worker(
         assert file.read() == b""  # at its end: the worker, if any, has ended without running anything
 
 
-def test_a_worker_is_watched_when_its_server_is_gone(tmp_path: Path) -> None:
+def test_a_worker_is_watched_when_its_keeper_is_gone(tmp_path: Path) -> None:
     with Server(tmp_path) as started:
         process = started.start("import time; time.sleep(60)")
-        started.server._process.kill()
-        started.server._process.wait()
+        os.kill(process.keeper, signal.SIGKILL)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.1)
+        process.kill()
+        assert process.wait(10.0) == UNKNOWN_EXIT
+        started.server._process.kill()
+        started.server._process.wait()
         assert started.fork("") is None
         assert not started.server.usable
-        process.kill()
-        assert process.wait(10.0) == forking.UNKNOWN_EXIT
 
 
 def test_a_server_that_cannot_fork_now_can_later(tmp_path: Path) -> None:
@@ -189,17 +200,15 @@ def test_a_request_that_cannot_be_read_ends_its_worker_alone(tmp_path: Path, mon
         assert started.start("import sys; sys.exit(0)").wait(10.0) == 0
 
 
-def test_a_worker_looks_for_modules_in_its_own_folder_and_leaves_no_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_leaves_no_logs(tmp_path: Path) -> None:
     with Server(tmp_path) as started:
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "only_here.py").write_text("")
         logs = started.server._folder.path / "plog"
         logs.mkdir()
         write = f"open({str(logs)!r} + f'/pypto-{{os.getpid()}}_1.log', 'w').close()"
-        program = f"import os, sys; print(sys.path[0], len(os.listdir({str(logs)!r}))); {write}; print(os.listdir({str(logs)!r}))"
+        program = f"import os; print(len(os.listdir({str(logs)!r}))); {write}; print(os.listdir({str(logs)!r}))"
         process = started.start(program)
         process.wait(10.0)
-        assert started.output.read_text().split("\n")[:2] == [f"{tmp_path} 0", f"['pypto-{process.pid}_1.log']"]
+        assert started.output.read_text().split("\n")[:2] == ["0", f"['pypto-{process.pid}_1.log']"]
         assert not list(logs.iterdir())
 
 

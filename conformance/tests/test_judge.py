@@ -27,8 +27,9 @@ from conformance.judge.verdict import DETECTORS, Finding, Verdict, worst_first
 from conformance.kernels.qwen3.config import Qwen3Dims
 from conformance.kernels.qwen3.exam.torch.choices import Choices
 from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
+from conformance.lanes.arena import Arena
 from conformance.lanes.base import Outcome, PassDifference, UnwrittenRead
-from conformance.lanes.buffers import GUARD_ALIGNMENT, GUARD_BYTES, Guarded, bits, poison, poisoned, same_bits
+from conformance.lanes.buffers import GUARD_ALIGNMENT, GUARD_BYTES, Guarded, bits, guarded_bytes, poison, poisoned, same_bits
 from conformance.lanes.eager import run_eager
 from conformance.numerics.arithmetic import CONTRACT, Arithmetic
 from conformance.numerics.bounds import Bounds, Correlation, Profile
@@ -67,6 +68,13 @@ def projection_case() -> Case:
     return make_case(CaseKey.parse("qkv_proj:tiny:B=2:normal:1"))
 
 
+def poisoned_between_guards(shape: tuple[int, ...], dtype: torch.dtype) -> Guarded:
+    arena = Arena()
+    storage = poison(arena.view(0, dtype, guarded_bytes(shape, dtype) // dtype.itemsize))
+    arena.close()
+    return Guarded.over(storage, shape)
+
+
 # -- buffers --------------------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +98,7 @@ def test_an_ordinary_nan_is_not_poison(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (16, 256), (5,)])
 def test_a_guarded_tensor_is_aligned_poisoned_and_undamaged(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    guarded = Guarded.of(shape, dtype)
+    guarded = poisoned_between_guards(shape, dtype)
     assert tuple(guarded.tensor.shape) == shape
     assert guarded.tensor.is_contiguous()
     assert guarded.tensor.data_ptr() % GUARD_ALIGNMENT == 0
@@ -103,11 +111,11 @@ def test_a_guarded_tensor_is_aligned_poisoned_and_undamaged(shape: tuple[int, ..
 @pytest.mark.parametrize("distance", [1, 2, 100])
 def test_one_element_outside_is_told_with_its_distance(dtype: torch.dtype, distance: int) -> None:
     assert distance * dtype.itemsize <= GUARD_BYTES
-    guarded = Guarded.of((3, 5), dtype)
+    guarded = poisoned_between_guards((3, 5), dtype)
     beyond = guarded.tensor.as_strided((1,), (1,), guarded.tensor.storage_offset() + 15 + distance - 1)
     beyond.fill_(0)
     assert guarded.damage() == f"1 elements past the end, the nearest {distance} past it"
-    guarded = Guarded.of((3, 5), dtype)
+    guarded = poisoned_between_guards((3, 5), dtype)
     guarded.tensor.as_strided((1,), (1,), guarded.tensor.storage_offset() - distance).fill_(0)
     assert guarded.damage() == f"1 elements before the start, the nearest {distance} before it"
 
@@ -1699,9 +1707,18 @@ def test_an_oracle_computes_what_a_profile_allows_once() -> None:
 
 
 def test_a_run_that_only_compiled_has_findings_and_no_share(norm_case: Case) -> None:
-    assert judge(norm_case, Outcome("ok")) == Verdict()
-    verdict = judge(norm_case, Outcome("ok", changed_inputs={"x": 1}, guard_damage={"out": "before"}))
+    assert judge(norm_case, Outcome("ok", executed=False)) == Verdict()
+    verdict = judge(norm_case, Outcome("ok", executed=False, changed_inputs={"x": 1}, guard_damage={"out": "before"}))
     assert (detectors(verdict), verdict.share, verdict.profile) == (["changed_input", "out_of_bounds"], None, None)
+
+
+def test_a_run_that_ended_well_and_left_an_output_out_is_no_pass(cache_case: Case) -> None:
+    outputs = dict(perfect(cache_case).outputs)
+    for name in list(outputs):
+        del outputs[name]
+        verdict = judge(cache_case, Outcome("ok", outputs=dict(outputs)))
+        assert detectors(verdict)[0] == "unwritten"
+        assert name in {finding.argument for finding in verdict.findings}
 
 
 def test_a_lane_that_cannot_run_is_no_verdict(norm_case: Case) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from conformance.contract.loading import bundled_kernels
 from conformance.contract.registry import models
+from conformance.lanes.listing import bundled_kernels
 from conformance.running.records import read_run
 from conformance.suites.live import may_show
 

@@ -13,10 +13,12 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
 from conformance.contract.stage import Stage
 from conformance.lanes.base import Outcome
-from conformance.lanes.messages import Run, RunRequest, Start
+from conformance.lanes.buffers import Guarded
+from conformance.lanes.messages import Passes, RunRequest
 from conformance.lanes.pypto.runtime import Runtime
 from conformance.lanes.pypto.serve import Build, serve
 from conformance.lanes.pypto.unwritten import look_at_graph
+from conformance.lanes.worker import Start
 
 #: The last stage that this machine can do. The kernels of the AI cores themselves need the device's compiler.
 LAST_STAGE = "CODEGEN_BINARY"
@@ -25,8 +27,8 @@ LAST_STAGE = "CODEGEN_BINARY"
 def open_lane(kernel: Kernel, start: Start) -> RunRequest:
     """What a worker of the lane does with a request, which has no case."""
 
-    def run(build: Build, request: Run, tensors: dict[str, torch.Tensor]) -> Outcome:
-        return compile_only(build.runtime, build.jit, build.stage, request.dims)
+    def run(build: Build, passes: Passes, arguments: dict[str, Guarded]) -> Outcome:
+        return compile_only(build.runtime, build.jit, build.stage, build.dims)
 
     return serve(kernel, start, run)
 
@@ -36,6 +38,6 @@ def compile_only(runtime: Runtime, jit: Any, stage: Stage, dims: Dims) -> Outcom
     arguments = [torch.empty(argument.size(dims), dtype=argument.dtype) for argument in stage.arguments]
     with runtime.output_folder(sum(argument.nbytes for argument in arguments)):
         runtime.call(jit, arguments, stage=LAST_STAGE)
-    outcome = Outcome("ok")
+    outcome = Outcome("ok", executed=False)
     look_at_graph(outcome, runtime, jit, stage, dims)
     return outcome

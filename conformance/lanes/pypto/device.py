@@ -6,22 +6,20 @@ poison, limits and verdicts are the same, so that all of it is tested where ther
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
-from conformance.contract.stage import Stage
 from conformance.lanes.base import Outcome
-from conformance.lanes.buffers import Guarded, bits
+from conformance.lanes.buffers import Guarded
 from conformance.lanes.device import STAND_INS
-from conformance.lanes.messages import Run, RunRequest, Start
+from conformance.lanes.messages import Passes, RunRequest
 from conformance.lanes.pypto.interpret import expected_nothing, read_results
 from conformance.lanes.pypto.runtime import Runtime
 from conformance.lanes.pypto.serve import Build, serve
+from conformance.lanes.worker import Start
 from conformance.toolchains.npu import device_index
 
 
@@ -29,8 +27,8 @@ def open_lane(kernel: Kernel, start: Start) -> RunRequest:
     """What a worker of the lane does with a request: on the card, or on the interpreter standing in for it."""
     card_class = InterpreterCard if start.device_executor in STAND_INS else NpuCard
 
-    def run(build: Build, request: Run, tensors: dict[str, torch.Tensor]) -> Outcome:
-        return run_on_card(card_class(build.runtime), build.jit, build.stage, request.dims, tensors)
+    def run(build: Build, passes: Passes, arguments: dict[str, Guarded]) -> Outcome:
+        return run_on_card(card_class(build.runtime), build.jit, arguments)
 
     return serve(kernel, start, run)
 
@@ -81,9 +79,8 @@ class InterpreterCard:
         self._runtime = runtime
 
     def place(self, storage: torch.Tensor) -> torch.Tensor:
-        """Copy, with the alignment that a card's allocator gives."""
-        guarded = Guarded.of(tuple(storage.shape), storage.dtype)
-        return guarded.tensor.copy_(storage)
+        """Copy."""
+        return storage.clone()
 
     def launch(self, jit: Any, arguments: Sequence[torch.Tensor]) -> None:
         """Interpret, then write every argument's result to where the argument was placed."""
@@ -100,49 +97,10 @@ class InterpreterCard:
         return storage.clone()
 
 
-@dataclasses.dataclass(frozen=True)
-class Placed:
-    """One argument on the card, between guards. ``host`` is what was placed."""
-
-    host: Guarded
-    storage: torch.Tensor
-    tensor: torch.Tensor
-
-    @classmethod
-    def on(cls, card: Card, shape: tuple[int, ...], dtype: torch.dtype, contents: torch.Tensor | None) -> Placed:
-        """Poisoned, or holding ``contents``."""
-        host = Guarded.of(shape, dtype)
-        if contents is not None:
-            host.tensor.copy_(contents)
-        storage = card.place(host.storage)
-        start = host.tensor.storage_offset() - host.storage.storage_offset()
-        return cls(host, storage, storage[start : start + host.tensor.numel()].view(shape))
-
-    def read_back(self, card: Card) -> tuple[torch.Tensor, str | None]:
-        """The argument as it is now, and where its guards were overwritten."""
-        held = card.read_back(self.storage)
-        start = self.host.tensor.storage_offset() - self.host.storage.storage_offset()
-        return held[start : start + self.host.tensor.numel()].view(self.host.tensor.shape), self.host.damage(held)
-
-
-def run_on_card(card: Card, jit: Any, stage: Stage, dims: Dims, inputs: Mapping[str, torch.Tensor]) -> Outcome:
-    """Place the case, launch, and read back every argument: outputs, inputs that must not have changed, and all guards."""
-    placed = {
-        argument.name: Placed.on(card, argument.size(dims), argument.dtype, inputs.get(argument.name))
-        for argument in stage.arguments
-    }
-    card.launch(jit, [placed[argument.name].tensor for argument in stage.arguments])
-    outputs: dict[str, torch.Tensor] = {}
-    changed: dict[str, int] = {}
-    damage: dict[str, str] = {}
-    for argument in stage.arguments:
-        held, where = placed[argument.name].read_back(card)
-        if where is not None:
-            damage[argument.name] = where
-        if argument.access != "in":
-            outputs[argument.name] = held
-            continue
-        count = int((bits(held) != bits(inputs[argument.name])).sum())
-        if count:
-            changed[argument.name] = count
-    return Outcome("ok", outputs=outputs, changed_inputs=changed, guard_damage=damage)
+def run_on_card(card: Card, jit: Any, arguments: Mapping[str, Guarded]) -> Outcome:
+    """Place the arguments of a case in the order of the contract, launch, and read every one back with its guards."""
+    placed = {name: Guarded.over(card.place(host.storage), tuple(host.tensor.shape)) for name, host in arguments.items()}
+    card.launch(jit, [on_card.tensor for on_card in placed.values()])
+    for name, host in arguments.items():
+        host.storage.copy_(card.read_back(placed[name].storage))
+    return Outcome("ok")

@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 
-from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
-from conformance.contract.stage import Stage
 from conformance.lanes.base import Outcome
-from conformance.lanes.buffers import bits, poison
-from conformance.lanes.messages import Passes, Run, RunRequest, Start
+from conformance.lanes.buffers import Guarded, same_bits
+from conformance.lanes.messages import Passes, RunRequest
 from conformance.lanes.pypto.passes import LAST_PASS, compare_passes
-from conformance.lanes.pypto.runtime import Runtime
 from conformance.lanes.pypto.serve import Build, serve
 from conformance.lanes.pypto.unwritten import look_at_graph
+from conformance.lanes.worker import Start
 
 #: Inputs are read back, to see whether the kernel changed them, where they are not larger than this altogether, in bytes: what
 #: a kernel writes to does not depend on its size, and every argument that is read back costs two files of its size.
@@ -31,30 +29,28 @@ _RESULT = re.compile(r"tensor_graph~(\d+)~\d+\.data")
 def open_lane(kernel: Kernel, start: Start) -> RunRequest:
     """What a worker of the lane does with a request."""
 
-    def run(build: Build, request: Run, tensors: dict[str, torch.Tensor]) -> Outcome:
-        outcome = interpret(build.runtime, build.jit, build.stage, request.dims, tensors, request.passes)
-        if request.passes == "all":
+    def run(build: Build, passes: Passes, arguments: dict[str, Guarded]) -> Outcome:
+        outcome = interpret(build, {name: guarded.tensor for name, guarded in arguments.items()}, passes)
+        if passes == "all":
             # It takes another compile: made where everything is looked at, not for every case.
-            look_at_graph(outcome, build.runtime, build.jit, build.stage, request.dims)
+            look_at_graph(outcome, build.runtime, build.jit, build.stage, build.dims)
         return outcome
 
     return serve(kernel, start, run)
 
 
-def interpret(
-    runtime: Runtime, jit: Any, stage: Stage, dims: Dims, inputs: Mapping[str, torch.Tensor], passes: Passes
-) -> Outcome:
-    """Run the kernel on a case; outputs start poisoned. The interpreter works on copies, ``inputs`` are only read.
+def interpret(build: Build, tensors: Mapping[str, torch.Tensor], passes: Passes) -> Outcome:
+    """Run the kernel on the arguments of a case, by name. The interpreter works on copies: what they held is put back afterwards.
 
     Interpreting a pass takes as many steps as the kernel has tiles: a real-size MLP did not end in five minutes, against 30 s
     with ``passes="none"``.
     """
-    arguments = [
-        poison(torch.empty(argument.size(dims), dtype=argument.dtype)) if argument.access == "out" else inputs[argument.name]
-        for argument in stage.arguments
-    ]
+    runtime, jit, stage = build.runtime, build.jit, build.stage
+    arguments = [tensors[argument.name] for argument in stage.arguments]
     scale = sum(tensor.nbytes for tensor in arguments)
-    read_inputs = sum(inputs[argument.name].nbytes for argument in stage.arguments if argument.access == "in") < READ_INPUTS_BELOW
+    read_inputs = (
+        sum(tensors[argument.name].nbytes for argument in stage.arguments if argument.access == "in") < READ_INPUTS_BELOW
+    )
     wanted = [argument.access != "in" or read_inputs for argument in stage.arguments]
     with runtime.output_folder(scale) as folder:
         runtime.call(
@@ -74,17 +70,11 @@ def interpret(
     ]
     if missing:
         raise RuntimeError(f"the interpreter left no result for {', '.join(missing)}")
-    changed: dict[str, int] = {}
     for index, argument in enumerate(stage.arguments):
-        if argument.access == "in" and index in results:
-            count = int((bits(results[index]) != bits(arguments[index])).sum())
-            if count:
-                changed[argument.name] = count
-    outputs = {argument.name: results[index] for index, argument in enumerate(stage.arguments) if argument.access != "in"}
+        if index in results and (argument.access != "in" or not same_bits(results[index], arguments[index])):
+            arguments[index].copy_(results[index])
     return Outcome(
         "ok",
-        outputs=outputs,
-        changed_inputs=changed,
         pass_differences=comparison.differences if comparison else (),
         passes_compared=comparison.compared if comparison else 0,
     )

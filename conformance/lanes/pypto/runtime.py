@@ -44,6 +44,8 @@ PYPTO_DTYPES: dict[torch.dtype, str] = {
 
 #: Shapes for which a kernel was built last, so that a run of cases of one shape builds once.
 KEPT_BUILDS = 8
+#: With less than this free, in bytes, a failure is put down to the disk.
+LEAST_FREE = 1 << 20
 
 
 class Runtime:
@@ -97,6 +99,13 @@ class Runtime:
                     found.append(match[2].strip())
         return found
 
+    def require_space(self) -> None:
+        """Raise ``ToolchainUnavailableError`` where nothing can be written: what went wrong then is no finding about a kernel."""
+        for folder in (self._scratch, self._folder):
+            with contextlib.suppress(OSError):
+                if shutil.disk_usage(folder).free < LEAST_FREE:
+                    raise ToolchainUnavailableError(f"there is no space left in {folder}, where PyPTO writes its files")
+
     @contextmanager
     def output_folder(self, scale: int) -> Iterator[Path]:
         """A folder for what one compile writes, deleted afterwards; ``scale`` is the size of the arguments in bytes.
@@ -106,7 +115,9 @@ class Runtime:
         """
         memory = Path("/dev/shm")
         fits = scale < 64 << 20 and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 30
-        folder = Path(tempfile.mkdtemp(prefix="run-", dir=self._scratch if fits else self._folder))
+        parent = self._scratch if fits else self._folder
+        parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
+        folder = Path(tempfile.mkdtemp(prefix="run-", dir=parent))
         os.environ["TILE_FWK_OUTPUT_DIR"] = str(folder / "output")
         try:
             yield folder

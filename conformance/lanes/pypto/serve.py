@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
+from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 from conformance.lanes.base import Outcome
-from conformance.lanes.messages import Run, RunRequest, Start
+from conformance.lanes.buffers import Guarded
+from conformance.lanes.messages import Passes, RunRequest
 from conformance.lanes.pypto.runtime import Builds, FirstCause, Runtime, explain, prepare
+from conformance.lanes.worker import Start
 from conformance.toolchains.detection import ToolchainUnavailableError
 
 
@@ -34,28 +37,30 @@ class Build:
     runtime: Runtime
     jit: Any
     stage: Stage
+    dims: Dims
 
 
-def serve(kernel: Kernel, start: Start, run: Callable[[Build, Run, dict[str, torch.Tensor]], Outcome]) -> RunRequest:
+def serve(kernel: Kernel, start: Start, run: Callable[[Build, Passes, dict[str, Guarded]], Outcome]) -> RunRequest:
     """A lane of PyPTO: builds the kernel, lets ``run`` do the lane's own part, and explains what goes wrong.
 
-    ``run`` gets the build, the request and the tensors of the case by name.
+    ``run`` gets the build, which compiler passes to compare, and the arguments of the case by name.
     """
     runtime = Runtime(start.folder, start.scratch, start.calculator)
     builds = Builds(runtime, kernel)
 
-    def run_request(request: Run, tensors: dict[str, torch.Tensor]) -> Outcome:
+    def run_request(dims: Dims, passes: Passes, arguments: dict[str, Guarded]) -> Outcome:
         logging.getLogger().setLevel(logging.ERROR)
         began = datetime.datetime.now()
         jit = None
         with FirstCause().listening() as first:
             try:
-                jit = builds[request.dims]
-                return run(Build(runtime, jit, kernel.stage), request, tensors)
+                jit = builds[dims]
+                return run(Build(runtime, jit, kernel.stage, dims), passes, arguments)
             except (UsageError, ToolchainUnavailableError, KeyboardInterrupt):
                 raise
             except BaseException as error:
                 # SystemExit too: a kernel that calls sys.exit has not done its work.
+                runtime.require_space()
                 explanation = explain(
                     error, jit if jit is not None else _Builder(kernel), first.error, runtime.logged_errors(began)
                 )

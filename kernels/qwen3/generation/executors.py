@@ -6,7 +6,6 @@ An executor computes a stage and keeps nothing between two calls; what lies betw
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,8 +13,8 @@ import torch
 from conformance.cases.case import Case
 from conformance.cases.key import CaseKey
 from conformance.contract.dims import Dims
-from conformance.contract.kernel import Kernel
-from conformance.contract.loading import bundled_kernels, find_kernel, kernels_in, load_module
+from conformance.contract.kernel import Declaration
+from conformance.contract.loading import find_kernel
 from conformance.contract.registry import stage_named
 from conformance.contract.stage import Tensors
 from conformance.errors import UnavailableError, UsageError
@@ -23,6 +22,7 @@ from conformance.lanes import default_lane, lane_named
 from conformance.lanes.device import DEVICE, NPU
 from conformance.lanes.eager import EAGER
 from conformance.lanes.interpret import INTERPRET
+from conformance.lanes.listing import bundled_kernels, kernels_of
 from conformance.lanes.process import KernelProcess, Limits
 from conformance.numerics.arithmetic import CONTRACT, EXACT
 
@@ -76,7 +76,7 @@ class KernelExecutor:
     exact = False
 
     def __init__(
-        self, kernels: Mapping[str, Kernel], lane: str, *, rest: Executor | None = None, seconds: float = Limits.seconds
+        self, kernels: Mapping[str, Declaration], lane: str, *, rest: Executor | None = None, seconds: float = Limits.seconds
     ) -> None:
         self._kernels = kernels
         self._lane = lane
@@ -161,14 +161,14 @@ def open_executor(name: str, locations: Sequence[str] = (), seconds: float = Lim
     return KernelExecutor({**bundled, **own}, name, seconds=seconds)
 
 
-def _kernels_of(locations: Iterable[str]) -> dict[str, Kernel]:
+def _kernels_of(locations: Iterable[str]) -> dict[str, Declaration]:
     """The kernels of a user's files, by stage."""
-    found: dict[str, Kernel] = {}
+    found: dict[str, Declaration] = {}
     for location in locations:
         # A file's name may hold a colon; what follows one after ".py" is a kernel's name.
         path, separator, name = location.rpartition(".py:")
         file = path + ".py" if separator else location
-        kernels = kernels_in(load_module(Path(file) if file.endswith(".py") else file))
+        kernels = kernels_of(file)
         if separator:
             kernels = [find_kernel(kernels, name, file)]
         if not kernels:

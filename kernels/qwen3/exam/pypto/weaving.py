@@ -24,8 +24,8 @@ from typing import Any
 import conformance.kernels.qwen3
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
+from conformance.contract.registry import model_named
 from conformance.exam.known_kernels import Faults, Kind, KnownKernel, as_clause
-from conformance.kernels.qwen3.contract import MODEL
 from conformance.kernels.qwen3.exam.torch import faults as torch_faults
 from conformance.lanes import lane_named
 from conformance.lanes.interpret import INTERPRET
@@ -65,7 +65,7 @@ def edited(bundled: Kernel, name: str, edit: Edit, **changes: Any) -> Kernel:
 
 def bundled(stage: str) -> Kernel:
     """The kernel of a stage that comes with the model."""
-    (module,) = (name for name in MODEL.kernel_modules if name.rpartition(".")[2] == stage)
+    (module,) = (name for name in model_named("qwen3").kernel_modules if name.rpartition(".")[2] == stage)
     kernel: Kernel = getattr(importlib.import_module(module), stage)
     return kernel
 

@@ -1,0 +1,332 @@
+"""A worker process as its owner sees it: started on first use, asked, limited, killed, started anew; never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from conformance.contract.registry import models
+from conformance.errors import UnavailableError, UsageError
+from conformance.lanes.arena import Arena
+from conformance.lanes.base import Outcome
+from conformance.lanes.channel import Channel, ChannelError
+from conformance.lanes.forking import fork_server
+from conformance.lanes.keeper import UNKNOWN_EXIT, KeptProcess, python_command
+from conformance.lanes.messages import Answer, Message, Opening, Refused, decode_answer, encode
+from conformance.lanes.scratch import ScratchFolder
+from conformance.plain import plain, plain_line
+from conformance.toolchains.detection import ToolchainUnavailableError
+
+#: Set in a worker's environment: a kernel's file that itself judges kernels would start workers without end.
+INSIDE_WORKER = "CONFORMANCE_INSIDE_WORKER"
+#: How often limits are looked at, in seconds. A kernel that allocates as fast as memory allows gains some 100 MB in between.
+POLL_SECONDS = 0.05
+#: How much of what a dead worker printed is shown.
+TAIL_LINES = 12
+#: A worker's log is emptied when it is larger than this, in bytes: after a run, and while a run goes on.
+LOG_LIMIT, RUNNING_LOG_LIMIT = 1 << 20, 64 << 20
+
+#: The fault handler's list of frames, which is reduced to the kernel's own line.
+_FAULT_HANDLER = re.compile(r'  File "|  <.*>$|Extension modules:|(Current thread|Thread) 0x')
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a kernel may use: wall-clock seconds of one run, of starting its process, and resident memory in bytes.
+
+    The memory is that of the kernel's process and of all that it starts.
+    """
+
+    seconds: float = 120.0
+    start_seconds: float = 120.0
+    memory_bytes: int = 8 << 30
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise UsageError(f"limit {field.name} must be a positive number, found {plain_line(repr(value), 60)}")
+
+
+class WorkerError(Exception):
+    """The worker was killed, died or answered nonsense; ``outcome`` says how."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.message)
+        self.outcome = outcome
+
+
+class UnknownEndError(Exception):
+    """The worker has ended, and so had its keeper: nobody knows how it ended."""
+
+
+class WorkerProcess:
+    """One worker at a time, and what it shares with its owner: a folder of logs, a scratch folder, an arena.
+
+    ``folder`` takes the worker's logs; without one they go to a temporary folder that ``close`` removes. ``source`` is the file
+    that a crash is located in.
+    """
+
+    def __init__(self, *, limits: Limits, folder: Path | None = None, source: Path | None = None) -> None:
+        if os.environ.get(INSIDE_WORKER):
+            raise UsageError("this file judges kernels when it is imported: put that below if __name__ == '__main__':")
+        self.limits = limits
+        #: How many processes were started so far, and whether they may be forked from a server.
+        self.starts = 0
+        self.may_fork = True
+        self.arena: Arena | None = None
+        self._source = source
+        self._folder = folder
+        self._temporary: ScratchFolder | None = None
+        self._scratch: ScratchFolder | None = None
+        self._process: KeptProcess | None = None
+        self._channel: Channel | None = None
+        self._lifeline: int | None = None
+
+    def __del__(self) -> None:
+        # A forgotten process must not outlive its owner's interest in it.
+        if getattr(self, "_process", None) is not None:
+            self.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The number of the worker process; ``None`` while there is none."""
+        return None if self._process is None else self._process.pid
+
+    def start(self, preload: str | None) -> None:
+        """Start a worker, forked from a process that has done ``preload`` where that is possible. None must be running.
+
+        Raises ``UnavailableError`` if this machine has no place or no process for it.
+        """
+        try:
+            folder, scratch = self._folders()
+            if self.arena is None:
+                self.arena = Arena()
+            with contextlib.ExitStack() as stack:
+                ours, theirs = socket.socketpair()
+                stack.enter_context(theirs)
+                reading, self._lifeline = os.pipe()
+                stack.callback(os.close, reading)
+                self._channel = Channel(ours)
+                out, errors = (stack.enter_context((folder / name).open("ab")) for name in ("stdout.log", "stderr.log"))
+                out.truncate(0)
+                errors.truncate(0)
+                self.starts += 1
+                descriptors = (reading, theirs.fileno(), self.arena.descriptor)
+                self._process = self._forked(preload, descriptors, out.fileno(), errors.fileno())
+                if self._process is None:
+                    self._process = self._spawned(descriptors, out.fileno(), errors.fileno())
+        except OSError as error:
+            self.stop()
+            where = f" ({error.filename})" if error.filename else ""
+            raise UnavailableError(f"cannot start a kernel's process: {error.strerror or error}{where}") from error
+        self.ask(Opening(_search_path(), str(folder.resolve()), str(scratch)), self.limits.start_seconds, "starting its process")
+
+    def _folders(self) -> tuple[Path, Path]:
+        """Where logs and scratch files go, made if they are not there (any more)."""
+        if self._folder is None:
+            self._temporary = ScratchFolder(Path(tempfile.gettempdir()))
+            self._folder = self._temporary.path
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._scratch is None or not self._scratch.path.is_dir():
+            memory = Path("/dev/shm")
+            self._scratch = ScratchFolder(memory if os.access(memory, os.W_OK) else self._folder)
+        return self._folder, self._scratch.path
+
+    def _environment(self) -> dict[str, str]:
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
+        return {**os.environ, "PYTHONPATH": path, INSIDE_WORKER: "1"}
+
+    def _forked(self, preload: str | None, descriptors: tuple[int, int, int], out: int, errors: int) -> KeptProcess | None:
+        if preload is None or not self.may_fork:
+            return None
+        environment = self._environment()
+        server = fork_server(preload, environment, _search_path(), [model.name for model in models()])
+        return server.fork(*descriptors, out, errors, environment) if server is not None else None
+
+    def _spawned(self, descriptors: tuple[int, int, int], out: int, errors: int) -> KeptProcess:
+        """A new interpreter, which imports everything anew."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            inherited = (theirs.fileno(), *descriptors)
+            keeper = subprocess.Popen(
+                [*python_command("keeper"), *map(str, inherited)],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=errors,
+                pass_fds=inherited,
+                # A group of its own: Ctrl-C is left to the owner.
+                start_new_session=True,
+                env=self._environment(),
+            )
+        try:
+            return KeptProcess(ours, ended=keeper.wait)
+        except OSError:
+            ours.close()
+            keeper.kill()
+            keeper.wait()
+            raise
+
+    def ask(self, request: Message, seconds: float, what: str) -> Answer:
+        """Send a request and wait for its answer, within the limits; ``what`` says in a message what went on.
+
+        Raises ``WorkerError`` if the worker died, was killed or answered nonsense, ``UnknownEndError``, and for a refusal
+        ``UsageError`` or ``ToolchainUnavailableError``.
+        """
+        assert self._channel is not None
+        assert self._process is not None
+        deadline = time.monotonic() + seconds
+        # An answer counts for this request alone: not one that was sent before it was asked for, nor a copy's.
+        number = secrets.randbits(64)
+        try:
+            if self._channel.has_more:
+                self._answer_nobody_asked_for()
+            self._channel.send(number, encode(request))
+            while (received := self._channel.receive(POLL_SECONDS)) is None:
+                if self._process.poll() is not None and not self._channel.has_more:
+                    raise EOFError
+                self._require_within_limits(what, deadline, seconds)
+            if received[0] != number:
+                raise ChannelError("it answers another request")
+            answer: Answer = decode_answer(received[1])
+        except (ChannelError, msgspec.DecodeError) as error:
+            raise WorkerError(self._nonsense(str(error), what)) from error
+        except (EOFError, OSError) as error:
+            raise WorkerError(self._post_mortem(what)) from error
+        if isinstance(answer, Refused):
+            if answer.unavailable:
+                raise ToolchainUnavailableError(plain_line(answer.message))
+            raise UsageError(plain_line(answer.message))
+        return answer
+
+    def _answer_nobody_asked_for(self) -> None:
+        assert self._channel is not None
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise EOFError
+        if self._channel.receive(0) is not None:
+            raise ChannelError("nobody had asked for it")
+
+    def _nonsense(self, why: str, what: str) -> Outcome:
+        self._kill()
+        return Outcome("crashed", message=f"its process sent something during {what} that is no answer: {plain_line(why, 200)}")
+
+    def _require_within_limits(self, what: str, deadline: float, seconds: float) -> None:
+        assert self._process is not None
+        resident = self._process.resident_bytes(self.limits.memory_bytes)
+        if resident > self.limits.memory_bytes:
+            self._kill()
+            limit = f"its limit of {self.limits.memory_bytes >> 20} MiB"
+            message = f"its process used {resident >> 20} MiB of memory during {what}, more than {limit}, and was killed"
+            raise WorkerError(Outcome("crashed", message=message))
+        if time.monotonic() > deadline:
+            self._kill()
+            raise WorkerError(Outcome("timed_out", message=f"{what} did not end within its limit of {seconds:g} s"))
+        self.trim_logs(RUNNING_LOG_LIMIT)
+
+    def _post_mortem(self, what: str) -> Outcome:
+        assert self._process is not None
+        assert self._folder is not None
+        try:
+            code = self._process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            return Outcome("crashed", message=f"its process closed the connection during {what} and was killed")
+        if code == UNKNOWN_EXIT:
+            raise UnknownEndError
+        text = _tail(self._folder / "stderr.log")
+        how = f"died of {_signal_name(-code)}" if code < 0 else f"ended itself with exit code {code}"
+        said = [line for line in text if line.strip() and not _FAULT_HANDLER.match(line)]
+        printed = "; it printed:\n" + plain("\n".join(said[-TAIL_LINES:]), 4000) if said else ""
+        return Outcome("crashed", message=f"its process {how} during {what}{printed}", location=self._location_in(text))
+
+    def _location_in(self, lines: Sequence[str]) -> str | None:
+        # The fault handler prints the Python stack, innermost frame first.
+        source = str(self._source)
+        for line in lines:
+            match = re.search(r'File "([^"]+)", line (\d+)', line)
+            if match and match[1] == source:
+                return f"{match[1]}:{match[2]}"
+        return None
+
+    def _kill(self) -> None:
+        if self._process is None:
+            return
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """Kill the worker, if any, and all that it started."""
+        try:
+            self._kill()
+        finally:
+            self._process = None
+            if self._channel is not None:
+                self._channel.close()
+                self._channel = None
+            if self._lifeline is not None:
+                os.close(self._lifeline)
+                self._lifeline = None
+            if self._scratch is not None:
+                self._scratch.clear()
+
+    def close(self) -> None:
+        """End the worker and remove its temporary files; closing twice is harmless."""
+        self.stop()
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
+        if self._temporary is not None:
+            self._temporary.close()
+            self._temporary = self._folder = None
+
+    def trim_logs(self, most: int = LOG_LIMIT) -> None:
+        """Empty the worker's logs where they are larger than so many bytes."""
+        # The worker appends, so that a file that is emptied here stays small.
+        assert self._folder is not None
+        for name in ("stdout.log", "stderr.log"):
+            path = self._folder / name
+            with contextlib.suppress(OSError):
+                if path.stat().st_size > most:
+                    os.truncate(path, 0)
+
+
+def _search_path() -> tuple[str, ...]:
+    """Where this process looks for modules; a worker looks there last."""
+    return tuple(os.path.abspath(entry) for entry in sys.path if entry)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _tail(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - (64 << 10)))
+            return file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
