@@ -1,34 +1,35 @@
 """The ``conformance`` command.
 
 Exit codes: 0 everything that had to run ran and passed; 1 findings; 2 usage; 3 something that had to run could not; 4 (of
-``diff``) a replacement serves less than what it replaces.
+``diff``) a replacement serves less than what it replaces; 130 interrupted, 143 asked to end.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import os
 import re
 import shutil
-import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from conformance.command import COULD_NOT_RUN, FINDINGS, PASSED, USAGE, FilePath, Group, say
 from conformance.errors import UnavailableError, UsageError
 from conformance.lanes import LANES, find_lane
+from conformance.outside import require_path
+from conformance.running.interrupts import interrupted_once
 
 if TYPE_CHECKING:
     from conformance.cases.key import CaseKey
     from conformance.cases.space import Space
     from conformance.contract.kernel import Declaration
     from conformance.exam.results import Exam
-    from conformance.running.check import RunPlan
+    from conformance.running.check import Report, RunPlan
     from conformance.running.diff import KernelSummary
     from conformance.running.runs import Judged
     from conformance.running.session import RunLog, Subject
@@ -40,33 +41,11 @@ def _any_of(names: Iterable[str]) -> str:
     return f"{', '.join(before)} or {last}"
 
 
-PASSED, FINDINGS, USAGE, COULD_NOT_RUN = 0, 1, 2, 3
+#: Processes of an exam for each core: more only take memory.
+MOST_PROCESSES = 8
 
 
-class Command(click.Command):
-    """Turns ``UsageError`` into one line and exit code 2, and what else goes wrong into one line and exit code 3."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except UsageError as error:
-            click.echo(f"{self.name}: {error}", err=True)
-            ctx.exit(COULD_NOT_RUN if isinstance(error, UnavailableError) else USAGE)
-        except (click.exceptions.Exit, click.ClickException, click.Abort, BrokenPipeError):
-            raise  # a reader such as `head` that has seen enough is click's to end quietly
-        except Exception as error:
-            # A fault of ours is not a finding about a kernel: it must not look like one.
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})".replace("\n", " ")
-            click.echo(f"{self.name}: this should not have happened, please report it: {text}", err=True)
-            ctx.exit(COULD_NOT_RUN)
-
-
-class _Group(Command, click.Group):
-    """The same for a command of commands."""
-
-
-@click.group("conformance", cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("conformance", cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="pypto-kernel-conformance")
 def main() -> None:
     """Judge kernels against their contracts: is it right, and if not, where and why."""
@@ -82,8 +61,10 @@ def doctor() -> None:
 
 
 @main.command("list")
-@click.option("--kernels", "locations", multiple=True, metavar="FILE.py", help="also list the kernels of this file")
-def list_command(locations: tuple[str, ...]) -> None:
+@click.option(
+    "--kernels", "locations", multiple=True, type=FilePath(), metavar="FILE.py", help="also list the kernels of this file"
+)
+def list_command(locations: tuple[Path, ...]) -> None:
     """List stages with their arguments, and kernels with their lanes and capabilities."""
     from conformance.contract.registry import stages
     from conformance.lanes import lanes_of
@@ -92,7 +73,7 @@ def list_command(locations: tuple[str, ...]) -> None:
 
     kernels = bundled_kernels()
     for location in locations:
-        kernels += kernels_of(location)
+        kernels += kernels_of(str(location))
     for name, stage in stages().items():
         arguments = [argument.describe() for argument in stage.arguments]
         of_stage = {
@@ -113,8 +94,8 @@ def list_command(locations: tuple[str, ...]) -> None:
 @click.option("--all-passes", is_flag=True, help="with --case: compare every compiler pass, not only the last")
 @click.option("--lane", default="auto", show_default=True, help=_any_of(lane.name for lane in LANES))
 @click.option("--timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run")
-@click.option("--out", type=click.Path(path_type=Path), default=None, metavar="DIR", help="keep records and reports here")
-@click.option("--expected-failures", type=click.Path(path_type=Path), metavar="FILE", help="lines KERNEL[@LANE] REASON")
+@click.option("--out", type=FilePath(), default=None, metavar="DIR", help="keep records and reports here")
+@click.option("--expected-failures", type=FilePath(), metavar="FILE", help="lines KERNEL[@LANE] REASON")
 def check(
     stage: str,
     target: str | None,
@@ -131,11 +112,14 @@ def check(
     """Judge one kernel: FUNC of FILE.py, or the bundled one of STAGE. It runs in a process of its own."""
     from conformance import reports
     from conformance.cases.space import Space
-    from conformance.running.check import RunPlan, chosen_keys, resolve_lane
-    from conformance.running.session import ExpectedFailures, RunLog, Subject, new_run_folder, require_new_folder
+    from conformance.contract.registry import short_name
+    from conformance.running.check import Report, RunPlan, chosen_keys, require_seconds, resolve_lane
+    from conformance.running.session import ClaimedFolder, ExpectedFailures, RunLog, Subject, new_run_folder
 
     if all_passes and not case_key:
         raise UsageError("--all-passes goes with --case KEY: without it all passes are compared once anyway, on a small case")
+    require_seconds("--timeout", timeout)
+    require_path(target or "")
     kernel = _kernel(stage, target)
     space = Space.of(kernel.stage, read_dims(dims))
     subject = Subject(kernel, space.preset, resolve_lane(kernel, lane))
@@ -145,20 +129,69 @@ def check(
     plan = RunPlan(repeat=True, passes="all" if all_passes else "last") if case_key else None
 
     folder = out if out is not None else new_run_folder(Path.cwd() / "runs")
-    require_new_folder(folder)
-    log = RunLog(folder)
     options = {"examples": len(keys), "seed": seed, "dims": dims, "case": case_key or ""}
-    log.start([subject], options)
-    try:
-        code = _judge(subject, log, keys, plan, space, timeout, expected.reason(subject), options)
-    except UsageError as error:
-        log.could_not_run(subject, str(error))
-        log.end(COULD_NOT_RUN if isinstance(error, UnavailableError) else USAGE)
-        raise
-    log.end(code)
-    reports.build(folder)
-    click.echo(f"kept in {_short(folder)}: report.html, summary.md, junit.xml")
-    sys.exit(code)
+    runs: list[Judged] = []
+    stopped: BaseException | None = None
+    with ClaimedFolder(folder), interrupted_once() as interrupts:
+        log = RunLog(folder)
+        log.start([subject], options)
+        try:
+            _judge(subject, log, keys, plan, space, timeout, runs)
+            interrupts.raise_pending()
+        except (KeyboardInterrupt, UsageError) as error:
+            stopped = error
+        interrupts.ignore()  # what was judged is kept and told, whatever comes now
+        found = Report(short_name(kernel.stage), subject.name, subject.lane, tuple(runs), planned=len(keys))
+        code, told = _told(found, subject, options, log, expected.reason(subject), stopped, interrupts.exit_code)
+        lost = log.end(code)
+        if runs or isinstance(stopped, KeyboardInterrupt):
+            try:
+                reports.build(folder, unwritten=lost)
+                told.append(f"kept in {_short(folder)}: report.html, summary.md, junit.xml")
+            except UsageError as error:  # there are no records
+                lost.append(str(error))
+    say("\n".join(told)) if told else None
+    for line in lost:
+        say(f"check: {line}", err=True)
+    if isinstance(stopped, UsageError):
+        raise stopped
+    sys.exit(COULD_NOT_RUN if lost and code in (PASSED, FINDINGS) else code)
+
+
+def _told(
+    found: Report,
+    subject: Subject,
+    options: dict[str, Any],
+    log: RunLog,
+    expected_reason: str | None,
+    stopped: BaseException | None,
+    interrupted_code: int,
+) -> tuple[int, list[str]]:
+    """The exit code of a check and what is printed, which the last records say as well."""
+    from conformance.reports import check_report
+    from conformance.running.session import relative_source
+
+    told = []
+    if stopped is not None:
+        interrupted = isinstance(stopped, KeyboardInterrupt)
+        cases = f"{found.examples} of {found.planned} cases were judged"
+        log.could_not_run(subject, f"interrupted: {cases}" if interrupted else str(stopped))
+        if found.runs or interrupted:
+            told.append(f"{'interrupted' if interrupted else 'not judged to the end'}: {cases}")
+    if found.runs and not (found.ok and stopped):
+        told.append(str(found))
+    again = check_report.replay_line(found, relative_source(subject.kernel), options)
+    if again:
+        told.append(again)
+    if stopped is not None:
+        if isinstance(stopped, KeyboardInterrupt):
+            return interrupted_code, told
+        return (COULD_NOT_RUN if isinstance(stopped, UnavailableError) else USAGE), told
+    if expected_reason is not None:
+        log.expected(subject, expected_reason, fixed=found.ok)
+        state = "FIXED, take it off the list" if found.ok else "failed as expected"
+        return PASSED, [*told, f"{state}: {expected_reason}"]
+    return (PASSED if found.ok else FINDINGS), told
 
 
 def _judge(
@@ -168,40 +201,25 @@ def _judge(
     plan: RunPlan | None,
     space: Space,
     timeout: float | None,
-    expected_reason: str | None,
-    options: dict[str, Any],
-) -> int:
-    """Judge the cases as they are recorded, print the report, and return the exit code."""
-    from conformance.contract.registry import short_name
-    from conformance.reports import check_report
+    runs: list[Judged],
+) -> None:
+    """Judge the cases, each recorded and added to ``runs`` as it ends."""
     from conformance.reports.progress import LiveProgress
     from conformance.reports.text import number
-    from conformance.running.check import Report, capability_runs, case_runs, worker_runner
-    from conformance.running.session import relative_source
+    from conformance.running.check import capability_runs, case_runs, worker_runner
 
-    runs: list[Judged] = []
     live = LiveProgress(f"{subject.kernel.name} {subject.lane}", len(keys), "cases")
-    with live, worker_runner(subject.kernel, subject.lane, timeout) as run:
+    with interrupted_once() as interrupts, live, worker_runner(subject.kernel, subject.lane, timeout) as run:
         cases = case_runs(subject.kernel, keys, run, subject.lane, plan)
         proofs = capability_runs(subject.kernel, space, run, subject.lane, runs) if plan is None else iter(())
         for judged in itertools.chain(cases, proofs):
-            log.judged(subject, judged)
             runs.append(judged)
+            log.judged(subject, judged)
             live.update(
                 sum(one.check == "example" for one in runs),
                 number(sum(len(one.verdict.findings) for one in runs), "finding"),
             )
-    report = Report(short_name(subject.kernel.stage), subject.name, subject.lane, tuple(runs), planned=len(keys))
-    click.echo(str(report))
-    again = check_report.replay_line(report, relative_source(subject.kernel), options)
-    if again:
-        click.echo(again)
-    if expected_reason is not None:
-        log.expected(subject, expected_reason, fixed=report.ok)
-        state = "FIXED, take it off the list" if report.ok else "failed as expected"
-        click.echo(f"{state}: {expected_reason}")
-        return PASSED
-    return PASSED if report.ok else FINDINGS
+            interrupts.raise_pending()
 
 
 def _short(folder: Path) -> str:
@@ -241,9 +259,9 @@ def read_dims(text: str, example: str = "B=3,S=64") -> str | dict[str, Any]:
         return text
     overrides: dict[str, Any] = {}
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(?:(preset)\s*=\s*([\w./-]+)|(\w+)\s*=\s*([0-9]+))\s*", item)
+        match = re.fullmatch(r"\s*(?:(preset)\s*=\s*([\w./-]+)|(\w+)\s*=\s*([0-9]{1,30}))\s*", item)
         if match is None:
-            raise UsageError(f"--dims takes a preset or overrides such as {example}, found {item.strip()!r}")
+            raise UsageError(f"--dims takes a preset or overrides such as {example}, found {item.strip()[:60]!r}")
         overrides |= {match[1]: match[2]} if match[1] else {match[3]: int(match[4])}
     return overrides
 
@@ -264,8 +282,9 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
     from conformance.cases.space import Space
     from conformance.reports import diff_report
     from conformance.running import diff as comparison
-    from conformance.running.check import chosen_keys, resolve_lane
+    from conformance.running.check import InterruptedCheck, chosen_keys, require_seconds, resolve_lane
 
+    require_seconds("--timeout", timeout)
     named = find_lane(lane)
     if named is not None and not named.executes:
         raise UsageError(f"diff compares what kernels compute: {lane} executes nothing")
@@ -278,7 +297,18 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
         before = comparison.for_kernel(after, before, old)
     elif isinstance(after, dict) and not isinstance(before, dict):
         after = comparison.for_kernel(before, after, new)
-    summaries = [_summaries(subject, dims, examples, seed, lane, timeout) for subject in (before, after)]
+    summaries: list[dict[str, KernelSummary]] = []
+    try:
+        for subject in (before, after):
+            summaries.append(_summaries(subject, dims, examples, seed, lane, timeout))
+    except KeyboardInterrupt as error:
+        for side, judged in zip(("OLD", "NEW"), summaries, strict=False):
+            for known in judged.values():
+                say(f"{side} {known.kernel} ({known.stage}): {diff_report.verdict(known)}")
+        if isinstance(error, InterruptedCheck):
+            say(f"interrupted: {error.report.examples} of {error.report.planned} cases were judged")
+            say(error.report) if not error.report.ok and error.report.runs else None
+        raise
     found = comparison.compare_runs(*summaries)
     for one in found:
         click.echo(diff_report.render(one, colour=sys.stdout.isatty()))
@@ -292,6 +322,7 @@ def _subject_of_diff(text: str) -> dict[str, KernelSummary] | Declaration:
     from conformance.lanes.listing import bundled_kernels
     from conformance.running import diff as comparison
 
+    require_path(text)
     folder = Path(text)
     if folder.is_dir():
         return comparison.of_run(folder)
@@ -315,33 +346,6 @@ def _summaries(
     return {subject.name: comparison.of_report(subject, report)}
 
 
-@contextlib.contextmanager
-def _interrupted_once() -> Iterator[Callable[[], None]]:
-    """An interrupt, or a request to end, interrupts what is done here once; yields what makes it deaf to further ones.
-
-    Some send two, as ``timeout`` does: the second must not lose what the first one leaves. What is ignored anyway, as in the
-    background of a script, stays so.
-    """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
-
-    def ignore() -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-
-    def interrupt(number: int, frame: object) -> None:
-        ignore()
-        raise KeyboardInterrupt
-
-    for number in before:
-        signal.signal(number, interrupt)
-    try:
-        yield ignore
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @main.command()
 @click.option(
     "--full", is_flag=True, help="many examples, 10,000 random legal runs of each single stage: hours; writes JSON and a page"
@@ -350,7 +354,7 @@ def _interrupted_once() -> Iterator[Callable[[], None]]:
 @click.option("--lane", default=None, metavar="LANE", help="only kernels that this lane shows")
 @click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
 @click.option("--processes", type=int, default=None, metavar="N", help="as many as there are cores by default")
-@click.option("--out", type=click.Path(path_type=Path), default=None, metavar="DIR", help="write exam.json and exam.html here")
+@click.option("--out", type=FilePath(), default=None, metavar="DIR", help="write exam.json and exam.html here")
 def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: int | None, out: Path | None) -> None:
     """Ask how good a judge the harness is: known faults and legal variants, by our rule and by those in use elsewhere.
 
@@ -359,15 +363,17 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
     """
     from conformance.exam.efforts import EFFORTS
     from conformance.exam.pool import take
-    from conformance.exam.results import write_json, write_whole
+    from conformance.exam.results import write_json
+    from conformance.outside import write_whole
     from conformance.reports import exam_page, exam_table
     from conformance.reports.progress import LiveProgress
     from conformance.reports.text import number
     from conformance.running.check import require_count
 
     require_count(1, seed)
-    if processes is not None and processes < 1:
-        raise UsageError(f"--processes takes a positive number, found {processes}")
+    most = MOST_PROCESSES * (os.cpu_count() or 1)
+    if processes is not None and not 1 <= processes <= most:
+        raise UsageError(f"--processes takes a positive number, here at most {most}, found {processes:.10g}")
     if out is None and full:
         out = Path("runs") / f"exam-{time.strftime('%Y%m%d-%H%M%S')}"
     if out is not None:
@@ -395,7 +401,7 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
     def show(done: int, planned: int, wrong: int) -> None:
         live.update(done, f"{number(wrong, 'kernel')} judged wrongly", planned)
 
-    with _interrupted_once() as ignore_interrupts:
+    with interrupted_once() as interrupts:
         try:
             with live:
                 result = take(
@@ -407,10 +413,10 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
                     progress=show,
                     keep=keep_meanwhile,
                 )
-            ignore_interrupts()
+            interrupts.ignore()
         except KeyboardInterrupt:
-            click.echo("interrupted before anything was judged", err=True)
-            sys.exit(COULD_NOT_RUN)
+            say("interrupted before anything was judged", err=True)
+            sys.exit(interrupts.exit_code)
         try:
             keep(result)  # before anything is shown: it may have taken hours
         except OSError as error:
@@ -421,20 +427,26 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
         sys.exit(COULD_NOT_RUN)
     if out is not None:
         click.echo(f"kept in {out}: exam.json, exam.html")
+    if interrupts.number:
+        sys.exit(interrupts.exit_code)
     sys.exit(FINDINGS if result.failed else PASSED if result.passed else COULD_NOT_RUN)
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path), metavar="RUN_DIR")
+@click.argument("folder", type=FilePath(), metavar="RUN_DIR")
 def report(folder: Path) -> None:
     """Build the reports of a run again from its records, and print the summary."""
     from conformance import reports
 
-    built = reports.build(folder, colour=sys.stdout.isatty())
+    lost: list[str] = []
+    built = reports.build(folder, colour=sys.stdout.isatty(), unwritten=lost)
     click.echo(built["terminal"])
     for name, path in built.items():
         if isinstance(path, Path):
-            click.echo(f"{name}: {_short(path)}")
+            say(f"{name}: {_short(path)}")
+    for line in lost:
+        say(f"report: {line}", err=True)
+    sys.exit(COULD_NOT_RUN if lost else PASSED)
 
 
 if __name__ == "__main__":

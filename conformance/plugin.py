@@ -156,8 +156,10 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_collection(session: pytest.Session) -> None:
     """Read what the user gave before anything is collected: a mistake in it is one line, and pytest's usage error."""
     options = session.config.option
-    if options.conformance_run and not hasattr(session.config, "workerinput"):
-        session.config.stash[_STATE].require_new_folder()
+    if options.conformance_run:
+        session.config.stash[_STATE].claim_folder()
+    if options.conformance_kernel_timeout is not None or options.conformance_kernel_memory is not None:
+        session.config.stash[_STATE].require_limits()
     given = (
         options.conformance_kernels,
         options.conformance_only_user_kernels,
@@ -202,7 +204,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     planned = [subject for subject in map(_subject_of, session.items) if subject is not None]
     if planned and not session.config.option.collectonly and not _is_controller(session.config):
         state.open_log(planned)
-        if not hasattr(session.config, "workerinput"):
+        if not state.is_worker:
             state.show_progress(len(session.items))
 
 
@@ -211,6 +213,7 @@ def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     """Begin the live line in xdist's controller."""
     state = node.config.stash[_STATE]
     if state.wrote_records():
+        state.begin_judging()
         state.show_progress(len(ids))
 
 
@@ -245,31 +248,44 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Close this process's records."""
+    """Close this process's records; a run that judged kernels and was interrupted has the exit code that shells know."""
     state = session.config.stash[_STATE]
+    if state.interrupts is not None:
+        state.interrupts.ignore()  # the reports follow
+        if state.interrupts.number:
+            session.exitstatus = exitstatus = state.interrupts.exit_code
     if state.log is not None:
-        state.log.end(int(exitstatus))
+        state.lost = state.log.end(int(exitstatus))
         state.log = None
+        if state.lost and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Take the live line away, however the run ended."""
+    """Give back the screen, the signals and the folder, however the run ended."""
     state = config.stash.get(_STATE, None)
-    if state is not None and state.progress is not None:
-        state.progress.stop()
+    if state is not None:
+        state.close()
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     """Build the reports from the records and print the summary; say so where a lane ran nothing."""
     state = config.stash[_STATE]
-    if hasattr(config, "workerinput") or not state.wrote_records():
+    if state.is_worker or not (state.wrote_records() or state.lost):
         return
     from conformance import reports
+    from conformance.errors import UsageError
+    from conformance.outside import one_line
 
-    built = reports.build(state.folder, colour=terminalreporter.hasmarkup)
     terminalreporter.section("kernel conformance")
-    terminalreporter.write_line(str(built["terminal"]))
-    terminalreporter.write_line(f"kept in {state.folder}: report.html, summary.md, junit.xml")
+    try:
+        built = reports.build(state.folder, colour=terminalreporter.hasmarkup, unwritten=state.lost)
+        terminalreporter.write_line(str(built["terminal"]))
+        terminalreporter.write_line(one_line(f"kept in {state.folder}: report.html, summary.md, junit.xml"))
+    except UsageError as error:  # the folder is gone
+        state.lost.append(str(error))
+    for line in state.lost:
+        terminalreporter.write_line(one_line(line))
 
 
 @pytest.fixture

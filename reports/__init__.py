@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conformance.errors import UsageError
+from conformance.outside import write_whole
 
 if TYPE_CHECKING:
     from conformance.reports.summary import RunSummary
@@ -28,12 +29,17 @@ FORMATS: dict[str, str | None] = {
 
 
 def build(
-    folder: Path, formats: Sequence[str] = ("terminal", "markdown", "junit", "html"), *, colour: bool = False
+    folder: Path,
+    formats: Sequence[str] = ("terminal", "markdown", "junit", "html"),
+    *,
+    colour: bool = False,
+    unwritten: list[str] | None = None,
 ) -> dict[str, Path | str]:
     """Build reports of the run in ``folder``: the text itself for ``terminal``, the path of the written file for the others.
 
     ``colour`` is for the terminal's. Building again replaces the files; the records are only read. Raises ``UsageError`` for an
-    unknown format and for a folder without records.
+    unknown format and for a folder without records. ``unwritten`` takes a line for each file that cannot be written, which the
+    result then lacks; without it ``OSError`` is raised.
     """
     from conformance.reports import junit, markdown, page, terminal
     from conformance.reports.summarise import summarise
@@ -55,8 +61,12 @@ def build(
         file = FORMATS[name]
         if file is None:
             built[name] = content
-        else:
-            path = folder / file
-            path.write_text(content, encoding="utf-8", newline="\n")
-            built[name] = path
+            continue
+        try:
+            write_whole(folder / file, content)
+            built[name] = folder / file
+        except OSError as error:
+            if unwritten is None:
+                raise
+            unwritten.append(f"cannot write {folder / file}: {error.strerror or error}")
     return built

@@ -74,7 +74,7 @@ def render(report: CheckResult, width: int = 80, most: int = 6) -> str:
     if report.examples < report.planned:
         lost = sum(run.outcome.status in _LOST for run in report.runs)
         left = text.number(report.planned - report.examples, "case")
-        lines.append(f"  {left} not tried after {text.number(lost, 'run')} that crashed or timed out")
+        lines.append(f"  {left} not tried" + (f" after {text.number(lost, 'run')} that crashed or timed out" if lost else ""))
     groups: dict[tuple[str, str | None, str], list[_LocatedFinding]] = {}
     for entry in report.findings:
         # Each capability that does not hold is told by itself.

@@ -95,12 +95,12 @@ def _test_case(suite: ElementTree.Element, cell: Cell, problems: Sequence[Proble
     if cell.status == "failed" and cell.stopped_because:
         remarks.append(f"also: {'; '.join(cell.stopped_because)}")
     if remarks:
-        ElementTree.SubElement(test, "system-out").text = text.clean("\n".join(remarks), 4 * _MESSAGE)
+        ElementTree.SubElement(test, "system-out").text = text.plain("\n".join(remarks), 4 * _MESSAGE)
 
 
 def _say(test: ElementTree.Element, tag: str, kind: str, message: str, body: str = "") -> None:
     element = ElementTree.SubElement(test, tag, type=kind, message=text.one_line(message, _MESSAGE))
-    element.text = text.clean(body, 20 * _MESSAGE) or None
+    element.text = text.plain(body, 20 * _MESSAGE) or None
 
 
 def _describe(problem: Problem) -> str:
@@ -110,7 +110,7 @@ def _describe(problem: Problem) -> str:
     ]
     lines += problem.measures
     if problem.example:
-        lines.append(text.clean(problem.example.message, 2 * _MESSAGE))
+        lines.append(text.plain(problem.example.message, 2 * _MESSAGE))
     lines.append(problem.replay or f"case key: {problem.example_case or 'none'}")
     return "\n".join(lines)
 

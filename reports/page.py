@@ -102,7 +102,7 @@ def environment() -> jinja2.Environment:
     made.filters.update(
         line=text.one_line,
         breakable=_breakable,
-        clean=text.clean,
+        clean=text.plain,
         number=text.number,
         share=text.share,
         share_in_words=text.share_in_words,
@@ -117,12 +117,12 @@ def environment() -> jinja2.Environment:
 
 def _finalise(value: object) -> object:
     # Whatever a template prints is free of characters that HTML forbids, whether its author thought of it or not.
-    return value if isinstance(value, Markup) or not isinstance(value, str) else text.clean(value)
+    return value if isinstance(value, Markup) or not isinstance(value, str) else text.plain(value)
 
 
 def _breakable(name: str) -> Markup:
     """A name that a narrow column may break after a stroke, an underscore or a full stop rather than anywhere."""
-    return Markup("<wbr>").join(re.findall(r"[^/_.]*[/_.]|[^/_.]+", text.clean(name)))
+    return Markup("<wbr>").join(re.findall(r"[^/_.]*[/_.]|[^/_.]+", text.plain(name)))
 
 
 def part(name: str) -> Markup:

@@ -229,7 +229,7 @@ def _shares(values: Sequence[float]) -> Shares:
     histogram = [0] * (BINS + 1)
     for value in ordered:
         within = value <= 1  # false for NaN
-        histogram[min(max(int(value * BINS), 0), BINS - 1) if within else BINS] += 1
+        histogram[min(int(max(value, 0.0) * BINS), BINS - 1) if within else BINS] += 1
     any_nan = any(math.isnan(value) for value in values)
     return Shares(
         count=len(ordered),

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import datetime
 import math
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conformance.contract.registry import model_named, stages
 from conformance.lanes import find_lane
-
-# What XML 1.0 forbids, what a terminal would obey (escape sequences), and what reverses the text around it (bidi overrides).
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
+from conformance.outside import one_line as one_line
+from conformance.outside import plain as plain
 
 #: Longest command that is shown; a longer one is no longer something a person copies.
 LONGEST_COMMAND = 2000
@@ -23,19 +21,6 @@ def worth_naming(lane: str) -> bool:
     """Whether a lane is to be named beside a kernel of the exam: most of its kernels run in the process that judges."""
     known = find_lane(lane)
     return known is None or not known.in_process
-
-
-def clean(text: object, limit: int | None = None) -> str:
-    """Text without characters that XML forbids or a terminal obeys, at most ``limit`` characters long."""
-    cleaned = _UNSAFE.sub("\ufffd", str(text).replace("\r\n", "\n"))
-    if limit is not None and len(cleaned) > limit:
-        return f"{cleaned[:limit].rstrip()} ... ({len(cleaned) - limit:,} more characters)"
-    return cleaned
-
-
-def one_line(text: object, limit: int | None = None) -> str:
-    """``clean`` text with every run of blanks and line ends turned into one blank."""
-    return clean(" ".join(str(text).split()), limit)
 
 
 def share(value: float | None) -> str:
@@ -189,6 +174,6 @@ def replay_command(
     elif case:
         words += ["--case", case]
     command = " ".join(shlex.quote(word) for word in words)
-    if len(command) > LONGEST_COMMAND or command != one_line(command):
+    if len(command) > LONGEST_COMMAND or command != one_line(command) or "\ufffd" in command:
         return None
     return command

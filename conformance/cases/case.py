@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 
 import torch
 
@@ -55,8 +57,19 @@ def make_case(key: CaseKey) -> Case:
     return _with_rows(case, key.rows) if key.rows else case
 
 
+def require_room(size: int, what: str) -> None:
+    """Raise ``UsageError`` for what takes more bytes than the machine has memory: making it would end this process."""
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > room:
+        raise UsageError(
+            f"{what} takes {size / 1e9:,.1f} GB of memory, this machine has {room / 1e9:,.1f} GB: choose smaller sizes"
+        )
+
+
 def make_inputs(stage: Stage, key: CaseKey, dims: Dims) -> dict[str, torch.Tensor]:
     """The inputs of a stage for a key, at dimensions that may be other than the key's (more layers)."""
+    sizes = (math.prod(argument.size(dims)) * argument.dtype.itemsize for argument in stage.inputs)
+    require_room(sum(sizes), f"case key {key}: the data")
     with torch.inference_mode(False):  # whatever mode the caller is in: tensors made in it can never be differentiated
         chunks = {"chunk_lens": key.chunk_lens} if stage.has_chunks else {}
         source = Source(f"{stage.name}/{key.regime}/{key.seed}")

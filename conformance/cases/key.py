@@ -13,6 +13,14 @@ from conformance.contract.registry import preset_named, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 
+#: Longest text of a key, in characters.
+LONGEST = 100_000
+
+_NAME = re.compile(r"[\w./-]+")
+#: No number of a key needs 64 bits; Python reads some thousand digits, and slowly.
+_NUMBER = re.compile(r"[0-9]{1,18}")
+_VARIED = re.compile(r"(\w+)=([0-9]{1,18}(?:\+[0-9]{1,18})*)")
+
 
 @dataclasses.dataclass(frozen=True)
 class CaseKey:
@@ -44,16 +52,16 @@ class CaseKey:
     def parse(cls, text: str) -> CaseKey:
         """The inverse of ``str``; raises ``UsageError`` that says what a key looks like."""
         example = "a case key looks like attention:tiny:B=3,seq_lens=1+16+17:needle:7"
-        if not isinstance(text, str):
-            raise UsageError(f"a case key is text, found {text!r}; {example}")
+        if not isinstance(text, str) or len(text) > LONGEST:
+            raise UsageError(f"a case key is text of at most {LONGEST:,} characters, found {str(text)[:60]!r}; {example}")
         parts = text.strip().split(":")
-        if len(parts) != 5 or not re.fullmatch(r"[0-9]+", parts[4]):
+        if len(parts) != 5 or not all(map(_NAME.fullmatch, (parts[0], parts[1], parts[3]))) or not _NUMBER.fullmatch(parts[4]):
             raise UsageError(f"cannot read case key {text!r}; {example}")
         stage, preset, varied, regime, seed = parts
         overrides: list[tuple[str, int]] = []
         lists: dict[str, tuple[int, ...]] = dict.fromkeys(_LISTS, ())
         for item in filter(None, varied.split(",")):
-            match = re.fullmatch(r"(\w+)=([0-9]+(?:\+[0-9]+)*)", item)
+            match = _VARIED.fullmatch(item)
             if match is None:
                 raise UsageError(f"cannot read {item!r} in case key {text!r}; {example}")
             values = tuple(int(value) for value in match[2].split("+"))

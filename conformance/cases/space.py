@@ -21,6 +21,10 @@ DEEPEST_PERIOD = 10
 DEEPEST_BATCH = 2
 
 
+#: Sequences of the largest case: keys list the length of each.
+LARGEST_BATCH = 65_536
+
+
 @dataclasses.dataclass(frozen=True)
 class Space:
     """The cases that a stage is judged on: a preset, with some dimensions pinned and upper limits for those drawn."""
@@ -46,6 +50,8 @@ class Space:
                 raise UsageError(f"{name} belongs to the contract and cannot be overridden")
         limit = model.replace(**overrides)
         batch, depth, pages, tokens = (limit.symbol(role) for role in ("batch", "depth", "pages", "tokens"))
+        if limit.batch > LARGEST_BATCH:
+            raise UsageError(f"{batch} is at most {LARGEST_BATCH:,} here, found {limit.batch:,}")
         most_pages = limit.batch * limit.pages_per_sequence
         if pages in overrides and pages in stage.drawn and limit.pages <= most_pages:
             raise UsageError(

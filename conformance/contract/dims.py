@@ -19,6 +19,9 @@ from conformance.errors import UsageError
 #: ``tokens``     new tokens of all sequences together, of a call that takes several a sequence
 Role = Literal["batch", "depth", "length", "page_size", "pages", "tokens"]
 
+#: Largest size of an axis: what an int32 can count.
+LARGEST_SIZE = 2**31 - 1
+
 _AXIS = "axis"
 Self = TypeVar("Self", bound="Dims")
 
@@ -66,6 +69,8 @@ class Dims:
                     raise UsageError(f"dimension {field.name} must be a positive number, found {value!r}")
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"dimension {field.name} must be a positive whole number, found {value!r}")
+            elif value > LARGEST_SIZE:
+                raise UsageError(f"dimension {field.name} is at most {LARGEST_SIZE:,}, found {value:.3g}")
         self.require_consistent()
 
     def require_consistent(self) -> None:

@@ -17,7 +17,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.registry import model_named, short_name, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
-from conformance.plain import plain_line
+from conformance.outside import one_line
 
 TOOLCHAINS = ("torch", "pypto")
 
@@ -188,14 +188,14 @@ def _source(function: Callable[..., Any]) -> Path:
 
 def _summary(function: Callable[..., Any]) -> str:
     """The first line of the docstring, or an empty string."""
-    return plain_line((inspect.getdoc(function) or "").split("\n", 1)[0], 200)
+    return one_line((inspect.getdoc(function) or "").split("\n", 1)[0], 200)
 
 
 def require_name(name: object) -> str:
     """The name of a kernel, which stands in reports, file names and commands; raises ``UsageError`` for one that cannot."""
     if isinstance(name, str) and 0 < len(name) <= MOST_OF_NAME and name.isprintable() and not set(name) & {" ", "/"}:
         return name
-    shown = plain_line(repr(name), 60)
+    shown = one_line(repr(name), 60)
     raise UsageError(f"a kernel's name has at most {MOST_OF_NAME} characters, no space and no '/' among them, found {shown}")
 
 

@@ -15,6 +15,7 @@ from conformance.exam.efforts import Cases, Effort
 from conformance.exam.known_kernels import KnownKernel
 from conformance.exam.rules import RULES
 from conformance.lanes import find_lane
+from conformance.outside import write_whole
 
 #: What our own rule is called in tables.
 OURS = "conformance"
@@ -277,17 +278,6 @@ def trials_for(regimes: Mapping[str, Sequence[int]], confidence: float = CONFIDE
 def write_json(exam: Exam, path: Path) -> None:
     """Keep an exam; ``read_json`` reads it."""
     write_whole(path, json.dumps(exam.to_json(), indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that holds what it held before until all is written, whenever this is killed; raises ``OSError``."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def read_json(path: Path) -> Exam:

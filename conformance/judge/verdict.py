@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from conformance.outside import Fields
+
 #: Every detector's id, in the order in which findings of equal weight are told: the cause before its consequences.
 DETECTORS: dict[str, str] = {
     "crashed": "the kernel's process died (signal, exit or memory limit)",
@@ -49,7 +51,7 @@ class Finding:
 
     def __post_init__(self) -> None:
         if self.detector not in DETECTORS:
-            raise ValueError(f"unknown detector {self.detector!r}; known are {', '.join(DETECTORS)}")
+            raise ValueError(f"unknown detector {self.detector[:40]!r}; known are {', '.join(DETECTORS)}")
 
     @property
     def magnitude(self) -> float:
@@ -62,16 +64,23 @@ class Finding:
         return {name: _finite(value) for name, value in fields.items()}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Finding:
-        """The inverse of ``to_json``; fields that a newer version added are ignored."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        fields = {name: value for name, value in data.items() if name in known}
-        if "index" in fields:
-            fields["index"] = tuple(fields["index"])
-        for name in ("share", "ulps"):
-            if name in fields:
-                fields[name] = float(fields[name])
-        return cls(**fields)
+    def from_json(cls, data: object) -> Finding:
+        """The inverse of ``to_json``, but for characters that nobody should be shown; fields of a newer version are ignored.
+
+        Raises ``ValueError`` for anything else than a finding.
+        """
+        fields = Fields(data, "a finding")
+        return cls(
+            fields.text("detector"),
+            fields.text("message"),
+            fields.optional_text("argument"),
+            fields.counts("index"),
+            fields.named_counts("where"),
+            fields.measure("share"),
+            fields.measure("ulps"),
+            fields.count("count"),
+            fields.count("total"),
+        )
 
 
 def _finite(value: Any) -> Any:

@@ -14,9 +14,9 @@ from conformance.contract.loading import require_file
 from conformance.contract.registry import model_named, models, stage_named
 from conformance.errors import UsageError
 from conformance.lanes.eager import EAGER
-from conformance.lanes.messages import AskAccepts, Declared, FindKernel, Listed, ListKernels, Message, Reasons
+from conformance.lanes.messages import MOST_TEXT, AskAccepts, Declared, FindKernel, Listed, ListKernels, Message, Reasons
 from conformance.lanes.worker_process import Limits, UnknownEndError, WorkerError, WorkerProcess
-from conformance.plain import plain_line
+from conformance.outside import one_line
 from conformance.toolchains.detection import ToolchainUnavailableError
 
 #: What importing a file may take: as long as a kernel's process may take to start. Its answers take no time.
@@ -72,7 +72,7 @@ class Listing:
             answer = self._ask(request, ANSWER_SECONDS, f"accepts of kernel {kernel.name}")
             if not isinstance(answer, Reasons) or len(answer.reasons) != 1:
                 raise UsageError(f"accepts of kernel {kernel.name} was not answered")
-            self._reasons[key] = answer.reasons[0] and plain_line(answer.reasons[0], 500)
+            self._reasons[key] = answer.reasons[0] and one_line(answer.reasons[0], 500)
         return self._reasons[key]
 
     def close(self) -> None:
@@ -103,8 +103,8 @@ class Listing:
             capabilities=declared.capabilities,
             profile=declared.profile,
             capacity=declared.capacity,
-            source=Path(plain_line(declared.source)),
-            summary=plain_line(declared.summary, 200),
+            source=Path(one_line(declared.source, MOST_TEXT)),
+            summary=one_line(declared.summary, 200),
             digest=declared.digest,
             module=declared.module,
             attribute=declared.attribute,
@@ -120,7 +120,7 @@ class Listing:
                 return self._worker.ask(request, seconds, "it")
             except WorkerError as failure:
                 self._worker.stop()
-                text = plain_line(failure.outcome.message).removesuffix(" during it").replace(" during it;", ";", 1)
+                text = one_line(failure.outcome.message, MOST_TEXT).removesuffix(" during it").replace(" during it;", ";", 1)
                 did = {"timed_out": f"did not come to its end within {seconds:g} s"}.get(failure.outcome.status, text)
                 raise UsageError(f"{what}: when it was imported, {did}") from failure
             except UnknownEndError:

@@ -14,7 +14,7 @@ import msgspec
 from conformance.contract.dims import Dims
 from conformance.lanes.base import Outcome, PassDifference, Status, UnwrittenRead
 from conformance.lanes.buffers import Guarded
-from conformance.plain import plain, plain_line
+from conformance.outside import one_line, plain
 
 #: Which compiler passes are compared with the tensor graph: the last one, every one, or none.
 Passes = Literal["last", "all", "none"]
@@ -22,6 +22,8 @@ Passes = Literal["last", "all", "none"]
 Sizes = dict[str, int | float]
 #: How many pass differences and unwritten reads of one run are told, from the first.
 MOST_TOLD = 200
+#: The longest text of a message, in characters.
+MOST_TEXT = 8000
 
 
 class Message(msgspec.Struct, tag=True, forbid_unknown_fields=True):
@@ -178,8 +180,8 @@ def result_of(outcome: Outcome, *, seconds: float, peak_memory: int | None, heal
     reads = outcome.unwritten_reads[:MOST_TOLD]
     return Result(
         outcome.status,
-        plain(outcome.message),
-        None if outcome.location is None else plain_line(outcome.location),
+        plain(outcome.message, MOST_TEXT),
+        None if outcome.location is None else one_line(outcome.location, MOST_TEXT),
         tuple(dataclasses.replace(one, **_plain_texts(one)) for one in differences),
         outcome.passes_compared,
         tuple(dataclasses.replace(one, **_plain_texts(one)) for one in reads),
@@ -194,8 +196,8 @@ def outcome_of(result: Result) -> Outcome:
     """The outcome that a result tells of, without outputs. Texts are made plain again: who knows who wrote them."""
     return Outcome(
         result.status,
-        message=plain(result.message),
-        location=None if result.location is None else plain_line(result.location),
+        message=plain(result.message, MOST_TEXT),
+        location=None if result.location is None else one_line(result.location, MOST_TEXT),
         pass_differences=tuple(dataclasses.replace(one, **_plain_texts(one)) for one in result.pass_differences),
         passes_compared=result.passes_compared,
         unwritten_reads=tuple(dataclasses.replace(one, **_plain_texts(one)) for one in result.unwritten_reads),
@@ -206,4 +208,4 @@ def outcome_of(result: Result) -> Outcome:
 
 
 def _plain_texts(one: PassDifference | UnwrittenRead) -> dict[str, Any]:
-    return {name: plain_line(value) for name, value in vars(one).items() if isinstance(value, str)}
+    return {name: one_line(value, MOST_TEXT) for name, value in vars(one).items() if isinstance(value, str)}

@@ -32,6 +32,7 @@ from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import lay_out
 from conformance.lanes.channel import Channel
 from conformance.lanes.messages import (
+    MOST_TEXT,
     Answer,
     AskAccepts,
     Declared,
@@ -52,7 +53,7 @@ from conformance.lanes.messages import (
     result_of,
 )
 from conformance.lanes.reference_lock import lock_references
-from conformance.plain import plain_line
+from conformance.outside import one_line
 from conformance.toolchains.detection import ToolchainUnavailableError
 
 
@@ -110,9 +111,9 @@ class Worker:
         try:
             return self._answer(request)
         except UsageError as error:
-            return Refused(plain_line(str(error)))
+            return Refused(one_line(error, MOST_TEXT))
         except ToolchainUnavailableError as error:
-            return Refused(plain_line(str(error)), unavailable=True)
+            return Refused(one_line(error, MOST_TEXT), unavailable=True)
 
     def _answer(self, request: object) -> Answer:
         if isinstance(request, Run):
@@ -223,7 +224,7 @@ def _declared(kernel: Kernel, module: str, attribute: str) -> Declared:
         kernel.profile,
         kernel.capacity,
         kernel.accepts is not None,
-        plain_line(str(kernel.source)),
+        one_line(kernel.source, MOST_TEXT),
         kernel.summary,
         digest_of(module),
     )
@@ -231,7 +232,7 @@ def _declared(kernel: Kernel, module: str, attribute: str) -> Declared:
 
 def _reason(kernel: Kernel, dims: Dims) -> str | None:
     reason = kernel.asked(dims)
-    return None if reason is None else plain_line(reason, 500)
+    return None if reason is None else one_line(reason, 500)
 
 
 def _file_name(module: str) -> str:

@@ -25,9 +25,9 @@ from conformance.lanes.base import Outcome
 from conformance.lanes.channel import Channel, ChannelError
 from conformance.lanes.forking import fork_server
 from conformance.lanes.keeper import UNKNOWN_EXIT, KeptProcess, python_command
-from conformance.lanes.messages import Answer, Message, Opening, Refused, decode_answer, encode
+from conformance.lanes.messages import MOST_TEXT, Answer, Message, Opening, Refused, decode_answer, encode
 from conformance.lanes.scratch import ScratchFolder
-from conformance.plain import plain, plain_line
+from conformance.outside import one_line, plain
 from conformance.toolchains.detection import ToolchainUnavailableError
 
 #: Set in a worker's environment: a kernel's file that itself judges kernels would start workers without end.
@@ -58,7 +58,7 @@ class Limits:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise UsageError(f"limit {field.name} must be a positive number, found {plain_line(repr(value), 60)}")
+                raise UsageError(f"limit {field.name} must be a positive number, found {one_line(repr(value), 60)}")
 
 
 class WorkerError(Exception):
@@ -209,8 +209,8 @@ class WorkerProcess:
             raise WorkerError(self._post_mortem(what)) from error
         if isinstance(answer, Refused):
             if answer.unavailable:
-                raise ToolchainUnavailableError(plain_line(answer.message))
-            raise UsageError(plain_line(answer.message))
+                raise ToolchainUnavailableError(one_line(answer.message, MOST_TEXT))
+            raise UsageError(one_line(answer.message, MOST_TEXT))
         return answer
 
     def _answer_nobody_asked_for(self) -> None:
@@ -223,7 +223,7 @@ class WorkerProcess:
 
     def _nonsense(self, why: str, what: str) -> Outcome:
         self._kill()
-        return Outcome("crashed", message=f"its process sent something during {what} that is no answer: {plain_line(why, 200)}")
+        return Outcome("crashed", message=f"its process sent something during {what} that is no answer: {one_line(why, 200)}")
 
     def _require_within_limits(self, what: str, deadline: float, seconds: float) -> None:
         assert self._process is not None

@@ -24,10 +24,13 @@ from conformance.lanes import default_lane, lane_named, lanes_of
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import bits
 from conformance.lanes.messages import Passes
+from conformance.outside import LARGEST, LONGEST
 from conformance.reports import check_report
 from conformance.running.capabilities import prove
 from conformance.running.runs import MOST_LOST, Judged, Runner, is_lost
 
+#: Keys are drawn before the first case is judged.
+MOST_EXAMPLES = 100_000
 #: Of so many examples with several sequences one is judged again with these in another order, and one with a sequence alone;
 #: prime to the number of regimes of every stage, so that all of them come up.
 ROW_CHECK_PERIOD = 5
@@ -93,6 +96,14 @@ class Report:
         return check_report.render(self)
 
 
+class InterruptedCheck(KeyboardInterrupt):
+    """A check was interrupted; ``report`` holds what had been judged."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__("interrupted")
+        self.report = report
+
+
 def check(
     stage: str,
     function: Callable[..., Any] | Declaration,
@@ -112,21 +123,23 @@ def check(
     interpreter in a worker process (``lane="auto"``), within ``timeout`` seconds a run. The capabilities that a kernel declares
     are put to the test as well. ``case`` is the key of one finding to run again instead. ``isolated`` runs a torch callable in a
     worker process too, as the command does; it must then be an attribute of a module. Raises ``UsageError`` for what cannot be
-    judged as asked, ``UnavailableError`` where the lane cannot run.
+    judged as asked, ``UnavailableError`` where the lane cannot run; a ``KeyboardInterrupt`` has what was judged as ``report``.
     """
     contract = stage_named(stage)
     kernel = declaration_of(stage, function)
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0):
-        raise UsageError(f"timeout must be a positive number of seconds, found {timeout!r}")
+    require_seconds("timeout", timeout)
     chosen = resolve_lane(kernel, lane)
     keys = chosen_keys(kernel, Space.of(contract, dims), chosen, examples, seed, case)
     replay = RunPlan(repeat=True) if case is not None else None
     runs: list[Judged] = []
     in_process = lane_named(chosen).in_process and not isolated and isinstance(kernel, Kernel)
-    with eager_runner(kernel) if in_process else worker_runner(kernel, chosen, timeout) as run:  # type: ignore[arg-type]
-        runs.extend(case_runs(kernel, keys, run, chosen, replay))
-        if case is None:
-            runs.extend(capability_runs(kernel, Space.of(contract, dims), run, chosen, runs))
+    try:
+        with eager_runner(kernel) if in_process else worker_runner(kernel, chosen, timeout) as run:  # type: ignore[arg-type]
+            runs.extend(case_runs(kernel, keys, run, chosen, replay))
+            if case is None:
+                runs.extend(capability_runs(kernel, Space.of(contract, dims), run, chosen, runs))
+    except KeyboardInterrupt as error:
+        raise InterruptedCheck(Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys))) from error
     return Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys))
 
 
@@ -186,11 +199,23 @@ def capability_runs(kernel: Declaration, space: Space, run: Runner, lane: str, b
 
 
 def require_count(examples: int, seed: int) -> None:
-    """Raise ``UsageError`` unless there is at least one example and the seed is a whole number from 0."""
+    """Raise ``UsageError`` unless there is at least one example, and not too many, and the seed is a whole number from 0."""
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise UsageError(f"examples must be a positive whole number, found {examples!r}")
+    if examples > MOST_EXAMPLES:
+        raise UsageError(f"examples are at most {MOST_EXAMPLES:,}: give another seed for more")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise UsageError(f"seed must be a whole number, not negative, found {seed!r}")
+    if seed > LARGEST:
+        raise UsageError(f"seed is at most {LARGEST:,}")
+
+
+def require_seconds(name: str, value: object) -> None:
+    """Raise ``UsageError`` for a time limit that is none; ``None`` stands for the usual one."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LONGEST:
+        raise UsageError(f"{name} must be a positive number of seconds, at most {LONGEST:,.0f}, found {value!r}")
 
 
 def require_stage(key: CaseKey, stage: Stage) -> CaseKey:

@@ -14,7 +14,7 @@ from conformance.contract.kernel import VARIABLE_BATCH, Declaration
 from conformance.contract.registry import capability_meanings, model_named, short_name, stages
 from conformance.errors import UsageError
 from conformance.lanes import find_lane
-from conformance.reports import diff_report
+from conformance.reports import diff_report, text
 from conformance.running.capabilities import proven
 from conformance.running.check import Report
 from conformance.running.records import Record, read_run
@@ -85,14 +85,15 @@ def of_run(folder: Path) -> dict[str, KernelSummary]:
     log = read_run(folder)
     plans: dict[str, Mapping[str, Any]] = {}
     for record in log.of("start"):
-        for planned in record.details.get("plan", ()):
-            plans[planned["kernel"]] = planned
+        plans |= {planned["kernel"]: planned for planned in record.details["plan"] if planned["kernel"]}
     by_kernel: dict[str, list[Record]] = {name: [] for name in plans}
     for record in log.records:
         if record.kernel:
             by_kernel.setdefault(record.kernel, []).append(record)
-    cut_short = ("the run was cut short: it has no end",) if log.unfinished else ()
-    return {name: _of_records(name, plans.get(name, {}), found, cut_short) for name, found in by_kernel.items()}
+    gaps = ["the run was cut short: it has no end"] if log.unfinished else []
+    if log.unreadable:
+        gaps.append(f"{text.number(len(log.unreadable), 'line')} of its log cannot be read; the first is {log.unreadable[0]}")
+    return {name: _of_records(name, plans.get(name, {}), found, tuple(gaps)) for name, found in by_kernel.items()}
 
 
 def _of_records(name: str, plan: Mapping[str, Any], records: list[Record], errors: tuple[str, ...]) -> KernelSummary:

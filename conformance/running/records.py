@@ -13,8 +13,11 @@ that is killed loses at most the line it was writing. Events:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +25,13 @@ from typing import Any
 
 from conformance.errors import UsageError
 from conformance.judge.verdict import Finding
+from conformance.outside import Fields, plain, require_path
 
 SCHEMA = 1
+#: Longest text of a record; a kernel may raise an error with any message.
+LONGEST_TEXT = 20_000
+#: Longest line that is read, in bytes: many times what is written.
+LONGEST_LINE = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +72,9 @@ class Record:
             if field.name == "process":
                 continue  # the file's name says it
             if field.name == "findings":
-                value = [finding.to_json() for finding in value]
+                value = [{**finding.to_json(), "message": plain(finding.message, LONGEST_TEXT)} for finding in value]
+            elif field.name == "reason":
+                value = plain(value, LONGEST_TEXT)
             elif isinstance(value, float) and value - value != 0.0:
                 value = str(value)
             if value not in ("", None, [], {}):
@@ -73,38 +83,104 @@ class Record:
 
     @classmethod
     def from_json(cls, line: str) -> Record:
-        """The inverse of ``to_json``; raises ``ValueError`` for a line that is not a record of a known schema."""
+        """The inverse of ``to_json``, but for characters that nobody should be shown.
+
+        Every field is of its type, and the ``details`` of a ``start`` hold what it planned, so that whoever reads a record can
+        rely on them. Raises ``ValueError`` for a line that is not a record of a known schema.
+        """
         data = json.loads(line)
-        if not isinstance(data, dict) or "event" not in data:
-            raise ValueError("not a record")
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"record schema {data.get('schema')!r}, this version reads {SCHEMA}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        fields = {name: value for name, value in data.items() if name in known}
-        fields["findings"] = tuple(Finding.from_json(item) for item in fields.get("findings", ()))
-        for name in ("share", "seconds", "time"):
-            if name in fields:
-                fields[name] = float(fields[name])
-        return cls(**fields)
+        fields = Fields(data, "a record")
+        schema = fields.count("schema")
+        if schema != SCHEMA:
+            raise ValueError(f"record schema {schema!r}, this version reads {SCHEMA}")
+        event = fields.text("event")
+        if not event:
+            raise ValueError("not a record: it has no event")
+        return cls(
+            event,
+            **{name: fields.text(name) for name in _TEXTS},
+            findings=tuple(Finding.from_json(item) for item in fields.items("findings")),
+            share=fields.measure("share"),
+            profile=fields.optional_text("profile"),
+            seconds=fields.duration("seconds"),
+            peak_memory=fields.count("peak_memory"),
+            details=_details(event, fields.tree("details")),
+            time=fields.moment("time"),
+        )
+
+
+_TEXTS = ("kernel", "stage", "lane", "toolchain", "preset", "source", "check", "case", "status", "reason")
+
+
+def _details(event: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The details of an event, with what the reports look at in them checked."""
+    fields = Fields(found, "an object")
+    if event == "start":
+        plan = []
+        for entry in fields.items("plan"):
+            planned = Fields(entry, "a kernel that is planned")
+            names = {name: planned.text(name) for name in ("kernel", "stage", "lane", "preset")}
+            plan.append({**names, "capabilities": planned.texts("capabilities"), "capacity": planned.count("capacity")})
+        return {**found, "plan": plan, "options": fields.tree("options")}
+    if event == "end":
+        return {**found, "exit_code": fields.count("exit_code")}
+    return found
 
 
 class RecordWriter:
-    """Appends records to one file of a run's folder, each flushed before the next step begins."""
+    """Appends records to one file of a run's folder, each written before the next step begins.
+
+    Raises ``UsageError`` if there can be no such file. What cannot be written later, on a full disk, is kept and tried again with
+    the next record: judging goes on, and ``failure`` says why something is still missing.
+    """
 
     def __init__(self, folder: Path, process: str = "main") -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"records-{process}.jsonl"
-        self._file = self.path.open("a", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UsageError(f"cannot keep a run in {folder}: {error.strerror or error}") from error
+        self._left = b""
+        self._closed = False
+        #: Why records are missing in the file, or an empty string.
+        self.failure = ""
 
     def write(self, record: Record) -> None:
         """Append one record, stamped with the time if it has none."""
         stamped = record if record.time else dataclasses.replace(record, time=round(time.time(), 3))
-        self._file.write(stamped.to_json() + "\n")
-        self._file.flush()
+        self._left += (stamped.to_json() + "\n").encode()
+        self._try(self._descriptor)
 
     def close(self) -> None:
-        """Close the file; closing twice is harmless."""
-        self._file.close()
+        """Close the file; closing twice is harmless. A file that was removed meanwhile is written again."""
+        if self._closed:
+            return
+        self._closed = True
+        self._try(self._descriptor)
+        try:
+            self._restore()
+        except OSError as error:
+            self.failure = f"it was removed, and cannot be written again: {error.strerror or error}"
+        os.close(self._descriptor)
+
+    def _try(self, descriptor: int) -> None:
+        try:
+            while self._left:
+                self._left = self._left[os.write(descriptor, self._left) :]
+            self.failure = ""
+        except OSError as error:
+            self.failure = error.strerror or str(error)
+
+    def _restore(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(self.path.stat(), os.fstat(self._descriptor)):
+                return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Not over a file that another run has made here.
+        with open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as again:
+            size = os.fstat(self._descriptor).st_size
+            again.write(os.pread(self._descriptor, size, 0) + self._left)
 
 
 class RunFollower:
@@ -120,14 +196,17 @@ class RunFollower:
     def follow(self) -> None:
         """Read what has been written since the last time. A line that is not whole yet, or no record, is left alone."""
         for path in self._folder.glob("records-*.jsonl"):
-            with path.open("rb") as file:
-                file.seek(self._read.get(path, 0))
-                whole, end, _ = file.read().rpartition(b"\n")
+            try:
+                with path.open("rb") as file:
+                    file.seek(self._read.get(path, 0))
+                    whole, end, _ = file.read().rpartition(b"\n")
+            except OSError:  # removed meanwhile
+                continue
             self._read[path] = self._read.get(path, 0) + len(whole) + len(end)
-            for line in whole.splitlines():
+            for line in whole.split(b"\n") if whole else ():
                 try:
                     record = Record.from_json(line.decode("utf-8", "replace"))
-                except (ValueError, TypeError, AttributeError, RecursionError):
+                except (ValueError, RecursionError):
                     continue  # the report names it
                 if record.event == "case":
                     self.runs += 1
@@ -151,7 +230,11 @@ class Log:
 
 
 def read_run(folder: Path) -> Log:
-    """Read a run's folder, in the order of time; raises ``UsageError`` if there is no record in it."""
+    """Read a run's folder, in the order of time; raises ``UsageError`` if there is no record in it.
+
+    Lines that are no records of this version are left out, and named in ``unreadable``.
+    """
+    require_path(folder)
     files = sorted(folder.glob("records-*.jsonl")) if folder.is_dir() else []
     if not files:
         raise UsageError(f"no run in {folder}: expected records-*.jsonl files")
@@ -159,18 +242,35 @@ def read_run(folder: Path) -> Log:
     unreadable: list[str] = []
     unfinished: list[str] = []
     for file in files:
-        process = file.stem.removeprefix("records-")
+        process = plain(file.stem.removeprefix("records-"))
         events: list[str] = []
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-            try:
-                record = dataclasses.replace(Record.from_json(line), process=process)
-            except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                unreadable.append(f"{file.name}:{number}: {error}")
-                continue
-            records.append(record)
-            events.append(record.event)
+        try:
+            for number, line in enumerate(_lines(file), start=1):
+                try:
+                    record = dataclasses.replace(Record.from_json(line), process=process)
+                except (ValueError, RecursionError) as error:
+                    unreadable.append(plain(f"{file.name}:{number}: {error}", 300))
+                    continue
+                records.append(record)
+                events.append(record.event)
+        except OSError as error:
+            unreadable.append(plain(f"{file.name}: {error.strerror or error}"))
         # A file that two sessions appended to holds two starts; one whose first line is torn holds none.
         if events.count("end") < max(1, events.count("start")):
             unfinished.append(process)
     records.sort(key=lambda record: record.time)
     return Log(tuple(records), tuple(unreadable), tuple(unfinished))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file, of those that are too long only the beginning; raises ``OSError`` if it is no regular file."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("it is no regular file")
+        while line := file.readline(LONGEST_LINE):
+            whole = line.endswith(b"\n") or len(line) < LONGEST_LINE
+            while not whole:
+                more = file.readline(LONGEST_LINE)
+                whole = more.endswith(b"\n") or len(more) < LONGEST_LINE
+                line = line[:100]
+            yield line.decode("utf-8", "replace").rstrip("\r\n")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import os
 import platform
 import secrets
@@ -17,9 +19,12 @@ from conformance.contract.kernel import Declaration
 from conformance.contract.registry import names_in_short, short_name
 from conformance.errors import UsageError
 from conformance.lanes import LANES
+from conformance.outside import one_line, read_text, require_path
 from conformance.running.records import Record, RecordWriter
 from conformance.running.runs import Judged
 
+#: Longest list of expected failures, in bytes.
+LONGEST_LIST = 1 << 20
 #: Packages whose versions a report has to name.
 _PACKAGES = ("torch", "pypto", "numpy", "hypothesis", "pytest")
 
@@ -29,12 +34,56 @@ def new_run_folder(root: Path) -> Path:
     return root / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def require_new_folder(folder: Path) -> None:
-    """Raise ``UsageError`` if a run is already kept there: two runs in one folder would be reported as one."""
-    if folder.is_file():
-        raise UsageError(f"a run is kept in a folder, {folder} is a file")
-    if any(folder.glob("records-*.jsonl")):
-        raise UsageError(f"{folder} already holds a run: name another folder, or remove it")
+class ClaimedFolder:
+    """A run's folder, made if need be; until ``release`` no other run can be kept there, also one that starts at this moment.
+
+    Raises ``UsageError`` if it holds a run, belongs to one, or cannot be written to: two runs in one folder would be reported as
+    one. A folder that was made for nothing is removed again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        require_path(folder)
+        self.folder = folder
+        try:
+            if folder.exists() and not folder.is_dir():
+                raise UsageError(f"a run is kept in a folder, {folder} is a file")
+            self._made = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UsageError(f"cannot keep a run in {folder}: {error.strerror or error}") from error
+        try:
+            self._claim()
+        except UsageError:
+            os.close(self._descriptor)
+            raise
+
+    def _claim(self) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{self.folder} belongs to a run that is not over: name another folder") from error
+        except OSError:
+            pass  # a file system without locks
+        if any(self.folder.glob("records-*.jsonl")):
+            raise UsageError(f"{self.folder} already holds a run: name another folder, or remove it")
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise UsageError(f"cannot keep a run in {self.folder}: it is not writable")
+
+    def release(self) -> None:
+        """Let others have the folder; releasing twice is harmless."""
+        if self._descriptor >= 0:
+            if self._made:
+                with contextlib.suppress(OSError):  # unless a run was kept there
+                    self.folder.rmdir()
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> ClaimedFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
 
 
 def _version(package: str) -> str:
@@ -133,10 +182,17 @@ class RunLog:
         status = "fixed" if fixed else "failed as expected"
         self._writer.write(dataclasses.replace(self._about("expected", subject), reason=reason, status=status))
 
-    def end(self, exit_code: int) -> None:
-        """The last record of a process that ended by itself."""
+    @property
+    def failure(self) -> str:
+        """Why records could not be kept, in a line; an empty string if all are."""
+        why = self._writer.failure
+        return f"cannot keep all records in {self.folder}: {why}" if why else ""
+
+    def end(self, exit_code: int) -> list[str]:
+        """The last record of a process that ended by itself. Returns a line if records are lost, else none."""
         self._writer.write(Record("end", details={"exit_code": exit_code}))
         self._writer.close()
+        return [self.failure] if self.failure else []
 
     def _about(self, event: str, subject: Subject) -> Record:
         kernel = subject.kernel
@@ -173,12 +229,7 @@ class ExpectedFailures:
 
         Raises ``UsageError`` for a file that cannot be read and for a line without reason.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"cannot read the list of expected failures {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UsageError(f"the list of expected failures {path} is not UTF-8 text: {error.reason}") from error
+        text = read_text(path, "the list of expected failures", LONGEST_LIST)
         reasons = {}
         for number, line in enumerate(text.splitlines(), start=1):
             content = line.split("#", 1)[0].strip()
@@ -186,7 +237,7 @@ class ExpectedFailures:
                 continue
             name, _, reason = content.partition(" ")
             if not reason.strip():
-                raise UsageError(f"{path}:{number}: expected KERNEL[@LANE] and a reason, found {content!r}")
+                raise UsageError(f"{path}:{number}: expected KERNEL[@LANE] and a reason, found {one_line(content, 60)!r}")
             kernel, _, lane = name.partition("@")
             reasons[kernel, lane] = reason.strip()
         return cls(reasons, path)

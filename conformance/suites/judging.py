@@ -20,6 +20,8 @@ from conformance.errors import UsageError
 from conformance.judge.judgement import judge_without_outputs
 from conformance.lanes.base import Outcome
 from conformance.lanes.process import KernelProcess, Limits
+from conformance.outside import one_line
+from conformance.reports.text import number
 from conformance.running.capabilities import prove
 from conformance.running.check import Plans, Report, RunPlan, judged_runs, pooled_run
 from conformance.running.runs import MOST_LOST, Judged, is_lost
@@ -188,6 +190,8 @@ class SubjectJudging:
                 pytest.xfail(f"expected: {self.expected_reason}")
         elif not report.ok:
             pytest.fail(str(report) if report.runs else "no case was judged: the kernel refuses every one", pytrace=False)
+        elif self.log.failure:
+            pytest.fail(f"{report}\n{self.log.failure}", pytrace=False)
 
 
 def _is_only_conformance(error: BaseException) -> bool:
@@ -207,7 +211,10 @@ class _Translated:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            runs = number(len(self.judging.runs), "run")
+            self.judging.log.could_not_run(self.judging.subject, f"interrupted after {runs}")
         if isinstance(error, UsageError):
             reason = str(error)
             self.judging.log.could_not_run(self.judging.subject, reason)
-            pytest.fail(reason, pytrace=False)
+            pytest.fail(one_line(reason), pytrace=False)

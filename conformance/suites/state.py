@@ -5,6 +5,7 @@ As in the plugin, nothing heavy is imported before it is needed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,12 @@ from conformance.lanes import LANES, default_lane, lane_named, lanes_of
 if TYPE_CHECKING:
     from conformance.cases.profiles import SuiteProfile
     from conformance.contract.kernel import Declaration
+    from conformance.running.interrupts import Interrupts
     from conformance.running.session import ExpectedFailures, RunLog, Subject
     from conformance.suites.live import SuiteProgress
+
+#: Gigabytes: more than any machine has.
+MOST_MEMORY = 1e6
 
 
 @dataclasses.dataclass
@@ -27,6 +32,11 @@ class PluginState:
     config: pytest.Config
     log: RunLog | None = None
     progress: SuiteProgress | None = None
+    interrupts: Interrupts | None = None
+    #: A line for everything that could not be kept.
+    lost: list[str] = dataclasses.field(default_factory=list)
+    _open: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+    _claimed: bool = False
     _kernels: list[Declaration] | None = None
     _folder: Path | None = None
     _expected: ExpectedFailures | None = None
@@ -38,22 +48,56 @@ class PluginState:
             from_controller = getattr(self.config, "workerinput", {}).get("conformance_run")
             chosen = from_controller or self.config.option.conformance_run
             if chosen:
-                self._folder = Path(chosen).resolve()
+                self._folder = self._path(chosen).resolve()
             else:
                 from conformance.running.session import new_run_folder
 
                 self._folder = new_run_folder(self.config.invocation_params.dir / "runs")
         return self._folder
 
-    def require_new_folder(self) -> None:
-        """Raise ``pytest.UsageError`` if the folder that the user named already holds a run."""
+    def claim_folder(self) -> None:
+        """Have the run's folder for this run until ``close``; raises ``pytest.UsageError`` if it holds a run or cannot."""
         from conformance.errors import UsageError
-        from conformance.running.session import require_new_folder
+        from conformance.running.session import ClaimedFolder
 
+        if self._claimed or self.is_worker:
+            return
         try:
-            require_new_folder(self.folder)
+            self._open.enter_context(ClaimedFolder(self.folder))
         except UsageError as error:
             raise pytest.UsageError(str(error)) from error
+        self._claimed = True
+
+    def require_limits(self) -> None:
+        """Raise ``pytest.UsageError`` for limits of kernels that are none."""
+        from conformance.errors import UsageError
+        from conformance.running.check import require_seconds
+
+        memory = self.config.option.conformance_kernel_memory
+        try:
+            require_seconds("--conformance-kernel-timeout", self.config.option.conformance_kernel_timeout)
+            if memory is not None and not 0 < memory <= MOST_MEMORY:
+                raise UsageError(f"--conformance-kernel-memory must be a positive number of GB, found {memory}")
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+
+    def begin_judging(self) -> None:
+        """From here on a signal that ends the process ends the run in order, with what was judged."""
+        if self.interrupts is None and not self.is_worker:
+            from conformance.running.interrupts import interrupted_once
+
+            self.interrupts = self._open.enter_context(interrupted_once())
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether this process is one of xdist's workers, which belong to their controller's run."""
+        return hasattr(self.config, "workerinput")
+
+    def close(self) -> None:
+        """Take the live line away, and give back the folder and the signals."""
+        if self.progress is not None:
+            self.progress.stop()
+        self._open.close()
 
     def wrote_records(self) -> bool:
         """Whether any process of this run wrote records."""
@@ -91,8 +135,18 @@ class PluginState:
     def _resolve(self, location: str) -> str:
         # pytest may have been started elsewhere than where an xdist worker stands.
         if location.endswith(".py"):
-            return str(self.config.invocation_params.dir / location)
+            return str(self._path(location))
         return location
+
+    def _path(self, given: str) -> Path:
+        from conformance.errors import UsageError
+        from conformance.outside import require_path
+
+        try:
+            require_path(given)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+        return self.config.invocation_params.dir / given
 
     @staticmethod
     def _require_distinct(kernels: list[Declaration]) -> None:
@@ -116,7 +170,7 @@ class PluginState:
 
             path = self.config.option.conformance_expected_failures
             try:
-                self._expected = ExpectedFailures.read(self.config.invocation_params.dir / path) if path else ExpectedFailures()
+                self._expected = ExpectedFailures.read(self._path(path)) if path else ExpectedFailures()
                 self._expected.require_known(self.kernels())
             except UsageError as error:
                 raise pytest.UsageError(str(error)) from error
@@ -219,11 +273,17 @@ class PluginState:
 
     def open_log(self, planned: list[Subject]) -> None:
         """Begin this process's records."""
+        from conformance.errors import UsageError
         from conformance.running.session import RunLog
 
         options = self.config.option
         process = getattr(self.config, "workerinput", {}).get("workerid", "main")
-        self.log = RunLog(self.folder, process)
+        self.claim_folder()
+        self.begin_judging()
+        try:
+            self.log = RunLog(self.folder, process)
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
         self.log.start(
             planned,
             {

@@ -16,6 +16,7 @@ import torch
 
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel, kernel
+from conformance.contract.registry import Model
 from conformance.contract.stage import Stage
 from conformance.lanes import reference_lock
 from conformance.numerics.arithmetic import SINGLE, Arithmetic
@@ -32,7 +33,7 @@ SMALL: dict[str, Any] = {"NH": 2, "NKV": 1, "D": 16, "I": 32, "V": 24, "S": 40, 
 def contract_of(stage: str) -> Stage:
     """The contract as whoever judges has it. In a kernel's process the reference is locked away; here the lock is picked."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != reference_lock.__name__]
-    model = importlib.import_module("conformance.kernels.qwen3.contract").MODEL
+    model: Model = importlib.import_module("conformance.kernels.qwen3.contract").MODEL
     return next(one for one in model.stages if stage in (one.name, one.id))
 
 

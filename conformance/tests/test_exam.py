@@ -516,7 +516,7 @@ def test_an_interrupt_while_the_exam_is_kept_loses_nothing(
     before = signal.getsignal(number)
     words = ["exam", "--stage", "greedy_sample", "--lane", "eager", "--processes", "1", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, words)
-    assert done.exit_code == (3 if interrupted else 0), done.output
+    assert done.exit_code == (128 + number if interrupted else 0), done.output
     assert ("could not be judged" in done.output) == interrupted
     found = results.read_json(tmp_path / "out" / "exam.json")
     assert {one.error for one in found.errors} == ({"the exam was interrupted"} if interrupted else set())
@@ -600,7 +600,7 @@ def test_an_exam_that_is_interrupted_before_it_begins_could_not_run(monkeypatch:
 
     monkeypatch.setattr(efforts, "catalogue", interrupted)
     done = CliRunner().invoke(main, ["exam", "--stage", "greedy_sample"])
-    assert (done.exit_code, done.output) == (3, "interrupted before anything was judged\n")
+    assert (done.exit_code, done.output) == (130, "interrupted before anything was judged\n")
 
 
 KILLED = """

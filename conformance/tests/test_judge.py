@@ -1713,7 +1713,7 @@ def test_a_run_that_only_compiled_has_findings_and_no_share(norm_case: Case) -> 
 
 
 def test_a_run_that_ended_well_and_left_an_output_out_is_no_pass(cache_case: Case) -> None:
-    outputs = dict(perfect(cache_case).outputs)
+    outputs = dict(perfect(cache_case))
     for name in list(outputs):
         del outputs[name]
         verdict = judge(cache_case, Outcome("ok", outputs=dict(outputs)))

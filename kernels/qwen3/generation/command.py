@@ -18,7 +18,8 @@ from pathlib import Path
 
 import click
 
-from conformance.cli import FINDINGS, PASSED, Command, read_dims
+from conformance.cli import read_dims
+from conformance.command import FINDINGS, PASSED, Command, FilePath
 from conformance.contract.dims import Dims
 from conformance.contract.registry import preset_named
 from conformance.errors import UsageError
@@ -37,7 +38,7 @@ _EXECUTORS = "; ".join(f"{name}: {summary}" for name, summary in EXECUTORS.items
 
 
 @click.command("generate", cls=Command, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="a Hugging Face Qwen3 checkpoint")
+@click.option("--checkpoint", type=FilePath(), metavar="DIR", help="a Hugging Face Qwen3 checkpoint")
 @click.option("--random", "seed", type=int, metavar="SEED", help="instead: a small model with random weights")
 @click.option("--dims", default=None, metavar="PRESET|L=2,S=64", help="of the random model: a preset, or overrides of tiny")
 @click.option("--prompt", "prompts", multiple=True, metavar="1,2,3", help="token ids; once for each sequence")
@@ -54,7 +55,7 @@ _EXECUTORS = "; ".join(f"{name}: {summary}" for name, summary in EXECUTORS.items
 @click.option("--prefill-chunk", type=int, default=None, metavar="N", help="tokens of a prompt a prefill; all by default")
 @click.option("--timeout", type=float, default=Limits.seconds, show_default=True, metavar="SECONDS", help="limit of one dispatch")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="hold the tokens against the fp64 reference")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="write tokens and differences here")
+@click.option("--json", "json_path", type=FilePath(), metavar="FILE", help="write tokens and differences here")
 def main(
     checkpoint: Path | None,
     seed: int | None,
