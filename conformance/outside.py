@@ -149,7 +149,7 @@ class Fields:
     def counts(self, name: str) -> tuple[int, ...] | None:
         """A list of such numbers, or ``None``."""
         value = self._data.get(name)
-        if value is None or (isinstance(value, list) and len(value) <= 32 and all(map(_is_count, value))):
+        if value is None or (isinstance(value, (list, tuple)) and len(value) <= 32 and all(map(_is_count, value))):
             return None if value is None else tuple(value)
         return self._wrong(name, "a list of counts")
 
