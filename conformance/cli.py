@@ -6,6 +6,7 @@ Exit codes: 0 everything that had to run ran and passed; 1 findings; 2 usage; 3 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
@@ -43,6 +44,8 @@ def _any_of(names: Iterable[str]) -> str:
 
 #: Processes of an exam for each core: more only take memory.
 MOST_PROCESSES = 8
+
+_DIMS_HELP = "a preset, or overrides of tiny (preset=NAME among them); several presets in turn if not given"
 
 
 @click.group("conformance", cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -87,7 +90,7 @@ def list_command(locations: tuple[Path, ...]) -> None:
 @main.command()
 @click.argument("stage")
 @click.argument("target", metavar="[FILE.py:FUNC]", required=False)
-@click.option("--dims", default="tiny", metavar="PRESET|B=3,S=64", help="a preset, or overrides of tiny (preset=NAME among them)")
+@click.option("--dims", default=None, metavar="PRESET|B=3,S=64", help=_DIMS_HELP)
 @click.option("--examples", type=int, default=None, help="how many cases; the stage's own number if not given")
 @click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
 @click.option("--case", "case_key", default=None, metavar="KEY", help="run this one case again")
@@ -99,7 +102,7 @@ def list_command(locations: tuple[Path, ...]) -> None:
 def check(
     stage: str,
     target: str | None,
-    dims: str,
+    dims: str | None,
     examples: int | None,
     seed: int,
     case_key: str | None,
@@ -113,7 +116,7 @@ def check(
     from conformance import reports
     from conformance.cases.space import Space
     from conformance.contract.registry import short_name
-    from conformance.running.check import Report, RunPlan, chosen_keys, require_seconds, resolve_lane
+    from conformance.running.check import Report, RunPlan, chosen_keys, require_seconds, resolve_lane, taken_spaces
     from conformance.running.session import ClaimedFolder, ExpectedFailures, RunLog, Subject, new_run_folder
 
     if all_passes and not case_key:
@@ -121,27 +124,31 @@ def check(
     require_seconds("--timeout", timeout)
     require_path(target or "")
     kernel = _kernel(stage, target)
-    space = Space.of(kernel.stage, read_dims(dims))
-    subject = Subject(kernel, space.preset, resolve_lane(kernel, lane))
+    spaces, refused = taken_spaces(kernel, Space.those_of(kernel.stage, _dims(dims)))
+    subject = Subject(kernel, "", resolve_lane(kernel, lane))  # at every preset
     expected = ExpectedFailures.read(expected_failures) if expected_failures else ExpectedFailures()
     expected.require_known([kernel])
-    keys = chosen_keys(kernel, space, subject.lane, examples, seed, case_key)
+    keys = chosen_keys(kernel, spaces, subject.lane, examples, seed, case_key)
     plan = RunPlan(repeat=True, passes="all" if all_passes else "last") if case_key else None
 
     folder = out if out is not None else new_run_folder(Path.cwd() / "runs")
-    options = {"examples": len(keys), "seed": seed, "dims": dims, "case": case_key or ""}
+    options = {"examples": len(keys), "seed": seed, "dims": dims or "", "case": case_key or ""}
+    refused = {} if case_key else refused
+    planned = dict.fromkeys([*(key.preset for key in keys), *refused])
     runs: list[Judged] = []
     stopped: BaseException | None = None
     with ClaimedFolder(folder), interrupted_once() as interrupts:
         log = RunLog(folder)
-        log.start([subject], options)
+        log.start([dataclasses.replace(subject, preset=preset) for preset in planned], options)
+        for preset, reason in refused.items():
+            log.skipped(dataclasses.replace(subject, preset=preset), reason)
         try:
-            _judge(subject, log, keys, plan, space, timeout, runs)
+            _judge(subject, log, keys, plan, spaces[0], timeout, runs)
             interrupts.raise_pending()
         except (KeyboardInterrupt, UsageError) as error:
             stopped = error
         interrupts.ignore()  # what was judged is kept and told, whatever comes now
-        found = Report(short_name(kernel.stage), subject.name, subject.lane, tuple(runs), planned=len(keys))
+        found = Report(short_name(kernel.stage), subject.name, subject.lane, tuple(runs), planned=len(keys), refused=refused)
         code, told = _told(found, subject, options, log, expected.reason(subject), stopped, interrupts.exit_code)
         lost = log.end(code)
         if runs or isinstance(stopped, KeyboardInterrupt):
@@ -266,15 +273,19 @@ def read_dims(text: str, example: str = "B=3,S=64") -> str | dict[str, Any]:
     return overrides
 
 
+def _dims(text: str | None) -> str | dict[str, Any] | None:
+    return None if text is None else read_dims(text)
+
+
 @main.command()
 @click.argument("old", metavar="OLD")
 @click.argument("new", metavar="NEW")
-@click.option("--dims", default="tiny", metavar="PRESET|B=3,S=64", help="a preset, or overrides of tiny (preset=NAME among them)")
+@click.option("--dims", default=None, metavar="PRESET|B=3,S=64", help=_DIMS_HELP)
 @click.option("--examples", default=12, show_default=True, help="how many cases for each kernel")
 @click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
 @click.option("--lane", default="auto", show_default=True, help=_any_of(lane.name for lane in LANES if lane.executes))
 @click.option("--timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run")
-def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, timeout: float | None) -> None:
+def diff(old: str, new: str, dims: str | None, examples: int, seed: int, lane: str, timeout: float | None) -> None:
     """Compare two kernels, NEW in the place of OLD: what is served less, what changed.
 
     Each is a bundled kernel's name, FILE.py:FUNC, or the folder of a kept run. Exit code 4: a capability is lost.
@@ -282,7 +293,7 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
     from conformance.cases.space import Space
     from conformance.reports import diff_report
     from conformance.running import diff as comparison
-    from conformance.running.check import InterruptedCheck, chosen_keys, require_seconds, resolve_lane
+    from conformance.running.check import InterruptedCheck, chosen_keys, require_seconds, resolve_lane, taken_spaces
 
     require_seconds("--timeout", timeout)
     named = find_lane(lane)
@@ -292,7 +303,8 @@ def diff(old: str, new: str, dims: str, examples: int, seed: int, lane: str, tim
     before, after = _subject_of_diff(old), _subject_of_diff(new)
     for subject in (before, after):
         if not isinstance(subject, dict):
-            chosen_keys(subject, Space.of(subject.stage, read_dims(dims)), resolve_lane(subject, lane), examples, seed, None)
+            spaces, _ = taken_spaces(subject, Space.those_of(subject.stage, _dims(dims)))
+            chosen_keys(subject, spaces, resolve_lane(subject, lane), examples, seed, None)
     if isinstance(before, dict) and not isinstance(after, dict):
         before = comparison.for_kernel(after, before, old)
     elif isinstance(after, dict) and not isinstance(before, dict):
@@ -332,7 +344,7 @@ def _subject_of_diff(text: str) -> dict[str, KernelSummary] | Declaration:
 
 
 def _summaries(
-    subject: dict[str, KernelSummary] | Declaration, dims: str, examples: int, seed: int, lane: str, timeout: float | None
+    subject: dict[str, KernelSummary] | Declaration, dims: str | None, examples: int, seed: int, lane: str, timeout: float | None
 ) -> dict[str, KernelSummary]:
     """What is known of the kernels of a run, or of one that is judged now."""
     from conformance.running import diff as comparison
@@ -341,7 +353,7 @@ def _summaries(
     if isinstance(subject, dict):
         return subject
     report = judge_kernel(
-        subject.stage_name, subject, dims=read_dims(dims), examples=examples, seed=seed, lane=lane, timeout=timeout, isolated=True
+        subject.stage_name, subject, dims=_dims(dims), examples=examples, seed=seed, lane=lane, timeout=timeout, isolated=True
     )
     return {subject.name: comparison.of_report(subject, report)}
 

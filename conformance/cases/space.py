@@ -10,7 +10,7 @@ from typing import Any
 from conformance.cases.key import CaseKey, of_stage
 from conformance.cases.source import Source
 from conformance.contract.dims import Dims
-from conformance.contract.registry import preset_named, short_name
+from conformance.contract.registry import model_named, preset_named, short_name
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 
@@ -66,6 +66,12 @@ class Space:
                 f"{tokens}={limit.tokens} is too few tokens for {batch}={limit.batch} sequences: each brings one at least"
             )
         return cls(stage, preset, tuple(sorted(overrides.items())))
+
+    @classmethod
+    def those_of(cls, stage: Stage, dims: str | Mapping[str, Any] | None = None) -> tuple[Space, ...]:
+        """The one of ``dims``, or where none are given those of all presets that the model has a check look at."""
+        chosen = model_named(stage.model).check_presets if dims is None else (dims,)
+        return tuple(cls.of(stage, one) for one in chosen)
 
     @property
     def limit(self) -> Dims:
@@ -163,63 +169,73 @@ def stratified_keys(space: Space, seed: int) -> Iterator[CaseKey]:
 
     Drawing regimes at random would leave some out of a few dozen examples; going round them makes the power of a run a fact.
     """
-    regimes = space.stage.regimes
+    return interleaved_keys((space,), seed)
+
+
+def interleaved_keys(spaces: Sequence[Space], seed: int) -> Iterator[CaseKey]:
+    """The same from several spaces of one stage in turn, so that few keys are of all of them.
+
+    Each goes round the regimes, from another one on, so that few keys visit every regime, too; all take their batches from one
+    order.
+    """
+    regimes = spaces[0].stage.regimes
+    batches = _batches(spaces[0], seed)
+    for index in itertools.count():
+        for place, space in enumerate(spaces):
+            first = -(-place * len(regimes) // len(spaces))
+            yield _stratified_key(space, seed, index, regimes[(first + index) % len(regimes)], batches)
+
+
+def _stratified_key(space: Space, seed: int, index: int, regime: str, batches: Iterator[int]) -> CaseKey:
     limit = space.limit
     draws_batch = limit.symbol("batch") in space.drawn
     boundaries = space.length_boundaries()
-    batches = _batches(space, seed)
-    index = 0
-    while True:
-        source = Source(f"keys/{space.stage.name}/{space.preset}/{seed}/{index}")
-        regime = regimes[index % len(regimes)]
-        # A deep chain takes long and shows what a few layers show, but for a loop that is too short.
-        # (The name of the draw is part of what the number follows from.)
-        depth = source.integers("L", min(2, limit.depth), min(MOST_LAYERS, limit.depth), 1)[0] if index % 5 != 4 else 1
-        if index % DEEPEST_PERIOD == DEEPEST_PERIOD - 2:
-            depth = limit.depth
-        batch = limit.batch
-        if index == 0:
-            # What is done once per kernel is done on the first case: it has rows to rearrange and a loop to go round.
-            depth = min(2, limit.depth)
-            batch = min(3, limit.batch) if draws_batch else limit.batch
-        elif draws_batch:
-            kind = source.integers("kind", 0, 3, 1)[0]  # a batch of one and a full one come up more often than any other
-            if depth > MOST_LAYERS:
-                batch = min(DEEPEST_BATCH, limit.batch)
-            elif kind == 1:
-                batch = 1
-            elif kind > 1:
-                batch = next(batches)
-            if regime == "mixed_rows":
-                batch = max(batch, min(2, limit.batch))
-        lengths: tuple[int, ...] = ()
-        if space.stage.has_lengths:
-            low, high = space.lengths_for(regime)
-            usable = [length for length in boundaries if low <= length <= high] or [high]
-            free = source.integers("length", low, high, batch)
-            picks = source.integers("pick", 0, 2 * len(usable) - 1, batch)
-            lengths = tuple(
-                usable[pick] if pick < len(usable) else any_length for pick, any_length in zip(picks, free, strict=True)
-            )
-        chunks: tuple[int, ...] = ()
-        if space.stage.has_chunks:
-            # One token, a whole prompt, up to a page's edge and past it, or anything.
-            page = limit.page_size
-            kinds = source.integers("chunk", 0, 5, batch)
-            free_chunks = source.integers("free_chunk", 1, limit.tokens, batch)
-            wanted = [
-                (1, length, page, page + 1, length % page or page, any_chunk)[kind]
-                for kind, length, any_chunk in zip(kinds, lengths, free_chunks, strict=True)
-            ]
-            chunks = space.chunks(wanted, lengths)
-        spare = source.integers("spare", 0, 3, 1)[0]
-        yield space.key(
-            regime,
-            source.integers("seed", 0, 2**31 - 1, 1)[0],
-            batch=batch,
-            depth=depth,
-            spare_pages=spare,
-            seq_lens=lengths,
-            chunk_lens=chunks,
-        )
-        index += 1
+    source = Source(f"keys/{space.stage.name}/{space.preset}/{seed}/{index}")
+    # A deep chain takes long and shows what a few layers show, but for a loop that is too short.
+    # (The name of the draw is part of what the number follows from.)
+    depth = source.integers("L", min(2, limit.depth), min(MOST_LAYERS, limit.depth), 1)[0] if index % 5 != 4 else 1
+    if index % DEEPEST_PERIOD == DEEPEST_PERIOD - 2:
+        depth = limit.depth
+    batch = limit.batch
+    if index == 0:
+        # What is done once per kernel is done on the first case: it has rows to rearrange and a loop to go round.
+        depth = min(2, limit.depth)
+        batch = min(3, limit.batch) if draws_batch else limit.batch
+    elif draws_batch:
+        kind = source.integers("kind", 0, 3, 1)[0]  # a batch of one and a full one come up more often than any other
+        if depth > MOST_LAYERS:
+            batch = min(DEEPEST_BATCH, limit.batch)
+        elif kind == 1:
+            batch = 1
+        elif kind > 1:
+            batch = next(batches)
+        if regime == "mixed_rows":
+            batch = max(batch, min(2, limit.batch))
+    lengths: tuple[int, ...] = ()
+    if space.stage.has_lengths:
+        low, high = space.lengths_for(regime)
+        usable = [length for length in boundaries if low <= length <= high] or [high]
+        free = source.integers("length", low, high, batch)
+        picks = source.integers("pick", 0, 2 * len(usable) - 1, batch)
+        lengths = tuple(usable[pick] if pick < len(usable) else any_length for pick, any_length in zip(picks, free, strict=True))
+    chunks: tuple[int, ...] = ()
+    if space.stage.has_chunks:
+        # One token, a whole prompt, up to a page's edge and past it, or anything.
+        page = limit.page_size
+        kinds = source.integers("chunk", 0, 5, batch)
+        free_chunks = source.integers("free_chunk", 1, limit.tokens, batch)
+        wanted = [
+            (1, length, page, page + 1, length % page or page, any_chunk)[kind]
+            for kind, length, any_chunk in zip(kinds, lengths, free_chunks, strict=True)
+        ]
+        chunks = space.chunks(wanted, lengths)
+    spare = source.integers("spare", 0, 3, 1)[0]
+    return space.key(
+        regime,
+        source.integers("seed", 0, 2**31 - 1, 1)[0],
+        batch=batch,
+        depth=depth,
+        spare_pages=spare,
+        seq_lens=lengths,
+        chunk_lens=chunks,
+    )

@@ -68,6 +68,8 @@ class Model:
     random_variants: str = ""
     #: The presets that the suites run.
     suite_presets: tuple[str, ...] = ()
+    #: The presets that a check draws its cases from where none is named, in turn. What a kernel serves is proven at the first.
+    check_presets: tuple[str, ...] = ("tiny",)
     full_size: FullSize | None = None
 
     def __post_init__(self) -> None:

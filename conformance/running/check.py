@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey, smallest, take_rows
 from conformance.cases.source import Source
-from conformance.cases.space import Space, stratified_keys
+from conformance.cases.space import Space, interleaved_keys
 from conformance.contract.kernel import Declaration, Kernel, as_kernel, require_kernel_of
 from conformance.contract.registry import short_name, stage_named
 from conformance.contract.stage import Stage
@@ -36,6 +37,9 @@ MOST_EXAMPLES = 100_000
 ROW_CHECK_PERIOD = 5
 #: Of a layer or a chain the last compiler pass is compared once in so many cases: that takes ten times as long as the run itself.
 PASS_PERIOD = 4
+
+#: A kernel that refuses so many cases of a preset takes none of it.
+MOST_REFUSED = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Report:
     runs: tuple[Judged, ...]
     #: How many cases were to be judged; fewer were if too many runs crashed or timed out.
     planned: int = 0
+    #: The presets of the model that the kernel takes no case of, each with its reason.
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -108,7 +114,7 @@ def check(
     stage: str,
     function: Callable[..., Any] | Declaration,
     *,
-    dims: str | Mapping[str, int] = "tiny",
+    dims: str | Mapping[str, Any] | None = None,
     examples: int | None = None,
     seed: int = 0,
     lane: str = "auto",
@@ -119,17 +125,20 @@ def check(
     """Judge a kernel on ``examples`` cases of a stage (``Stage.examples`` unless given), deterministic in ``seed``.
 
     ``function`` takes the contract's arguments (and keyword-only ``dims``, if it asks), or is a ``Kernel``. ``dims`` is the name
-    of a preset or overrides of ``tiny``. A torch callable runs in this process, each case twice; a PyPTO kernel goes through the
-    interpreter in a worker process (``lane="auto"``), within ``timeout`` seconds a run. The capabilities that a kernel declares
-    are put to the test as well. ``case`` is the key of one finding to run again instead. ``isolated`` runs a torch callable in a
-    worker process too, as the command does; it must then be an attribute of a module. Raises ``UsageError`` for what cannot be
-    judged as asked, ``UnavailableError`` where the lane cannot run; a ``KeyboardInterrupt`` has what was judged as ``report``.
+    of a preset or overrides of ``tiny``; without it cases come from each of the model's ``check_presets`` in turn: a tail that
+    is masked wrongly does not show at sizes that every tile divides. A torch callable runs in this process, each case twice; a
+    PyPTO kernel goes through the interpreter in a worker process (``lane="auto"``), within ``timeout`` seconds a run. The
+    capabilities that a kernel declares are put to the test as well, at one preset. ``case`` is the key of one finding to run
+    again instead. ``isolated`` runs a torch callable in a worker process too, as the command does; it must then be an attribute
+    of a module. Raises ``UsageError`` for what cannot be judged as asked, ``UnavailableError`` where the lane cannot run; a
+    ``KeyboardInterrupt`` has what was judged as ``report``.
     """
     contract = stage_named(stage)
     kernel = declaration_of(stage, function)
     require_seconds("timeout", timeout)
     chosen = resolve_lane(kernel, lane)
-    keys = chosen_keys(kernel, Space.of(contract, dims), chosen, examples, seed, case)
+    spaces, refused = taken_spaces(kernel, Space.those_of(contract, dims))
+    keys = chosen_keys(kernel, spaces, chosen, examples, seed, case)
     replay = RunPlan(repeat=True) if case is not None else None
     runs: list[Judged] = []
     in_process = lane_named(chosen).in_process and not isolated and isinstance(kernel, Kernel)
@@ -137,10 +146,10 @@ def check(
         with eager_runner(kernel) if in_process else worker_runner(kernel, chosen, timeout) as run:  # type: ignore[arg-type]
             runs.extend(case_runs(kernel, keys, run, chosen, replay))
             if case is None:
-                runs.extend(capability_runs(kernel, Space.of(contract, dims), run, chosen, runs))
+                runs.extend(capability_runs(kernel, spaces[0], run, chosen, runs))
     except KeyboardInterrupt as error:
         raise InterruptedCheck(Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys))) from error
-    return Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys))
+    return Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys), refused=refused if case is None else {})
 
 
 def declaration_of(stage: str, function: Callable[..., Any] | Declaration) -> Declaration:
@@ -151,15 +160,41 @@ def declaration_of(stage: str, function: Callable[..., Any] | Declaration) -> De
     return function
 
 
-def chosen_keys(kernel: Declaration, space: Space, lane: str, examples: int | None, seed: int, case: str | None) -> list[CaseKey]:
+def taken_spaces(kernel: Declaration, spaces: Sequence[Space]) -> tuple[tuple[Space, ...], dict[str, str]]:
+    """Those of several spaces that the kernel takes a case of, and the presets of the others with the kernel's reason.
+
+    All of them if it takes none, or where there is but one: who judges it then says so.
+    """
+    if len(spaces) == 1:
+        return tuple(spaces), {}
+    reasons = {space.preset: _refusal(kernel, space) for space in spaces}
+    refused = {preset: reason for preset, reason in reasons.items() if reason is not None}
+    taken = tuple(space for space in spaces if space.preset not in refused)
+    return (taken, refused) if taken else (tuple(spaces), {})
+
+
+def _refusal(kernel: Declaration, space: Space) -> str | None:
+    """Why the kernel takes none of a space's cases; ``None`` if it takes one of the first that are drawn."""
+    first = None
+    for key in itertools.islice(interleaved_keys((space,), 0), MOST_REFUSED):
+        reason = kernel.refusal(key.dims)
+        if reason is None:
+            return None
+        first = first or reason
+    return first
+
+
+def chosen_keys(
+    kernel: Declaration, spaces: Sequence[Space], lane: str, examples: int | None, seed: int, case: str | None
+) -> list[CaseKey]:
     """The keys to judge: the one of ``case``, the largest to compile, or ``examples`` stratified ones that the kernel takes."""
     examples = kernel.stage.examples if examples is None else examples
     require_count(examples, seed)
     if case is not None:
         return [require_stage(CaseKey.parse(case), kernel.stage)]
     if not lane_named(lane).executes:
-        return acceptable(kernel, [space.largest], 1)
-    return acceptable(kernel, stratified_keys(space, seed), examples)
+        return acceptable(kernel, [spaces[0].largest], 1)
+    return acceptable(kernel, interleaved_keys(spaces, seed), examples)
 
 
 def case_runs(
@@ -269,7 +304,7 @@ class RunPlan:
 
 
 class Plans:
-    """Which extra runs the cases of one kernel get, case after case, of which there were ``first`` before.
+    """Which extra runs the cases of one kernel get, case after case, of which there were ``first`` before of each preset.
 
     Where runs are cheap (``Lane.repeats_every_case``) each is repeated, and of those that have several rows every fifth is run
     with its rows in another order, the one after it with a row alone: a few cases have both. Elsewhere all extra runs come once
@@ -277,15 +312,16 @@ class Plans:
     """
 
     def __init__(self, lane: str, stage: Stage, first: int = 0) -> None:
-        self._lane, self._composite, self._count = lane_named(lane), stage.composite, first
+        self._lane, self._composite = lane_named(lane), stage.composite
+        self._counts: dict[str, int] = collections.defaultdict(lambda: first)
 
     def following(self, key: CaseKey) -> RunPlan:
         """The plan of the next case."""
-        count = self._count
+        count = self._counts[key.preset]
         if self._lane.repeats_every_case:
-            self._count += key.dims.batch > 1
+            self._counts[key.preset] += key.dims.batch > 1
             return RunPlan(True, count % ROW_CHECK_PERIOD == 0, count % ROW_CHECK_PERIOD == 1)
-        self._count += 1
+        self._counts[key.preset] += 1
         if count == 0:
             return RunPlan(True, True, True, all_passes=self._lane.compares_passes)
         return RunPlan(passes="none" if self._composite and count % PASS_PERIOD else "last")

@@ -43,7 +43,7 @@ class Record:
     stage: str = ""
     lane: str = ""
     toolchain: str = ""
-    #: The preset's name, and the file the kernel is from, relative to where the run began.
+    #: The preset's name, of a case that of its key, and the file the kernel is from, relative to where the run began.
     preset: str = ""
     source: str = ""
     #: What was checked: ``example``, ``repeat``, ``permuted_rows``, ``lone_row``, ``all_passes``, ``compile``,

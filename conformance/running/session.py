@@ -95,7 +95,7 @@ def _version(package: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One kernel at one preset on one lane: what a line of the summary is about.
+    """One kernel at one preset on one lane: what a line of the summary is about; at every preset of a run if it is empty.
 
     At a model's real size ``overrides`` are dimensions other than the preset's, ``memory`` the bytes that a machine must have.
     """
@@ -157,6 +157,7 @@ class RunLog:
             dataclasses.replace(
                 self._about("case", subject),
                 check=run.check,
+                preset=run.case.preset,
                 case=str(run.case),
                 status="passed" if run.verdict.ok else "failed",
                 findings=run.verdict.findings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 
 import conformance
 from conformance.cases.key import CaseKey
-from conformance.cases.space import Space, stratified_keys
-from conformance.contract.registry import stage_named
+from conformance.cases.space import Space, interleaved_keys, stratified_keys
+from conformance.contract.registry import model_named, presets, stage_named
 from conformance.kernels.qwen3.exam.torch.choices import Choices
 from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 from conformance.running.check import ROW_CHECK_PERIOD, Plans
@@ -46,7 +47,7 @@ def test_a_plain_function_with_the_contracts_names_is_enough() -> None:
     assert (report.stage, report.kernel, report.lane) == ("rms_norm", "right_norm", "eager")
     assert report.share is not None
     assert 0 < report.share < 1
-    assert str(report).startswith("right_norm (rms_norm, eager): passed 8 cases, at most 0.")
+    assert str(report).startswith("right_norm (rms_norm, eager): passed 8 cases of tiny and awkward, at most 0.")
 
 
 def test_a_report_of_findings_tells_what_where_how_much_and_how_to_see_it_again() -> None:
@@ -118,9 +119,56 @@ def test_dims_reach_a_kernel_that_asks_for_them() -> None:
 
 def test_awkward_dims_by_name_and_overrides_of_them() -> None:
     assert conformance.check("rms_norm", right_norm, dims="awkward", examples=2).ok
-    report = conformance.check("rms_norm", right_norm, dims={"preset": "awkward", "B": 2}, examples=2)  # type: ignore[dict-item]
+    report = conformance.check("rms_norm", right_norm, dims={"preset": "awkward", "B": 2}, examples=2)
     assert {run.case.preset for run in report.runs} == {"awkward"}
     assert {run.case.dims.B for run in report.runs} == {2}
+
+
+def masked_for_a_power_of_two(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Sums whole tiles and takes the tail's mask for full: the mean is over the next power of two."""
+    wide = x.float()
+    padded = 1 << (x.shape[1] - 1).bit_length()
+    out.copy_(wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) / padded + 1e-6) * weight)
+
+
+def test_a_tail_that_is_masked_wrongly_is_found_without_naming_a_preset() -> None:
+    assert conformance.check("rms_norm", masked_for_a_power_of_two, dims="tiny", examples=8).ok
+    report = conformance.check("rms_norm", masked_for_a_power_of_two, examples=4)
+    assert {entry.case.preset for entry in report.findings} == {"awkward"}
+    assert "element in out, 2 cases, only of awkward" in str(report)
+    replay = conformance.check("rms_norm", masked_for_a_power_of_two, case=str(report.findings[0].case))
+    assert replay.findings[0].finding == report.findings[0].finding
+
+
+@pytest.mark.parametrize("stage", ["rms_norm", "attention", "decode_fwd_layers", "prefill_layer"])
+def test_few_cases_are_of_all_presets_and_of_all_kinds_of_data(stage: str) -> None:
+    contract = conformance.stages()[stage]
+    spaces = Space.those_of(contract)
+    assert [space.preset for space in spaces] == list(model_named(contract.model).check_presets)
+    keys = list(itertools.islice(interleaved_keys(spaces, 0), contract.examples))
+    first = keys[: len(contract.regimes)]
+    assert [key.preset for key in first[:2]] == [space.preset for space in spaces]
+    assert {key.regime for key in first} == set(contract.regimes)
+    for space in spaces:  # later on each of them with each
+        assert {key.regime for key in keys if key.preset == space.preset} == set(contract.regimes)
+
+
+@pytest.mark.parametrize(("taken", "other"), [("tiny", "awkward"), ("awkward", "tiny")])
+def test_a_kernel_that_takes_one_of_the_presets_is_judged_there_alone(taken: str, other: str) -> None:
+    width = presets()[taken].H
+
+    @conformance.kernel("rms_norm", accepts=lambda dims: width == dims.H or f"H must be {width}", capabilities=["variable_batch"])
+    def picky(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        assert x.shape[1] == width
+        right_norm(x, weight, out)
+
+    report = conformance.check("rms_norm", picky, examples=6)
+    assert report.ok, report
+    assert report.examples == 6
+    assert {run.case.preset for run in report.runs} == {taken}
+    assert any(run.check == "capability:variable_batch" for run in report.runs)
+    assert report.refused == {other: f"H must be {width}"}
+    assert f"no case of {other}: H must be {width}" in str(report)
 
 
 def test_a_kernel_gets_copies_so_it_cannot_spoil_the_next_run() -> None:

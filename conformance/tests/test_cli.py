@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from conformance.cli import main
+from conformance.reports.summarise import summarise
 from conformance.running.records import read_run
 
 TORCH_KERNELS = """
@@ -42,6 +43,18 @@ def endless(x, weight, out):
 
 @conformance.kernel("rms_norm", accepts=lambda dims: dims.B == 99 or "it takes B = 99 only")
 def picky(x, weight, out):
+    plain(x, weight, out)
+
+
+@conformance.kernel("rms_norm")
+def masked(x, weight, out):
+    wide = x.float()
+    padded = 1 << (x.shape[1] - 1).bit_length()
+    out.copy_(wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) / padded + 1e-6) * weight)
+
+
+@conformance.kernel("rms_norm", accepts=lambda dims: dims.H == 256 or "H must be 256")
+def wide(x, weight, out):
     plain(x, weight, out)
 """
 
@@ -87,6 +100,36 @@ def test_a_finding_can_be_run_again_by_its_key(wrong: tuple[Path, subprocess.Com
     assert "FAILED" in replay.stdout
     cases = {record.case for record in read_run(folder / "again").of("case") if record.check == "example"}
     assert cases == {again.split()[-1]}
+
+
+def test_every_record_names_the_preset_of_its_case(folder: Path) -> None:
+    done = run_command(folder, "check", "rms_norm", "mine.py:masked", "--examples", "6", "--out", "kept")
+    assert done.returncode == 1, done.stdout + done.stderr
+    log = read_run(folder / "kept")
+    assert {record.preset: record.status for record in log.of("case")} == {"tiny": "passed", "awkward": "failed"}
+    assert all(record.case.split(":")[1] == record.preset for record in log.of("case"))
+    cells = {cell.preset: cell.status for cell in summarise(log).cells}
+    assert cells == {"tiny": "passed", "awkward": "failed"}
+    key = next(record.case for record in log.of("case") if record.preset == "awkward")
+    run_command(folder, "check", "rms_norm", "mine.py:masked", "--case", key, "--out", "again")
+    assert {cell.preset for cell in summarise(read_run(folder / "again")).cells} == {"awkward"}
+
+
+def test_what_the_kernel_takes_no_case_of_is_in_the_summary(folder: Path) -> None:
+    done = run_command(folder, "check", "rms_norm", "mine.py:wide", "--examples", "4", "--out", "kept")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no case of awkward: H must be 256" in done.stdout
+    cells = {cell.preset: (cell.status, cell.cases > 0) for cell in summarise(read_run(folder / "kept")).cells}
+    assert cells == {"tiny": ("passed", True), "awkward": ("skipped", False)}
+
+
+def test_a_failure_at_one_preset_is_expected_as_at_the_other(folder: Path) -> None:
+    (folder / "known.txt").write_text("masked  its tail\n")
+    options = ["--examples", "4", "--expected-failures", "known.txt", "--out", "kept"]
+    assert run_command(folder, "check", "rms_norm", "mine.py:masked", *options).returncode == 0
+    summary = summarise(read_run(folder / "kept"))
+    assert {cell.preset: cell.status for cell in summary.cells} == {"tiny": "passed", "awkward": "failed as expected"}
+    assert summary.outcome == "passed"
 
 
 def test_a_kernel_that_takes_too_long_is_a_finding(folder: Path) -> None:

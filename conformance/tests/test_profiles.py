@@ -35,5 +35,5 @@ def test_a_night_has_the_examples_that_the_exam_asks_for_and_ci_a_fifth_of_them(
 @pytest.mark.parametrize("stage", ["rms_norm", "attention"])
 def test_a_check_has_the_examples_of_its_stage_unless_told_otherwise(stage: str) -> None:
     kernel, space = as_kernel(stage, torch_kernel(stage)), Space.of(stage_named(stage))
-    assert len(chosen_keys(kernel, space, "eager", None, 0, None)) == stage_named(stage).examples
-    assert len(chosen_keys(kernel, space, "eager", 7, 0, None)) == 7
+    assert len(chosen_keys(kernel, [space], "eager", None, 0, None)) == stage_named(stage).examples
+    assert len(chosen_keys(kernel, [space], "eager", 7, 0, None)) == 7

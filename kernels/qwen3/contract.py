@@ -387,6 +387,7 @@ MODEL = Model(
     exam_modules=("conformance.kernels.qwen3.exam",),
     random_variants="conformance.kernels.qwen3.exam.torch.catalogue:random_variant",
     suite_presets=("tiny", "narrow"),
+    check_presets=("tiny", "awkward"),
     capabilities=CAPABILITIES,
     full_size=FullSize("qwen3_14b", FULL_SIZE_BYTES, _executed_at_full_size, _compiled_at_full_size),
 )
