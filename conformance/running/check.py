@@ -333,7 +333,7 @@ def judged_runs(
     """Run a case and judge it, then whatever the plan adds, as long as nothing is wrong.
 
     Every case is judged against its oracle (``oracle``, if several kernels share one); a repeat must also equal the first run bit
-    for bit.
+    for bit. A repeat that only shows again what is wrong with the first run is left out: it would count that twice.
     """
     oracle = oracle or Oracle(make_case(key))
     case = oracle.case
@@ -345,11 +345,14 @@ def judged_runs(
     fine = verdict.ok
     if plan.repeat:
         again = run(case, "none")  # what the passes do to the same case has been seen
-        verdict = judge(case, again, profile=kernel.profile, oracle=oracle)
-        if again.status == "ok":
-            verdict = dataclasses.replace(verdict, findings=worst_first([*verdict.findings, *_differences(first, again)]))
-        yield _judged("repeat", key, verdict, again)
-        fine = fine and verdict.ok
+        differences = _differences(first, again) if again.status == "ok" else []
+        same = again.status == "ok" and not differences and _conduct(again) == _conduct(first)
+        repeated = verdict if same else judge(case, again, profile=kernel.profile, oracle=oracle)
+        known = {_told(finding) for finding in verdict.findings}
+        new = [finding for finding in repeated.findings if _told(finding) not in known] + differences
+        if fine or new:
+            yield _judged("repeat", key, dataclasses.replace(repeated, findings=worst_first(new)), again)
+        fine = fine and not new
     if not fine:
         return
     if plan.all_passes:
@@ -367,6 +370,14 @@ def judged_runs(
     if plan.lone:
         lone = source.integers("lone", 0, rows - 1, 1)[0]
         yield from _related(kernel, take_rows(key, (lone,)), run, "lone_row", plan.passes)
+
+
+def _conduct(outcome: Outcome) -> tuple[Any, ...]:
+    return outcome.changed_inputs, outcome.guard_damage, outcome.unwritten_reads, outcome.pass_differences
+
+
+def _told(finding: Finding) -> tuple[str, str | None, str]:
+    return finding.detector, finding.argument, finding.message
 
 
 def _judged(check_name: str, key: CaseKey, verdict: Verdict, outcome: Outcome) -> Judged:

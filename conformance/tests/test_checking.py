@@ -92,6 +92,32 @@ def test_every_case_is_repeated_and_rows_are_moved_now_and_then() -> None:
     assert any(run.check.startswith("lone_row") and len(run.case.rows) == 1 for run in report.runs)
 
 
+def test_what_a_repeat_shows_again_is_counted_once() -> None:
+    report = conformance.check("rms_norm", wrong_norm, examples=3)
+    assert [run.check for run in report.runs] == ["example"] * 3
+    assert len({(str(entry.case), entry.detector, entry.argument) for entry in report.findings}) == len(report.findings)
+    assert "FAILED 3 of 3 runs of 3 cases" in str(report)
+    lone = conformance.check("rms_norm", wrong_norm, examples=1)
+    assert "FAILED 1 of 1 run of 1 case" in str(lone)
+
+
+def test_a_repeat_has_the_findings_that_are_its_own() -> None:
+    calls = itertools.count()
+
+    def flips(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        wrong_norm(x, weight, out)
+        out[0, 3] = torch.nan if next(calls) % 2 else out[0, 3]
+
+    first, repeat = conformance.check("rms_norm", flips, examples=1).runs
+    assert (first.check, repeat.check) == ("example", "repeat")
+    of_first = {finding.detector for finding in first.verdict.findings}
+    assert "element" in of_first
+    detectors = [finding.detector for finding in repeat.verdict.findings]
+    assert {"not_finite", "nondeterministic"} <= set(detectors)
+    messages = {finding.message for finding in first.verdict.findings}
+    assert messages.isdisjoint({finding.message for finding in repeat.verdict.findings})
+
+
 def test_the_first_cases_with_several_rows_have_the_row_checks() -> None:
     one, several = (CaseKey.parse(f"rms_norm:tiny:B={rows}:normal:1") for rows in (1, 3))
     plans = Plans("eager", stage_named("rms_norm"))
