@@ -14,7 +14,7 @@ from conformance.judge.limits import spread_limit
 from conformance.judge.oracle import Oracle
 from conformance.judge.outputs import NumericFindings, OutputPart
 from conformance.judge.verdict import Finding
-from conformance.judge.wording import area_in_words, place_in_words
+from conformance.judge.wording import area_in_words, place_in_words, place_of_area
 from conformance.numerics import bounds as error_bounds
 from conformance.numerics.bounds import Bounds, Profile
 from conformance.numerics.ulp import rounded, spacing
@@ -122,8 +122,7 @@ class Statistics:
         if worst > 1:
             row, columns, mean = area.row, area.columns, area.mean_square
             argument = self.part.argument
-            index = self.part.index((row or 0) * square.shape[1] + columns.start)
-            where = argument.where(index[-len(argument.size(self.case.dims)) :], self.case.dims)
+            index, where = place_of_area(self.case, self.part, row, columns, square.shape[1])
             where_it_is = area_in_words(self.part, row, columns, square.shape[1])
             result.wrong += 1
             result.findings.append(
@@ -268,8 +267,9 @@ class Statistics:
         elif amount > 1:
             argument = self.part.argument
             row = worst if worst < len(counts) else None
-            index = self.part.index((row or 0) * self.value.shape[1])
-            area = area_in_words(self.part, row, slice(0, self.value.shape[1]), self.value.shape[1])
+            columns, width = slice(0, self.value.shape[1]), self.value.shape[1]
+            index, where = place_of_area(self.case, self.part, row, columns, width)
+            area = area_in_words(self.part, row, columns, width)
             lean = "too large" if float(sums[worst]) > 0 else "too small"
             number = int(torch.cat([counts, counts.sum().view(1)])[worst])
             mean = float(sums[worst]) / number
@@ -282,7 +282,7 @@ class Statistics:
                     "or of a constant factor slightly off",
                     argument.name,
                     index,
-                    argument.where(index[-len(argument.size(self.case.dims)) :], self.case.dims),
+                    where,
                     share=amount,
                     count=int(counted.sum()),
                     total=counted.numel(),

@@ -95,7 +95,6 @@ def _degenerate(case: Case, part: OutputPart, value: torch.Tensor) -> Finding | 
                 "all_zeros",
                 f"every element of {name} is zero; the exact result is not",
                 name,
-                (0, 0),
                 count=value.numel(),
                 total=value.numel(),
             )
@@ -108,5 +107,5 @@ def _degenerate(case: Case, part: OutputPart, value: torch.Tensor) -> Finding | 
                     return None
                 same = "" if other.dtype == dtype else ", rounded to its dtype"
                 message = f"{name} equals the input {other.name} in every element{same}; the exact result does not"
-                return Finding("echo", message, name, (0, 0), count=value.numel(), total=value.numel())
+                return Finding("echo", message, name, count=value.numel(), total=value.numel())
     return None

@@ -49,6 +49,21 @@ def area_in_words(part: OutputPart, row: int | None, columns: slice, width: int)
     return f"row {number}, {across}" if across else f"row {number}"
 
 
+def place_of_area(
+    case: Case, part: OutputPart, row: int | None, columns: slice, width: int
+) -> tuple[tuple[int, ...] | None, dict[str, int]]:
+    """Where an area begins: the coordinates that it has, as an index and by name; none of what it is all of."""
+    argument, across = part.argument, columns == slice(0, width)
+    index = part.index((row or 0) * width + columns.start)[-len(argument.size(case.dims)) :]
+    where = argument.where(index, case.dims)
+    along = [{case.dims.label(symbol) for symbol in axis} for axis in argument.axes]
+    gone = set().union(*along[:-1] if row is None else (), *along[-1:] if across else ())
+    where = {label: coordinate for label, coordinate in where.items() if label not in gone}
+    if row is None:
+        return None, where
+    return (index[:-1] or None if across else index), where
+
+
 def pattern_in_words(part: OutputPart, mask: torch.Tensor) -> str:
     """How much is wrong and in what shape: all of it, whole rows, a block of columns, or scattered elements."""
     count, total = count_true(mask), mask.numel()
