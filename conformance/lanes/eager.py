@@ -81,16 +81,19 @@ def run_eager(kernel: Kernel, case: Case) -> Outcome:
 def call(kernel: Kernel, dims: Dims, tensors: Mapping[str, torch.Tensor]) -> Outcome:
     """Call a torch kernel on its arguments in order.
 
-    The kernel is given other tensor objects on the same memory, so that rebinding one (``out.data = ...``, ``x.t_()``) changes
-    nothing that is judged. An exception of the kernel is an outcome, ``SystemExit`` too; ``KeyboardInterrupt`` passes.
+    The kernel is given other tensor objects on the same memory, so that rebinding one (``x.t_()``) changes nothing that is judged;
+    one to write that is no longer what was passed (``out.resize_``, ``out.data = ...``) counts as raised. An exception of the
+    kernel is an outcome, ``SystemExit`` too; ``KeyboardInterrupt`` passes.
     """
     from conformance.contract.kernel import takes_dims
     from conformance.lanes.base import Outcome
 
     keywords = {"dims": dims} if takes_dims(kernel.function) else {}
+    passed = {name: tensor.view(tensor.shape) for name, tensor in tensors.items()}
+    before = {argument.name: _form(passed[argument.name]) for argument in kernel.stage.outputs}
     began = time.perf_counter()
     try:
-        returned = kernel.function(*(tensor.view(tensor.shape) for tensor in tensors.values()), **keywords)
+        returned = kernel.function(*passed.values(), **keywords)
     except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {error}".split("\n", 1)[0]
         return Outcome("raised", message=message, location=_location(error), seconds=time.perf_counter() - began)
@@ -101,7 +104,21 @@ def call(kernel: Kernel, dims: Dims, tensors: Mapping[str, torch.Tensor]) -> Out
             message=f"a kernel writes its outputs in place and returns nothing; {kernel.name} returned {type(returned).__name__}",
             seconds=seconds,
         )
+    for name, form in before.items():
+        if _form(passed[name]) != form:
+            return Outcome("raised", message=_rebound(kernel, name, form, _form(passed[name])), seconds=seconds)
     return Outcome("ok", seconds=seconds)
+
+
+def _form(tensor: torch.Tensor) -> tuple[str, list[int], int]:
+    """What a tensor object is besides its values: dtype, shape, and where its memory begins."""
+    return str(tensor.dtype), list(tensor.shape), tensor.data_ptr()
+
+
+def _rebound(kernel: Kernel, name: str, before: tuple[str, list[int], int], after: tuple[str, list[int], int]) -> str:
+    old, new = (f"{form[0]} {form[1]}" for form in (before, after))
+    how = f"made {name} {new}, which is {old}" if old != new else f"gave {name} other memory"
+    return f"a kernel writes its outputs in the memory that it is given; {kernel.name} {how} (resize_, set_ or .data)"
 
 
 def _location(error: BaseException) -> str | None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 import conformance
+from conformance.cases.case import make_case
 from conformance.cases.key import CaseKey
 from conformance.cases.space import Space, interleaved_keys, stratified_keys
+from conformance.contract.kernel import as_kernel
 from conformance.contract.registry import model_named, presets, stage_named
 from conformance.kernels.qwen3.exam.torch.choices import Choices
 from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
+from conformance.lanes.eager import run_eager
 from conformance.running.check import ROW_CHECK_PERIOD, Plans
 
 Tensor = torch.Tensor
+STAGES = list(conformance.stages())
 
 
 def right_norm(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -283,19 +288,61 @@ def test_what_cannot_be_judged_as_asked_is_refused_in_one_line(keywords: dict[st
     assert message in one_line_error(**keywords)
 
 
-def test_rebinding_an_output_writes_nothing() -> None:
-    def by_data(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        result = torch.empty_like(out)
-        right_norm(x, weight, result)
-        out.data = result
+def resized(tensor: Tensor) -> None:
+    tensor.resize_(len(tensor) + 1, *tensor.shape[1:])
 
-    def by_set(x: Tensor, weight: Tensor, out: Tensor) -> None:
-        result = torch.empty_like(out)
-        right_norm(x, weight, result)
-        out.set_(result.untyped_storage(), 0, result.shape, result.stride())
 
-    for function in (by_data, by_set):
-        assert conformance.check("rms_norm", function, examples=3).detectors == ("unwritten",)
+def resized_beyond_its_storage(tensor: Tensor) -> None:
+    tensor.resize_(1_000_000 + tensor.numel())
+
+
+def emptied(tensor: Tensor) -> None:
+    tensor.resize_(0)
+
+
+def freed(tensor: Tensor) -> None:
+    tensor.untyped_storage().resize_(0)
+
+
+def rebound(tensor: Tensor) -> None:
+    tensor.data = tensor.clone()
+
+
+def set_elsewhere(tensor: Tensor) -> None:
+    tensor.set_(tensor.clone().untyped_storage(), 0, tensor.shape, tensor.stride())  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("rebinds", [resized, resized_beyond_its_storage, emptied, freed, rebound, set_elsewhere])
+def test_an_output_stays_the_tensor_that_was_passed(rebinds: Callable[[Tensor], None]) -> None:
+    def kernel(x: Tensor, weight: Tensor, out: Tensor) -> None:
+        right_norm(x, weight, out)
+        rebinds(out)
+
+    report = conformance.check("rms_norm", kernel, examples=2)
+    assert report.detectors == ("raised",)
+    assert "a kernel writes its outputs in the memory that it is given; kernel " in report.findings[0].message
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resized_output_is_noticed_in_every_stage(stage: str) -> None:
+    """By a row, in either direction: where nothing else of the run is wrong. Nothing is judged, so it is cheap."""
+    contract = conformance.stages()[stage]
+    case = make_case(next(stratified_keys(Space.of(contract, "awkward"), 0)))
+    right = torch_kernel(stage)
+    assert run_eager(right, case).status == "ok"
+    for argument in contract.outputs:
+        for rows in (1, -1):
+
+            def resizes(*tensors: Tensor, dims: Any, name: str = argument.name, rows: int = rows) -> None:
+                right.function(*tensors, dims=dims)
+                named = dict(zip([one.name for one in contract.arguments], tensors, strict=True))
+                named[name].resize_(len(named[name]) + rows, *named[name].shape[1:])
+
+            outcome = run_eager(as_kernel(stage, resizes), case)
+            size = list(argument.size(case.dims))
+            other = [size[0] + rows, *size[1:]]
+            assert outcome.status == "raised"
+            assert f"made {argument.name} {argument.dtype} {other}, which is {argument.dtype} {size}" in outcome.message
 
 
 def test_turning_an_input_round_changes_nothing_for_the_judge() -> None:

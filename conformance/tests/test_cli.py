@@ -53,6 +53,12 @@ def masked(x, weight, out):
     out.copy_(wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) / padded + 1e-6) * weight)
 
 
+@conformance.kernel("rms_norm")
+def resizing(x, weight, out):
+    plain(x, weight, out)
+    out.resize_(len(out) + 1, out.shape[1])
+
+
 @conformance.kernel("rms_norm", accepts=lambda dims: dims.H == 256 or "H must be 256")
 def wide(x, weight, out):
     plain(x, weight, out)
@@ -113,6 +119,12 @@ def test_every_record_names_the_preset_of_its_case(folder: Path) -> None:
     key = next(record.case for record in log.of("case") if record.preset == "awkward")
     run_command(folder, "check", "rms_norm", "mine.py:masked", "--case", key, "--out", "again")
     assert {cell.preset for cell in summarise(read_run(folder / "again")).cells} == {"awkward"}
+
+
+def test_a_resized_output_is_noticed_in_a_worker(folder: Path) -> None:
+    done = run_command(folder, "check", "rms_norm", "mine.py:resizing", "--examples", "1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "raised, 1 case" in done.stdout
 
 
 def test_what_the_kernel_takes_no_case_of_is_in_the_summary(folder: Path) -> None:
