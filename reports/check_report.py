@@ -6,11 +6,14 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from conformance.cases.key import CaseKey
 from conformance.judge.verdict import Finding, Verdict
 from conformance.reports import text
 
 #: Statuses of a run that took the kernel's process with it.
 _LOST = ("crashed", "timed_out")
+#: What is found once, of all cases or at one preset, says nothing of the others.
+_OF_ONE_PRESET = ("capability", "pooled_signature", *_LOST)
 
 
 class _RunOutcome(Protocol):
@@ -22,6 +25,8 @@ class _RunOutcome(Protocol):
 
 class _JudgedRun(Protocol):
     @property
+    def case(self) -> CaseKey: ...
+    @property
     def verdict(self) -> Verdict: ...
     @property
     def outcome(self) -> _RunOutcome: ...
@@ -31,7 +36,7 @@ class _LocatedFinding(Protocol):
     @property
     def finding(self) -> Finding: ...
     @property
-    def case(self) -> object: ...
+    def case(self) -> CaseKey: ...
 
 
 class CheckResult(Protocol):
@@ -45,6 +50,8 @@ class CheckResult(Protocol):
     def lane(self) -> str: ...
     @property
     def planned(self) -> int: ...
+    @property
+    def refused(self) -> Mapping[str, str]: ...
     @property
     def ok(self) -> bool: ...
     @property
@@ -64,13 +71,17 @@ def render(report: CheckResult, width: int = 80, most: int = 6) -> str:
     """
     title = text.one_line(f"{report.kernel} ({report.stage}, {report.lane})")
     cases = text.number(report.examples, "case")
+    presets = list(dict.fromkeys(run.case.preset for run in report.runs))
+    if len(presets) > 1:
+        cases += f" of {' and '.join(presets)}"
+    refused = [f"  no case of {preset}: {text.one_line(reason)}" for preset, reason in report.refused.items()]
     if report.ok:
         used = "" if report.share is None else f", at most {report.share:.2f} of the allowance used"
         remarks = dict.fromkeys(run.outcome.message for run in report.runs if run.outcome.status == "ok" and run.outcome.message)
         passed = textwrap.wrap(f"{title}: passed {cases}{used}", width, subsequent_indent="  ", break_on_hyphens=False)
-        return "\n".join([*passed, *(f"  {text.one_line(remark)}" for remark in remarks)])
+        return "\n".join([*passed, *refused, *(f"  {text.one_line(remark)}" for remark in remarks)])
     failed = sum(not run.verdict.ok for run in report.runs)
-    lines = [f"{title}: FAILED {failed} of {len(report.runs)} runs of {cases}"]
+    lines = [f"{title}: FAILED {failed} of {text.number(len(report.runs), 'run')} of {cases}", *refused]
     if report.examples < report.planned:
         lost = sum(run.outcome.status in _LOST for run in report.runs)
         left = text.number(report.planned - report.examples, "case")
@@ -85,7 +96,10 @@ def render(report: CheckResult, width: int = 80, most: int = 6) -> str:
             lines.append(f"  and {text.number(len(groups) - most, 'more kind')} of findings")
             break
         seen = report.examples if detector == "pooled_signature" else len({str(entry.case) for entry in entries})
-        lines.append(f"  {detector}{f' in {argument}' if argument else ''}, {text.number(seen, 'case')}")
+        where = {entry.case.preset for entry in entries}
+        # Of a check of several geometries: what shows at one of them alone is told by that.
+        only = f", only of {where.pop()}" if len(presets) > 1 and len(where) == 1 and detector not in _OF_ONE_PRESET else ""
+        lines.append(f"  {detector}{f' in {argument}' if argument else ''}, {text.number(seen, 'case')}{only}")
         worst = entries[0].finding
         lines += _wrapped(worst.message, width)
         if worst.where:

@@ -168,7 +168,7 @@ def replay_command(
         # The interpreter's lane looks at the compiled graph where it compares all passes.
         words += ["--all-passes"]
     if detector == "pooled_signature" and options and "dims" in options:
-        words += [f"--{name}={options[name]}" for name in ("dims", "examples", "seed") if name in options]
+        words += [f"--{name}={options[name]}" for name in ("dims", "examples", "seed") if options.get(name, "") != ""]
     elif detector in ("capability", "pooled_signature"):
         words += ["--dims", _dims_of(case)] if case.count(":") >= 2 else []
     elif case:
