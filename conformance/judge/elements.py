@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -12,9 +12,10 @@ from conformance.cases.case import Case
 from conformance.judge import limits
 from conformance.judge.limits import kappa
 from conformance.judge.oracle import Oracle
-from conformance.judge.outputs import NumericFindings, OutputPart, blocks_of, count_true
+from conformance.judge.outputs import NumericFindings, OutputPart, WorstElement, as_matrix, blocks_of, count_true, part_of
 from conformance.judge.verdict import Finding
 from conformance.judge.wording import element_in_words, extent_finding, pattern_in_words
+from conformance.lanes.base import Outcome
 from conformance.numerics.bounds import Bounds, Profile
 from conformance.numerics.ulp import distance, rounded, spacing
 
@@ -60,7 +61,12 @@ def judge_elements(
         result.findings.append(extent_finding(case, part, scan.broken, "not_finite", text))
     if scan.worst is not None:
         result.wrong += count_true(scan.beyond)
-        result.findings.append(_element_finding(case, part, estimate, scan.worst, scan.beyond))
+        row, column = divmod(-scan.worst.minus_flat, part.found.shape[1])
+        pattern, count = pattern_in_words(part, scan.beyond), count_true(scan.beyond)
+        near = estimate[row, column]
+        worst = WorstElement(part.argument.name, row, column, scan.worst.share, pattern, count, scan.beyond.numel(), near)
+        result.elements[part.argument.name] = worst
+        result.findings.append(_element_finding(case, part, worst, near))
     return scan.highest
 
 
@@ -189,35 +195,78 @@ def judge_integers(case: Case, part: OutputPart, estimate: Bounds, skip: torch.T
     return math.inf
 
 
-def _element_finding(case: Case, part: OutputPart, estimate: Bounds, worst: _Worst, beyond: torch.Tensor) -> Finding:
+def _element_finding(case: Case, part: OutputPart, worst: WorstElement, near: Bounds) -> Finding:
+    """The finding about the worst element, with what it may be as ``near`` says."""
     argument = part.argument
-    flat = -worst.minus_flat
-    index = part.index(flat)
+    index = part.index(worst.row * part.found.shape[1] + worst.column)
     where = argument.where(index[-len(argument.size(case.dims)) :], case.dims)
-    row, column = divmod(flat, part.found.shape[1])
-    at_worst, value = part.found[row, column].to(torch.float64), estimate.value[row, column]
-    found, expected, ulps = float(at_worst), float(value), float(distance(at_worst, value, argument.dtype))
+    at_worst, value = part.found[worst.row, worst.column].to(torch.float64), near.value
+    found, expected = float(at_worst), float(value)
+    rounding, allowance = map(float, _legal_distance(at_worst, near, argument.dtype, limits.kappa(part.found.numel())))
+    legal = rounding + allowance
+    count = _unit(at_worst, value, argument.dtype, legal)
+    away = abs(found - expected)
     digits = 9 if argument.dtype == torch.float32 else 6
-    if math.isinf(worst.share):
-        text = f"must be exactly {expected:.{digits}g} (no error is legal here), {ulps:.3g} ulp away"
+    if allowance == 0:
+        text = f"must be exactly {expected:.{digits}g} (no error is legal here), {count(away)} away"
     else:
-        distances = _legal_distance(at_worst, estimate[row, column], argument.dtype, limits.kappa(part.found.numel()))
-        legal = float(sum(distances))
-        # Beyond the interval, in ULPs: the share of the allowance leaves the last rounding out and would mislead.
-        outside = (abs(found - expected) - legal) / float(spacing(torch.maximum(at_worst.abs(), value.abs()), argument.dtype))
-        beyond_by = f"{outside:.3g} ulp" if outside >= 0.001 else "less than 0.001 ulp"
+        # Beyond the interval: the share of the allowance leaves the last rounding out and would mislead.
         text = (
-            f"outside the legal {expected - legal:.{digits}g}..{expected + legal:.{digits}g} by {beyond_by} "
-            f"(expected {expected:.{digits}g}, {ulps:.3g} ulp away)"
+            f"outside the legal {expected - legal:.{digits}g}..{expected + legal:.{digits}g} by {count(away - legal)} "
+            f"(expected {expected:.{digits}g}, {count(away)} away)"
         )
     return Finding(
         "element",
-        f"{element_in_words(argument, index)} is {found:.{digits}g}, {text}; {pattern_in_words(part, beyond)}",
+        f"{element_in_words(argument, index)} is {found:.{digits}g}, {text}; {worst.pattern}",
         argument.name,
         index,
         where,
         share=worst.share,
-        ulps=ulps,
-        count=count_true(beyond),
-        total=beyond.numel(),
+        ulps=float(distance(at_worst, value, argument.dtype)) if count.own else None,
+        count=worst.count,
+        total=worst.total,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """What an error is counted in; ``own``: in ULPs of the output's dtype."""
+
+    size: float
+    name: str
+    own: bool = False
+
+    def __call__(self, amount: float) -> str:
+        number = amount / self.size
+        return f"{number:.3g} {self.name}" if number >= 0.001 else f"less than 0.001 {self.name}"
+
+
+def _unit(found: torch.Tensor, value: torch.Tensor, dtype: torch.dtype, legal: float) -> _Unit:
+    """ULPs, as long as they say something: of bf16 for an fp32 value that is off by many of its own, and of neither where many
+    are legal (the value is what is left of larger ones): there the legal distance is the measure."""
+    larger = torch.maximum(found.abs(), value.abs())
+    unit = _Unit(float(spacing(larger, dtype)), "ulp", own=True)
+    if dtype == torch.float32 and float((found - value).abs()) >= limits.MANY_ULPS_FP32 * unit.size:
+        unit = _Unit(float(spacing(larger, limits.BF16)), "bf16 ulp")
+    return unit if legal <= limits.MANY_ULPS * unit.size else _Unit(legal, "times the legal distance")
+
+
+def tell_nearest(case: Case, outcome: Outcome, oracle: Oracle, profiles: Iterable[Profile], result: NumericFindings) -> None:
+    """Tell each element that is wrong by the profile whose exact value comes nearest to what was found, where it is wrong under
+    that one too: what a kernel meant to compute is more likely that."""
+    for position, finding in enumerate(result.findings):
+        worst = result.elements.get(finding.argument or "")
+        if finding.detector != "element" or worst is None:
+            continue
+        nearest = worst.near
+        for profile in profiles:
+            estimate = oracle.bounds(profile)[worst.argument]
+            part = part_of(case, outcome, worst.argument, estimate)
+            flat = Bounds(as_matrix(estimate.value), as_matrix(estimate.variance), as_matrix(estimate.worst))
+            near = flat[worst.row, worst.column]
+            found = part.found[worst.row, worst.column].to(torch.float64)
+            error = (found - near.value).abs()
+            legal = sum(_legal_distance(found, near, part.argument.dtype, limits.kappa(part.found.numel())))
+            if bool(error > legal) and bool(error < (found - nearest.value).abs()):
+                nearest = near
+                result.findings[position] = _element_finding(case, part, worst, near)

@@ -15,7 +15,7 @@ from conformance.cases.case import Case
 from conformance.contract.arguments import Argument
 from conformance.errors import UnavailableError, UsageError
 from conformance.judge import limits
-from conformance.judge.elements import judge_elements, judge_integers
+from conformance.judge.elements import judge_elements, judge_integers, tell_nearest
 from conformance.judge.oracle import Oracle
 from conformance.judge.outputs import NumericFindings, as_matrix, part_of
 from conformance.judge.signatures import judge_low_bits, judge_signatures
@@ -70,6 +70,7 @@ def judge(case: Case, outcome: Outcome, *, profile: str | None = None, oracle: O
         if not numeric.findings:
             break
     assert best is not None
+    tell_nearest(case, outcome, oracle, (one for one in allowed if one is not best.profile), best)
     findings += structural + degenerate_outputs(case, outcome, best.findings, oracle.bounds(best.profile))
     ordered = worst_first(findings)
     if case.stage.localise is not None and (structural or best.findings):

@@ -89,6 +89,14 @@ BLOCK = 1 << 15
 BF16 = torch.bfloat16
 
 
+#: An error of an fp32 value that is more of its ULPs than this is told in those of bf16, of which it is a 64th.
+MANY_ULPS_FP32 = 1024
+
+
+#: Where more ULPs than this are legal they measure nothing: errors are told by the legal distance.
+MANY_ULPS = 16
+
+
 #: The dtypes of which spread and bias are judged. Not fp32: one rounding inside that falls on the other side moves a whole row by
 #: many of its ULPs (``benchmarks/constants.py`` counts the correct runs that this would reject).
 STATISTICAL = frozenset({BF16})

@@ -64,6 +64,21 @@ def part_of(case: Case, outcome: Outcome, name: str, estimate: Bounds) -> Output
     return OutputPart(case.stage.argument(name), raw, estimate.rows)
 
 
+@dataclasses.dataclass(frozen=True)
+class WorstElement:
+    """The element of an output that is furthest off under one profile: where in the judged matrix, what the profile allows there,
+    and how many elements are off, in what shape."""
+
+    argument: str
+    row: int
+    column: int
+    share: float
+    pattern: str
+    count: int
+    total: int
+    near: Bounds
+
+
 @dataclasses.dataclass
 class NumericFindings:
     """The numeric tests of all outputs under one profile."""
@@ -73,6 +88,8 @@ class NumericFindings:
     shares: dict[str, float]
     responses: dict[str, FilterResponse] = dataclasses.field(default_factory=dict)
     wrong: int = 0
+    #: By argument, where elements are off.
+    elements: dict[str, WorstElement] = dataclasses.field(default_factory=dict)
 
     @property
     def share(self) -> float | None:

@@ -37,7 +37,8 @@ class Finding:
 
     ``index`` and ``where`` are the worst element or the first of an area, without the coordinates that the area is all of.
     ``share`` is the worst error as a multiple of what is allowed (above 1 is wrong; infinite where no error is allowed);
-    ``ulps`` is the worst error in units in the last place of the argument's dtype; ``count`` of ``total`` elements are affected.
+    ``ulps`` is the worst error in units in the last place of the argument's dtype, where they say something; ``count`` of
+    ``total`` elements are affected.
     """
 
     detector: str

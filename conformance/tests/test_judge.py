@@ -1773,6 +1773,55 @@ def test_an_element_is_told_with_both_values_and_what_it_uses(allowed: bool, use
     assert finding.share == (pytest.approx(1.2, rel=1e-6) if allowed else math.inf)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "off", "allowed", "told"),
+    [
+        (torch.float32, 900, 9.5, r"by 890 ulp \(expected 1\.5, 900 ulp away\)"),
+        # 131072 ULPs of fp32 say nothing, two of bf16 do.
+        (torch.float32, 131072, 99.5, r"by 2 bf16 ulp \(expected 1\.5, 2 bf16 ulp away\)"),
+        (torch.float32, 131072, 65535.5, r"by 1 bf16 ulp \(expected 1\.5, 2 bf16 ulp away\)"),
+        # Where many are legal, neither does.
+        (torch.float32, 1000, 499.5, r"by 1 times the legal distance \(expected 1\.5, 2 times the legal distance away\)"),
+        (torch.float32, 2**22, 2**21, r"by 1 times the legal distance \(expected 1\.5, 2 times the legal distance away\)"),
+        (BF16, 12, 4, r"by 7\.5 ulp \(expected 1\.5, 12 ulp away\)"),
+        (BF16, 60, 29.5, r"by 1 times the legal distance \(expected 1\.5, 2 times the legal distance away\)"),
+    ],
+)
+def test_errors_are_counted_in_units_that_say_something(dtype: torch.dtype, off: int, allowed: float, told: str) -> None:
+    value = torch.linspace(1.01, 1.99, 200, dtype=torch.float64).reshape(5, 40)
+    value[2, 7] = 1.5
+    ulp = float(spacing(value[2, 7], dtype))
+    out = value.clone()
+    out[2, 7] -= off * ulp
+    case = made_up(value, torch.full_like(value, 1e9), worst=torch.full_like(value, allowed * ulp), dtype=dtype)
+    finding = verdict_on(case, out).findings[0]
+    assert (finding.detector, finding.index) == ("element", (2, 7))
+    assert re.search(told, finding.message), finding.message
+    assert finding.ulps == (None if "bf16" in told or "distance" in told else off)
+
+
+@pytest.mark.parametrize(("found", "told"), [(1.75, "1.625"), (1.625, "1.5")])
+def test_the_exact_value_that_is_told_is_that_of_the_nearest_profile(found: float, told: str) -> None:
+    """Where it is wrong under that one too: the one that explains the rest best may mean another value there."""
+    out = torch.linspace(1.01, 1.99, 200, dtype=torch.float64).reshape(5, 40)
+    out[2, 7] = found
+    best, nearest = out.clone(), out + 0.25
+    best[2, 7], nearest[2, 7] = 1.5, 1.625
+    case = made_up(best, torch.full_like(best, 1e-12), dtype=torch.float32)
+    bounds = {
+        name: Bounds(value, torch.full_like(value, 1e-12), torch.full_like(value, math.inf))
+        for name, value in (("best", best), ("nearest", nearest))
+    }
+    stage = dataclasses.replace(
+        case.stage,
+        profiles=tuple(Profile(name) for name in bounds),
+        error_model=lambda inputs, dims, profile: {"out": bounds[profile.name]},
+    )
+    verdict = verdict_on(dataclasses.replace(case, stage=stage), out)
+    assert verdict.profile == "best"
+    assert f"(expected {told}, " in verdict.findings[0].message
+
+
 @pytest.mark.parametrize(("element", "spread", "bias"), [(0.5, 0.4, 0.3), (0.4, 0.7, 0.3), (0.3, 0.4, 0.9)])
 def test_the_share_of_a_run_is_the_largest_of_its_tests(element: float, spread: float, bias: float) -> None:
     out = different()
