@@ -20,7 +20,7 @@ from conformance.contract.loading import load_module
 from conformance.lanes import forking
 from conformance.lanes.keeper import UNKNOWN_EXIT, KeptProcess
 from conformance.lanes.process import KernelProcess
-from conformance.toolchains.text_dumps import without_text_dumps
+from conformance.toolchains.dumps import fewer_dumps
 
 KERNEL = """
 import os
@@ -240,7 +240,7 @@ def test_a_copy_of_the_owner_leaves_the_server_alone(tmp_path: Path) -> None:
 
 def test_text_dumps_are_replaced_by_functions_that_return_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONFORMANCE_CACHE_DIR", str(tmp_path))
-    path = without_text_dumps()
+    path = fewer_dumps()
     assert path is not None
     library = ctypes.CDLL(str(path))
     for name in (
@@ -253,4 +253,4 @@ def test_text_dumps_are_replaced_by_functions_that_return_at_once(tmp_path: Path
 def test_where_nothing_can_be_built_text_dumps_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONFORMANCE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert without_text_dumps() is None
+    assert fewer_dumps() is None

@@ -32,7 +32,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
 from conformance.errors import UsageError
 from conformance.toolchains.detection import ToolchainUnavailableError, detect
-from conformance.toolchains.text_dumps import without_text_dumps
+from conformance.toolchains.dumps import fewer_dumps
 
 #: How the annotations of a kernel name the dtypes of a contract.
 PYPTO_DTYPES: dict[torch.dtype, str] = {
@@ -162,7 +162,7 @@ def prepare(folder: Path) -> None:
     os.environ[_LOGS] = str(folder / "plog")
     # Read when a compile begins, and when the libraries start.
     os.environ.setdefault("TILE_FWK_OUTPUT_DIR", str(folder))
-    library = without_text_dumps()
+    library = fewer_dumps()
     if library is not None:
         with contextlib.suppress(OSError):  # one that does not load costs time, and nothing else
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
