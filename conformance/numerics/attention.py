@@ -136,14 +136,20 @@ def _attention_of(
     p = torch.softmax(z, -1)
     o = p @ v  # [N, K, G, D]
     v_abs = v.abs()
-    spread = (v.unsqueeze(2) - o.unsqueeze(3)).abs_()  # |V - o|, [N, K, G, n, D]
+    centred = v.unsqueeze(2) - o.unsqueeze(3)  # V - o, [N, K, G, n, D]
+    if new_rows is not None:
+        # What an uncertain query does. All is over its largest magnitude, so that fp32 will do: where it cancels, V - o has.
+        (value_size, key_size, query_size) = (_largest(tensor) for tensor in (v, k, grouped.variance))
+        weighted = ((p / value_size).unsqueeze(-1) * centred).float().transpose(3, 4)  # [N, K, G, D, n]
+        sensitivity = weighted @ (k / key_size).float().unsqueeze(2)  # [N, K, G, D, D]
+        of_query = sensitivity.square_() @ (grouped.variance / query_size).float().unsqueeze(-1)
+        of_query = of_query.squeeze(-1).double() * (query_size * (value_size * key_size) ** 2)
+    spread = centred.abs_()
     magnitude = p @ v_abs
     worst = ((p * torch.expm1(z_worst.clamp_max(60))).unsqueeze(3) @ spread).squeeze(3)
     variance = ((p**2 * z_variance).unsqueeze(3) @ spread.square_()).squeeze(3)
     if new_rows is not None:
-        weighted = (p.unsqueeze(-1) * v.unsqueeze(2)).transpose(3, 4)  # [N, K, G, D, n]
-        sensitivity = weighted @ k.unsqueeze(2) - o.unsqueeze(-1) * (p @ k).unsqueeze(3)  # dz-weighted, [N, K, G, D, D]
-        variance += scale**2 * (sensitivity**2 @ grouped.variance.unsqueeze(-1)).squeeze(-1)
+        variance += scale**2 * of_query
         variance += p**2 @ value_variance
         worst += p @ value_worst
     squares = (p**2 @ v**2).sqrt()
@@ -160,19 +166,19 @@ def _attention_of(
     if profile.makes("probabilities"):
         several_keys = length > 1  # the probability of a lone key is 1, which no rounding changes
         from_rounded = profile.makes("denominator_of_rounded") and not profile.modelled
-        signed = (v.unsqueeze(2) - o.unsqueeze(3)) if from_rounded else v.unsqueeze(2)
-        bins = _equal_probabilities(p, length)
+        signed = (v.unsqueeze(2) - o.unsqueeze(3)) if from_rounded else v.unsqueeze(2).expand_as(spread)
+        moving = p * several_keys
         # What rounding does to each probability relative to it, before or after it is normalised.
         exponentials = torch.exp(z - z.amax(-1, keepdim=True))
-        relative = torch.maximum(_relative_rounding(p), _relative_rounding(exponentials)).flatten().unsqueeze(1)
-        moved = ((p * several_keys).unsqueeze(-1) * signed).flatten(0, 3)
-        variance += bins.sum_of_owners(bins.squared(moved, relative)).view_as(o)
+        bins = _equal_probabilities(p, length)
+        variance += bins.variance(moving, signed, exponentials)
         worst += several_keys * 2.0**-8 * magnitude
         if want_correlation:
             # d(sum of signed scaled errors) / d(one rounded probability), and one term per final rounding.
+            relative = torch.maximum(_relative_rounding(p), _relative_rounding(exponentials)).flatten().unsqueeze(1)
             ulp_variance = rounding_variance(spacing(o, BF16))
             weight = torch.sign(o) / (variance + ulp_variance).sqrt()
-            by_probability = (moved * weight.unsqueeze(3).expand_as(spread).flatten(0, 3)).sum(-1, keepdim=True)
+            by_probability = (moving * (signed @ weight.unsqueeze(4)).squeeze(4)).flatten().unsqueeze(1)
             # Heads whose probabilities agree round them alike too: all of a row's, where its query is small.
             whole_row = _equal_probabilities(p, length, across_heads=True)
             shared = whole_row.squared(by_probability, relative)
@@ -207,9 +213,29 @@ class _Bins:
         alike = zeros.index_add(0, self.members, errors) ** 2
         return torch.maximum(alike, zeros.index_add_(0, self.members, errors * errors))
 
+    def variance(self, p: torch.Tensor, values: torch.Tensor, exponentials: torch.Tensor) -> torch.Tensor:
+        """What rounding all ``p [N, K, G, n]`` does to their sums of ``values [N, K, G, n, D]``: variances, ``[N, K, G, D]``.
+
+        The sum over the bins of a head of what ``squared`` tells. Most bins have one member, which needs no collecting.
+        """
+        lone = (torch.bincount(self.members)[self.members] == 1).view_as(p)
+        found = PROBABILITY_VARIANCE * ((p * lone).square().unsqueeze(3) @ values.square()).squeeze(3)
+        place = torch.nonzero(~lone & (p > 0), as_tuple=True)
+        if not len(place[0]):
+            return found
+        bins, members = torch.unique(self.members.view_as(p)[place], return_inverse=True)
+        relative = torch.maximum(_relative_rounding(p[place]), _relative_rounding(exponentials[place])).unsqueeze(1)
+        some = _Bins(members, self.owners[bins], self.count)
+        return found + some.sum_of_owners(some.squared(p[place].unsqueeze(1) * values[place], relative)).view_as(found)
+
     def sum_of_owners(self, sums: torch.Tensor) -> torch.Tensor:
         """Sums over the bins of each owner."""
         return sums.new_zeros(self.count, sums.shape[-1]).index_add_(0, self.owners, sums)
+
+
+def _largest(tensor: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each matrix."""
+    return tensor.abs().amax((-2, -1), keepdim=True).clamp_min(1e-300)
 
 
 def _relative_rounding(value: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from conformance.numerics.ulp import Mode, rounded_at, spacing
@@ -255,14 +256,20 @@ def inverse_rms_drift(x: torch.Tensor) -> tuple[torch.Tensor, float]:
     beside one that rules the sum from its start, squares of half to three quarters of its ULP are rounded alike too (up to 6.9
     deviations where all of them are such; no regime makes these rows).
     """
-    square = x * x
+    count = x.shape[-1]
+    # numpy sorts float64 several times as fast as torch.
+    ordered = torch.from_numpy(np.sort(x.abs().numpy(), axis=-1))
+    square = ordered * ordered
     share = square / square.sum(-1, keepdim=True).clamp_min(1e-300)
     lost = share < U
-    ordered = x.abs().sort(-1).values.contiguous()
-    first, last = (torch.searchsorted(ordered, x.abs().contiguous(), right=right) for right in (False, True))
-    variance_of_equal = ((last - first) * ~lost).sum(-1, keepdim=True).double()  # each stands for all that equal it: n, or n * n
+    # The k-th of a run of equal ones, from 0, stands for 2 k + 1: a run of m adds up to m * m.
+    place = torch.arange(count).expand_as(ordered)
+    begins = torch.ones_like(lost)
+    torch.ne(ordered[..., 1:], ordered[..., :-1], out=begins[..., 1:])
+    first = torch.where(begins, place, 0).cummax(-1).values
+    variance_of_equal = ((2 * (place - first) + 1) * ~lost).sum(-1, keepdim=True).double()
     sum_of_lost = (share * lost).sum(-1, keepdim=True) / U
-    return SUM_ONTO / 2 * U * (variance_of_equal + sum_of_lost**2).sqrt(), x.shape[-1] / 2 * U
+    return SUM_ONTO / 2 * U * (variance_of_equal + sum_of_lost**2).sqrt(), count / 2 * U
 
 
 def rms_norm(x: Bounds, weight: torch.Tensor, eps: float, profile: Profile) -> Bounds:

@@ -174,12 +174,13 @@ def _layer(
 
 def _new_rows(key: Bounds, value: Bounds, layout: Layout) -> list[NewRows]:
     """For every token the rows that its sequence's tokens up to itself have just written, of ``[N, NKV, D]``."""
-    found = []
-    for token, b in enumerate(layout.sequence.tolist()):
-        earlier = torch.nonzero((layout.sequence == b) & (layout.length <= layout.length[token])).flatten()
-        earlier = earlier[layout.length[earlier].argsort()]
-        rows = (part[earlier].map(lambda tensor: tensor.transpose(0, 1)) for part in (key, value))
-        found.append(NewRows(*rows))
+    found: list[NewRows] = [None] * len(layout.sequence)  # type: ignore[list-item]
+    for b in range(layout.dims.B):
+        own = torch.nonzero(layout.sequence == b).flatten()
+        own = own[layout.length[own].argsort()]
+        of_key, of_value = (part[own].map(lambda tensor: tensor.transpose(0, 1)) for part in (key, value))
+        for place, token in enumerate(own.tolist()):
+            found[token] = NewRows(of_key[:, : place + 1], of_value[:, : place + 1])
     return found
 
 
