@@ -10,7 +10,7 @@ OPTIONS ?=
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: setup check test test-all exam mutation lint clean
+.PHONY: setup check test test-all hostile exam mutation lint clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +30,10 @@ check: setup
 
 test: setup
 	$(BIN)/python -m pytest conformance/tests -m "not slow" -n $(PROCESSES) --dist worksteal -q
+
+# Kernels that do what no kernel should: none may pass, hurt the next one or leave a process behind.
+hostile: setup
+	$(BIN)/python -m pytest conformance/tests -m hostile -q
 
 test-all: setup
 	$(BIN)/python -m pytest conformance/tests -n $(PROCESSES) --dist worksteal -q

@@ -61,6 +61,8 @@ class Model:
     largest_batch: int = 16
     #: Dotted names of the modules that hold the bundled kernels.
     kernel_modules: tuple[str, ...] = ()
+    #: Dotted names of the modules that say what is right: reference, error model, data. A kernel's process does not have them.
+    reference_modules: tuple[str, ...] = ()
     #: Dotted names of the modules whose ``KNOWN_KERNELS`` are kernels with known verdicts, for the exam.
     exam_modules: tuple[str, ...] = ()
     #: ``"module:function"`` of ``random_variant(stage, index, seed)``, which returns a legal kernel that makes its choices

@@ -81,9 +81,9 @@ def run_eager(kernel: Kernel, case: Case) -> Outcome:
 def call(kernel: Kernel, dims: Dims, tensors: Mapping[str, torch.Tensor]) -> Outcome:
     """Call a torch kernel on its arguments in order.
 
-    The kernel is given other tensor objects on the same memory, so that rebinding one (``x.t_()``) changes nothing that is judged;
-    one to write that is no longer what was passed (``out.resize_``, ``out.data = ...``) counts as raised. An exception of the
-    kernel is an outcome, ``SystemExit`` too; ``KeyboardInterrupt`` passes.
+    The kernel is given other tensor objects on the same memory, so that rebinding one (``x.t_()``) changes nothing that is
+    judged; one to write that is no longer what was passed (``out.resize_``, ``out.data = ...``) counts as raised. An exception of
+    the kernel is an outcome, ``SystemExit`` too; ``KeyboardInterrupt`` passes.
     """
     from conformance.contract.kernel import takes_dims
     from conformance.lanes.base import Outcome

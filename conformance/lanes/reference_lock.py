@@ -48,6 +48,7 @@ def lock_references() -> None:
                 locked |= {str(function.__module__) for function in _functions(value) if hasattr(function, "__module__")}
                 if value is not None:
                     object.__setattr__(stage, field, {} if isinstance(value, Mapping) else _absent)
+    locked |= {name for model in models() for name in model.reference_modules}
     locked |= {entry.value.partition(":")[0] for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
     # A small model may have its kernels in the file of its contract.
     locked -= {name for model in models() for name in model.kernel_modules}

@@ -384,6 +384,9 @@ MODEL = Model(
     STAGES,
     PRESETS,
     kernel_modules=tuple(f"conformance.kernels.qwen3.{stage.name}" for stage in STAGES),
+    reference_modules=tuple(
+        f"conformance.kernels.qwen3.{name}" for name in ("reference", "error_model", "inputs", "localise", "mistakes")
+    ),
     exam_modules=("conformance.kernels.qwen3.exam",),
     random_variants="conformance.kernels.qwen3.exam.torch.catalogue:random_variant",
     suite_presets=("tiny", "narrow"),
