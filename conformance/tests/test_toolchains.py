@@ -145,9 +145,19 @@ def test_the_cache_can_be_moved_and_depends_on_what_the_library_is_built_against
 def test_a_built_calculator_is_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CONFORMANCE_CACHE_DIR", str(tmp_path))
     path = calculator_path()
-    path.parent.mkdir(parents=True)
-    path.touch()
+    build_once(path, Path.touch, lambda message: None)
     assert calculator(pytest.fail) == path
+
+
+def test_a_damaged_library_is_built_anew(tmp_path: Path) -> None:
+    path = tmp_path / "library.so"
+
+    def whole(target: Path) -> None:
+        target.write_text("library")
+
+    build_once(path, whole, lambda message: None)
+    path.write_text("libr")
+    assert build_once(path, whole, lambda message: None).read_text() == "library"
 
 
 def test_an_npu_is_not_usable_where_only_the_variable_is_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ cache folder, which ``CONFORMANCE_CACHE_DIR`` moves.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -23,6 +24,7 @@ from conformance.toolchains.detection import ToolchainUnavailableError, detect
 
 CACHE_VARIABLE = "CONFORMANCE_CACHE_DIR"
 LIBRARY = "libtile_fwk_calculator.so"
+CHECKSUM = ".sha256"
 #: Two orders of magnitude above the slowest build seen (85 s on a busy machine).
 BUILD_SECONDS = 1800
 
@@ -53,34 +55,47 @@ def calculator(progress: Progress | None = None) -> Path:
     """
     package = detect().require()
     path = calculator_path()
-    if path.is_file():
+    if is_whole(path):
         return path
     tools = build_tools()
     return build_once(path, lambda target: _build(package, tools, target), progress or _print_progress)
 
 
 def build_once(path: Path, build: Callable[[Path], None], progress: Progress) -> Path:
-    """Make ``path`` by ``build(target)``, which writes ``target``, unless it exists; safe against concurrent callers.
+    """Make ``path`` by ``build(target)``, which writes ``target``, unless it is there; safe against concurrent callers.
 
-    The result appears under ``path`` only when it is complete.
+    The result appears under ``path`` only when it is complete, with its checksum beside it.
     """
-    if path.is_file():
+    if is_whole(path):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".lock")):
-            if path.is_file():
+            if is_whole(path):
                 return path
             progress("building PyPTO's calculator (20 to 90 s, once per machine)")
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 target = Path(folder) / path.name
                 build(target)
+                path.with_suffix(CHECKSUM).write_text(_digest(target), encoding="ascii")
                 os.replace(target, path)
     except OSError as error:
         raise ToolchainUnavailableError(
             f"PyPTO's calculator cannot be kept in {path.parent}: {error}; set {CACHE_VARIABLE} to a folder that can be written"
         ) from error
     return path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a built library is there as it was built: a damaged one crashes whatever loads it, which looks like a kernel's fault."""
+    try:
+        return path.with_suffix(CHECKSUM).read_text(encoding="ascii") == _digest(path)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def build_tools() -> dict[str, str]:

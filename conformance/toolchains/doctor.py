@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 
-from conformance.toolchains.calculator import calculator_path, find_cmake
+from conformance.toolchains.calculator import calculator_path, find_cmake, is_whole
 from conformance.toolchains.detection import detect
 from conformance.toolchains.npu import find_npu
 
@@ -67,7 +67,7 @@ def _calculator(supported: bool) -> DoctorLine:
     if not supported:
         return DoctorLine("calculator", False, "not applicable", "needs a supported pypto first")
     path = calculator_path()
-    if path.is_file():
+    if is_whole(path):
         return DoctorLine("calculator", True, str(path))
     return DoctorLine(
         "calculator", True, "not built yet", "the first interpreted kernel builds it (20 to 90 s, once per machine)"

@@ -54,7 +54,7 @@ def fewer_dumps() -> Path | None:
     """
     path = calculator_path().with_name(LIBRARY)
     try:
-        return path if path.is_file() else build_once(path, _build, lambda message: None)
+        return build_once(path, _build, lambda message: None)
     except (ToolchainUnavailableError, OSError, subprocess.SubprocessError):
         return None
 
