@@ -4,8 +4,9 @@ Each single-operation stage is run side by side, alternating case by case in one
 
 - *bare*: one process that calls the jit object with the last compiler pass verified, and nothing else. Its output folder lies
   on the disk, and once more in memory.
-- *harness*: ``KernelProcess.run(case, passes="last")``: tensors to another process and back, every operation's tensor saved,
-  every result compared, files deleted.
+- *harness*: ``KernelProcess.run(case, passes="last")``: tensors to another process and back, the tensors that the comparison
+  needs saved, every result compared, files deleted. Dumps that nobody reads are not written (``conformance.toolchains.dumps``),
+  those that the bare call writes neither.
 
 Printed are medians in milliseconds and the ratio of harness to bare, by the clock and in processor time of all processes that
 take part; and how many cases a second two processes run together.
@@ -14,6 +15,7 @@ take part; and how many cases a second two processes run together.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
@@ -74,15 +76,18 @@ class Bare:
 
 def serve_bare(stage: str, folder: Path) -> None:
     """The bare side: call, say how long it took, delete the output, wait."""
+    # Imported as it is: the harness would load a library before that keeps it from writing dumps.
+    os.environ.update(ASCEND_PROCESS_LOG_PATH=str(folder / "plog"), TILE_FWK_OUTPUT_DIR=str(folder / "output"))
+    import pypto
+
     from conformance.lanes.pypto.runtime import Runtime
     from conformance.toolchains import calculator
 
     torch.set_num_threads(1)
     kernel = kernel_of(stage)
     case = case_of(kernel)
-    runtime = Runtime(folder, folder, calculator())
-    pypto: Any = runtime.pypto
-    jit = kernel.build(case.dims)
+    Runtime(folder, folder, calculator())
+    jit: Any = kernel.build(case.dims)
     arguments = [
         torch.full(argument.size(case.dims), -1, dtype=argument.dtype) if argument.access == "out" else case.inputs[argument.name]
         for argument in kernel.stage.arguments

@@ -50,7 +50,14 @@ def poisoned(tensor: torch.Tensor) -> torch.Tensor:
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two tensors are equal bit for bit (so that NaN equals itself and 0.0 differs from -0.0)."""
-    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(bits(left), bits(right))
+    return left.dtype == right.dtype and left.shape == right.shape and _equal_bits(left, right)
+
+
+def _equal_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    # As few large numbers the memory is compared faster than as elements.
+    if all(tensor.is_contiguous() and tensor.nbytes % 8 == 0 and tensor.data_ptr() % 8 == 0 for tensor in (left, right)):
+        return torch.equal(left.flatten().view(torch.int64), right.flatten().view(torch.int64))
+    return torch.equal(bits(left), bits(right))
 
 
 class Memory(Protocol):

@@ -87,7 +87,7 @@ def build_once(path: Path, build: Callable[[Path], None], progress: Progress) ->
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a built library is there as it was built: a damaged one crashes whatever loads it, which looks like a kernel's fault."""
+    """Whether a built library is there as it was built: a damaged one crashes what loads it, as if a kernel had."""
     try:
         return path.with_suffix(CHECKSUM).read_text(encoding="ascii") == _digest(path)
     except (OSError, ValueError):

@@ -5,9 +5,10 @@ and every operation as HTML, element by element on a thread of its own for which
 reads those files, no option switches them off, and they take half to two thirds of the processor time of a comparison of passes
 (``benchmarks/README.md``).
 
-Of the tensors themselves, each a file, the comparison (``conformance.lanes.pypto.passes``) needs what operations in subgraphs
-copy out. It reads none of an operation outside a subgraph, which is all of the tensor graph, and none that a copy leaves: half of
-the files.
+Of the tensors themselves, each a file, the lane reads the results of functions and what operations in subgraphs copy out. It
+reads none of an operation outside a subgraph, which is all of the tensor graph, none that a copy leaves, no function's inputs,
+and not the expected values that it gave itself: more than half of the files. Were one of them needed after all, the comparison
+would say that it is missing.
 
 The functions that write all these do nothing else, and are called through the dynamic linker. A library that is loaded first, and
 has functions of the same names, takes their place.
@@ -29,14 +30,17 @@ _INTERFACE = "libtile_fwk_interface.so"
 _TEXT = re.compile(rb"_ZN3npu8tile_fwk19FunctionInterpreter(?:14DumpTensorList|16DumpFunctionHead|13DumpOperation)E\w+")
 #: The one that writes a tensor to the file of a given name.
 _TENSOR = b"_ZN3npu8tile_fwk19FunctionInterpreter16DumpTensorBinaryERKSt10shared_ptrINS0_17LogicalTensorDataEESs"
-#: A name is ``function~caller~trip~function~number~OPERATION~...``, without a caller outside subgraphs; arguments have no ``~``.
+#: What an operation leaves is called ``function~caller~trip~function~number~OPERATION~...``, with no caller outside subgraphs; a
+#: function's input ``tensor_Incast_...``; an argument's expected value ``tensor_graph~argument~golden~...``.
 #: Of the ``std::string`` only the address of its characters is used, which comes first in it.
 _FEWER_TENSORS = """
 #include <dlfcn.h>
 #include <string.h>
 typedef void write_tensor(void *interpreter, void *tensor, char **name);
 void %(symbol)s(void *interpreter, void *tensor, char **name) {
-    if (strstr(*name, "~~") || strstr(*name, "~COPY_OUT~"))
+    if (strstr(*name, "~~") || strstr(*name, "~COPY_OUT~") || !strncmp(*name, "tensor_Incast_", 14))
+        return;
+    if (!strncmp(*name, "tensor_graph~", 13) && strstr(*name, "~golden~"))
         return;
     static write_tensor *original;
     if (!original)

@@ -11,8 +11,9 @@ Layout, in ``output_*`` (found by experiment with PyPTO 0.2.0, operations' tenso
 ``verify_*/verify_result_brief.csv``
     One line per (pass, function, loop trip, result): the files of the pass's result and of the tensor graph's.
 ``verify_*/verify_result_metadata.csv``
-    One line per executed operation, in order: which raw tensor it wrote, where (``offset``), and the files of its inputs. A
-    subgraph may be shared by functions; ``callopRawMagic`` is then the caller's raw tensor.
+    One line per executed operation, in order: which raw tensor it wrote, where (``offset``), and the files of its inputs,
+    of which only those are written that are read here (``conformance.toolchains.dumps``). A subgraph may be shared by functions;
+    ``callopRawMagic`` is then the caller's raw tensor.
 ``verify_*/verify_exception.log``
     Interpretations that threw have no line anywhere else.
 ``program.json``
