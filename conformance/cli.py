@@ -385,7 +385,7 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
     require_count(1, seed)
     most = MOST_PROCESSES * (os.cpu_count() or 1)
     if processes is not None and not 1 <= processes <= most:
-        raise UsageError(f"--processes takes a positive number, here at most {most}, found {processes:.10g}")
+        raise UsageError(f"--processes takes a positive number, here at most {most}, found {str(processes)[:20]}")
     if out is None and full:
         out = Path("runs") / f"exam-{time.strftime('%Y%m%d-%H%M%S')}"
     if out is not None:

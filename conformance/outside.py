@@ -7,6 +7,7 @@ them may reach a terminal, a page or a parser as it is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import re
@@ -63,29 +64,28 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def read_bytes(path: Path, what: str, limit: int) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes; raises ``UsageError`` for any other, in one line.
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes; raises ``OSError`` for any other.
 
-    A pipe would be waited for without end, and a device such as ``/dev/zero`` has none. ``what`` names the file in messages.
+    A pipe would be waited for without end, and a device such as ``/dev/zero`` has none.
     """
     require_path(path)
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UsageError(f"cannot read {what} {path}: it is no regular file")
-        # Should it have become a pipe meanwhile, this does not wait for a writer.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read {what} {path}: {error.strerror or error}") from error
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    # Should it have become a pipe meanwhile, this does not wait for a writer.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        content = file.read(limit + 1)
     if len(content) > limit:
-        raise UsageError(f"cannot read {what} {path}: it has more than {limit:,} bytes")
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes")
     return content
 
 
 def read_text(path: Path, what: str, limit: int) -> str:
-    """The same as UTF-8 text; raises ``UsageError`` for a file that holds none."""
+    """The same as UTF-8 text; raises ``UsageError``, in one line, in which ``what`` names the file."""
     try:
-        return read_bytes(path, what, limit).decode("utf-8")
+        return read_bytes(path, limit).decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {what} {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{what} {path} is not UTF-8 text: {error.reason}") from error
 

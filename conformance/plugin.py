@@ -143,7 +143,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers, and decide where the run is kept, once for all xdist workers."""
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
-    config.stash[_STATE] = PluginState(config)
+    state = config.stash[_STATE] = PluginState(config)
+    # Of a run that is plainly one of the suites from the beginning: collecting, and starting xdist's workers, takes seconds.
+    if any("conformance" in argument and "suites" in argument for argument in config.args) or any(_given(config.option)):
+        state.begin_judging()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -160,18 +163,22 @@ def pytest_collection(session: pytest.Session) -> None:
         session.config.stash[_STATE].claim_folder()
     if options.conformance_kernel_timeout is not None or options.conformance_kernel_memory is not None:
         session.config.stash[_STATE].require_limits()
-    given = (
-        options.conformance_kernels,
-        options.conformance_only_user_kernels,
-        options.conformance_presets,
-        options.conformance_expected_failures,
-    )
-    if any(given):
+    if any(_given(options)):
         state = session.config.stash[_STATE]
         if options.conformance_require_device and not any(kernel.toolchain in DEVICE.toolchains for kernel in state.kernels()):
             raise pytest.UsageError("--conformance-require-device: no PyPTO kernel is judged, nothing could run on a device")
         state.presets()
         assert state.expected is not None
+
+
+def _given(options: Any) -> tuple[Any, ...]:
+    """The options that say what is judged."""
+    return (
+        options.conformance_kernels,
+        options.conformance_only_user_kernels,
+        options.conformance_presets,
+        options.conformance_expected_failures,
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -246,14 +253,23 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    """What follows the last test is short, and would lose what was judged."""
+    try:
+        return (yield)
+    finally:
+        interrupts = session.config.stash[_STATE].interrupts
+        if interrupts is not None:
+            interrupts.ignore()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Close this process's records; a run that judged kernels and was interrupted has the exit code that shells know."""
     state = session.config.stash[_STATE]
-    if state.interrupts is not None:
-        state.interrupts.ignore()  # the reports follow
-        if state.interrupts.number:
-            session.exitstatus = exitstatus = state.interrupts.exit_code
+    if state.interrupts is not None and state.interrupts.number:
+        session.exitstatus = exitstatus = state.interrupts.exit_code
     if state.log is not None:
         state.lost = state.log.end(int(exitstatus))
         state.log = None
@@ -261,6 +277,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Give back the screen, the signals and the folder, however the run ended."""
     state = config.stash.get(_STATE, None)

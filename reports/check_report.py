@@ -10,6 +10,8 @@ from conformance.cases.key import CaseKey
 from conformance.judge.verdict import Finding, Verdict
 from conformance.reports import text
 
+#: Longest message that is shown, in characters.
+LONGEST_MESSAGE = 4000
 #: Statuses of a run that took the kernel's process with it.
 _LOST = ("crashed", "timed_out")
 #: What is found once, of all cases or at one preset, says nothing of the others.
@@ -110,7 +112,7 @@ def render(report: CheckResult, width: int = 80, most: int = 6) -> str:
 
 def _wrapped(content: str, width: int, indent_more: str = "") -> list[str]:
     return textwrap.wrap(
-        text.one_line(content),
+        text.one_line(content, LONGEST_MESSAGE),
         width,
         initial_indent=" " * 4,
         subsequent_indent=" " * 4 + indent_more,

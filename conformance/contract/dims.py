@@ -70,7 +70,7 @@ class Dims:
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"dimension {field.name} must be a positive whole number, found {value!r}")
             elif value > LARGEST_SIZE:
-                raise UsageError(f"dimension {field.name} is at most {LARGEST_SIZE:,}, found {value:.3g}")
+                raise UsageError(f"dimension {field.name} is at most {LARGEST_SIZE:,}, found a larger one")
         self.require_consistent()
 
     def require_consistent(self) -> None:

@@ -456,7 +456,7 @@ def test_where_a_pypto_kernel_differs_it_is_shown_to_be_a_tie(folder: Path) -> N
     assert done.stdout.count(": a tie within the error bound") == int(found[2])
 
 
-@pytest.mark.parametrize(("target", "reason"), [("model", "Is a directory"), ("n" * 300, "File name too long")])
+@pytest.mark.parametrize(("target", "reason"), [("model", "Is a directory"), ("nowhere/new.json", "No such file or directory")])
 def test_a_file_that_cannot_be_written_is_refused_before_work_starts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, target: str, reason: str
 ) -> None:
@@ -516,8 +516,8 @@ _PROMPT = (*_MODEL, "--prompt", "1,2")
         ([*_PROMPT, "--driver", "chunked", "--chunk", "4"], "a chunk is 1 to 3 of the model's layers, found 4"),
         ([*_PROMPT, "--driver", "fused", "--pages", "4"], "--pages goes with the paged driver"),
         ([*_PROMPT, "--pages", "2", "--page-size", "4"], "prompt 0 may need 5 pages, the pool can hand out 1"),
-        ([*_PROMPT, "--pages", "1" + 14 * "0"], f"a cache of 1{14 * '0'} pages does not fit in memory: serve fewer at a time"),
-        ([*_PROMPT, "--pages", "1" + 30 * "0"], "pages does not fit in memory"),
+        ([*_PROMPT, "--pages", "1000000000"], "a cache of 1,000,000,000 pages takes"),
+        ([*_PROMPT, "--pages", "1" + 30 * "0"], "dimension NB is at most 2,147,483,647, found a larger one"),
         ([*_PROMPT, "--prefill-chunk", "0"], "a chunk of a prefill has at least one token"),
         ([*_PROMPT, "--kernels", "mine.py"], "the contract executor runs no kernels"),
         (["--checkpoint", "model", "--prompt", "1", "--executor", "eager"], "name their file with --kernels FILE.py"),

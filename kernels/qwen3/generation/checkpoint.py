@@ -20,14 +20,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from conformance.cases.case import require_room
 from conformance.cases.source import Source
 from conformance.contract.dims import Dims
 from conformance.errors import UsageError
 from conformance.kernels.qwen3.config import Qwen3Dims
 from conformance.kernels.qwen3.rotation import rotation_table
 from conformance.numerics.ulp import rounded
+from conformance.outside import read_bytes, require_path
 
 Tensor = torch.Tensor
+
+#: Longest configuration or index, in bytes, and most layers: beyond what anyone has, and read or gone through in a moment.
+LONGEST_JSON, MOST_LAYERS = 64 << 20, 10_000
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -149,6 +154,7 @@ class Checkpoint:
 
     def rope_tables(self) -> dict[str, Tensor]:
         """``rope_cos`` and ``rope_sin``, fp32 ``[S, D]``."""
+        require_room(24 * self.dims.S * self.dims.D, f"RoPE tables of {self.dims.S:,} positions")
         cosine, sine = rotation_table(self.dims.S, self.dims.D, self.dims.theta)
         return {"rope_cos": cosine.float(), "rope_sin": sine.float()}
 
@@ -190,10 +196,10 @@ def _dtype_for(shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.dtype
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_bytes(path, LONGEST_JSON))
     except OSError as error:
         raise UsageError(f"{path}: expected a file of a Hugging Face checkpoint, found {error.strerror}") from error
-    except ValueError as error:  # not JSON, or not even UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not even UTF-8
         raise UsageError(f"{path}: expected JSON, found something else: {error}; copy or download it again") from error
     if not isinstance(found, dict):
         raise UsageError(f"{path}: expected a JSON object, found {type(found).__name__}")
@@ -209,7 +215,7 @@ def _dims_of(path: Path) -> tuple[Dims, bool]:
     def number(key: str, where: dict[str, Any] = config, *, whole: bool = True) -> Any:
         value = where.get(key)
         allowed = int if whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < 1e30:
             kind = "a positive whole number" if whole else "a positive number"
             raise UsageError(f"{path}: expected {kind} as {key}, found {value!r}")
         return value
@@ -220,6 +226,8 @@ def _dims_of(path: Path) -> tuple[Dims, bool]:
         raise UsageError(f"{path}: expected an object as rope_parameters, found {rope!r}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     sizes = {symbol: number(key) for symbol, key in _SIZES.items()}
+    if sizes["L"] > MOST_LAYERS:
+        raise UsageError(f"{path}: expected at most {MOST_LAYERS:,} as {_SIZES['L']}, found {sizes['L']}")
     layer_types = config.get("layer_types")
     unsupported = {
         "rope scaling": (rope_type, rope_type == "default"),
@@ -258,6 +266,7 @@ def _headers(folder: Path) -> dict[Path, _Header]:
         raise UsageError(f"{index}: expected a weight_map that names the model's tensors, found an empty one")
     shards = {name: folder / name for name in sorted(set(weight_map.values()))}
     for name, path in shards.items():
+        require_path(path)
         if Path(name).name != name:
             raise UsageError(f"{index}: expected the name of a file in the same folder, found {name!r}")
         if not path.exists():
@@ -277,6 +286,8 @@ def _headers(folder: Path) -> dict[Path, _Header]:
 
 
 def _header(path: Path) -> _Header:
+    if not path.is_file():
+        raise UsageError(f"{path}: expected a whole safetensors file, found something that is no regular file")
     try:
         with safe_open(path, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
@@ -320,7 +331,7 @@ def _names(names: list[str]) -> str:
 
 
 def _suggestion(name: str, candidates: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, [one for one in candidates if len(one) < 200][:1000], n=1, cutoff=0.6)
     return f"; found {close[0]}, which is no Qwen3 name: rename it?" if close else ""
 
 
@@ -337,8 +348,10 @@ def random_checkpoint(folder: str | os.PathLike[str], dims: Dims, seed: int = 0,
         if (folder / name).exists():
             raise UsageError(f"{folder / name}: already there; name a new folder")
     source = Source(f"checkpoint/{seed}")
+    shapes = checkpoint_tensors(dims, tied=tied)
+    require_room(2 * sum(math.prod(shape) for shape in shapes.values()), "a model of these sizes")
     tensors: dict[str, Tensor] = {}
-    for name, shape in checkpoint_tensors(dims, tied=tied).items():
+    for name, shape in shapes.items():
         if len(shape) == 1:
             # Sharper queries, or attention would average the prompt away and every sequence would soon repeat one token.
             centre = 2.0 if name.endswith("q_norm.weight") else 1.0

@@ -1,7 +1,7 @@
 """``python -m conformance.kernels.qwen3.generation``: prompts through prefill and greedy decode, verified.
 
 Exit codes are those of the ``conformance`` command: 0 every token is the fp64 reference's or a tie within the error bound; 1 one
-is not, or a kernel failed; 2 usage; 3 something that had to run could not.
+is not, or a kernel failed; 2 usage; 3 something that had to run could not; 130 interrupted, 143 asked to end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 
 from conformance.cli import read_dims
-from conformance.command import FINDINGS, PASSED, Command, FilePath
+from conformance.command import FINDINGS, PASSED, Command, FilePath, say
 from conformance.contract.dims import Dims
 from conformance.contract.registry import preset_named
 from conformance.errors import UsageError
@@ -31,7 +31,10 @@ from conformance.kernels.qwen3.generation.executors import EXECUTORS, Executor, 
 from conformance.kernels.qwen3.generation.model import LoadedModel
 from conformance.kernels.qwen3.generation.requests import Request, requests_for
 from conformance.lanes.process import Limits
+from conformance.outside import one_line, require_path
 from conformance.reports.progress import is_interactive
+from conformance.running.check import require_seconds
+from conformance.running.interrupts import interrupted_once
 
 _DRIVERS = "; ".join(f"{name}: {plan.summary}" for name, plan in DRIVERS.items())
 _EXECUTORS = "; ".join(f"{name}: {summary}" for name, summary in EXECUTORS.items())
@@ -81,10 +84,13 @@ def main(
     for option, value, needed in (("--chunk", chunk, "chunked"), ("--pages", pages, "paged")):
         if value is not None and needed not in driver_names:
             raise UsageError(f"{option} goes with the {needed} driver")
+    require_seconds("--timeout", timeout)
+    for location in locations:
+        require_path(location)
     if json_path is not None:
         _require_writable(json_path)
     ids = [_token_ids(text) for text in prompts]
-    with contextlib.ExitStack() as stack:
+    with interrupted_once() as interrupts, contextlib.ExitStack() as stack:
         places = min(max(len(ids), 1), MODEL.largest_batch) if batch is None else batch
         opened = stack.enter_context(_open_checkpoint(checkpoint, seed, dims, places, page_size))
         served = _served_dims(opened.dims, ids, new, end, context, pages)
@@ -92,10 +98,17 @@ def main(
         stack.callback(running.close)
         model = LoadedModel.of(dataclasses.replace(opened, dims=served), exact=running.exact)
         verifier = TokenVerifier(model) if verify else None
-        runs = [_run(name, model, running, verifier, ids, new, end, chunk, prefill_chunk) for name in driver_names]
+        runs = []
+        for name in driver_names:
+            runs.append(_run(name, model, running, verifier, ids, new, end, chunk, prefill_chunk))
+            if interrupts.number:
+                break
+        interrupts.ignore()  # what there is is told and written, whatever comes now
     agree = _report_driver_differences(runs)
     if json_path is not None:
         _write_json(json_path, executor, served, runs)
+    if interrupts.number:
+        sys.exit(interrupts.exit_code)
     sys.exit(PASSED if agree and all(run.ok for run in runs) else FINDINGS)
 
 
@@ -147,18 +160,24 @@ def _run(
         run = _Run(name, requests, time.monotonic() - began)
     except StageError as error:
         run = _Run(name, [], time.monotonic() - began, error=str(error))
+    except KeyboardInterrupt:
+        run = _Run(name, driver.requests, time.monotonic() - began, error="interrupted")
     finally:
         if is_interactive():
             click.echo("\r\033[K", nl=False, err=True)
     if run.error is not None:
-        click.echo(f"generate: {name}: {run.error}", err=True)
-        return run
-    click.echo(f"{name}: {sum(len(request.tokens) for request in run.requests)} tokens in {run.seconds:.1f} s")
+        say(f"generate: {name}: {one_line(run.error, 1000)}", err=True)
+    if run.requests:
+        click.echo(f"{name}: {sum(len(request.tokens) for request in run.requests)} tokens in {run.seconds:.1f} s")
     for request in run.requests:
         click.echo(f"  prompt {request.number} ({len(request.prompt)} tokens): {','.join(map(str, request.tokens))}")
-    if verifier is None:
+    if verifier is None or run.error is not None:
         return run
-    agreement = verifier.judge(run.requests)
+    try:
+        agreement = verifier.judge(run.requests)
+    except KeyboardInterrupt:
+        say(f"generate: {name}: interrupted before its tokens were verified", err=True)
+        return dataclasses.replace(run, error="interrupted before its tokens were verified")
     for difference in agreement.differences:
         click.echo(f"  {difference}")
     click.echo(f"  {agreement}")
@@ -234,8 +253,8 @@ def _model_dims(text: str) -> Dims:
 def _token_ids(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     for part in parts:
-        if not re.fullmatch(r"-?[0-9]+", part):
-            raise UsageError(f"--prompt takes token ids such as 1,2,3, found {part!r}")
+        if not re.fullmatch(r"-?[0-9]{1,18}", part):
+            raise UsageError(f"--prompt takes token ids such as 1,2,3, found {part[:60]!r}")
     return [int(part) for part in parts]
 
 
@@ -243,6 +262,8 @@ def _require_writable(path: Path) -> None:
     """Raise ``UsageError`` unless a file can be written there; leaves no trace."""
     try:
         new = not path.exists()
+        if not new and not path.is_file() and not path.is_dir():
+            raise UsageError(f"cannot write {path}: it is no regular file")
         path.open("a").close()
         if new:
             path.unlink()

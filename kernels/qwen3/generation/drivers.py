@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from conformance.cases.case import require_room
 from conformance.contract.dims import Dims
 from conformance.contract.stage import Tensors, layer_of
 from conformance.errors import UsageError
@@ -121,6 +122,8 @@ class Driver:
         self.executor = executor
         #: The pool of the latest call of ``generate`` by the paged driver.
         self.pool: PagePool | None = None
+        #: The requests of the latest call of ``generate``, as far as they came.
+        self.requests: list[Request] = []
         self._decode_layers = {"host_loop": 1, "chunked": layers_per_dispatch or -(-layers // 2)}.get(name, layers)
         self._prefill_chunk = prefill_chunk
         self._progress = progress or (lambda count: None)
@@ -131,7 +134,7 @@ class Driver:
         Raises ``UsageError`` for what the model cannot serve, ``StageError`` if a kernel fails, or leaves logits that are not
         finite or a token outside the vocabulary.
         """
-        requests = requests_for(prompts, max_new_tokens, self.model.dims, end_token)
+        requests = self.requests = requests_for(prompts, max_new_tokens, self.model.dims, end_token)
         if self.plan.paged:
             self._serve_paged(requests)
         else:
@@ -196,6 +199,7 @@ class Driver:
     def _empty_cache(self, dims: Dims) -> _PagedCache:
         """A paged cache that holds what must not be read: garbage, and NaN in the last page, which is never handed out."""
         count = 1 if self.plan.layer_by_layer else dims.L
+        require_room(4 * dims.L * dims.NB * dims.NKV * dims.BS * dims.D, f"a cache of {dims.NB:,} pages")
         dtype = torch.float64 if self.executor.exact else torch.bfloat16
         caches = []
         for first_layer in range(0, dims.L, count):
