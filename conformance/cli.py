@@ -60,7 +60,7 @@ def doctor() -> None:
     from conformance.reports import inventory
     from conformance.toolchains.doctor import doctor as examine
 
-    click.echo(inventory.doctor(examine()))
+    say(inventory.doctor(examine()))
 
 
 @main.command("list")
@@ -84,7 +84,7 @@ def list_command(locations: tuple[Path, ...]) -> None:
             for kernel in kernels
             if kernel.stage.id == stage.id
         }
-        click.echo(inventory.stage_entry(name, stage.summary, arguments, of_stage))
+        say(inventory.stage_entry(name, stage.summary, arguments, of_stage))
 
 
 @main.command()
@@ -145,22 +145,23 @@ def check(
         try:
             _judge(subject, log, keys, plan, spaces[0], timeout, runs)
             interrupts.raise_pending()
-        except (KeyboardInterrupt, UsageError) as error:
+        except (KeyboardInterrupt, Exception) as error:
             stopped = error
         interrupts.ignore()  # what was judged is kept and told, whatever comes now
         found = Report(short_name(kernel.stage), subject.name, subject.lane, tuple(runs), planned=len(keys), refused=refused)
         code, told = _told(found, subject, options, log, expected.reason(subject), stopped, interrupts.exit_code)
         lost = log.end(code)
-        if runs or isinstance(stopped, KeyboardInterrupt):
+        if (runs or isinstance(stopped, KeyboardInterrupt)) and not log.taken:
             try:
-                reports.build(folder, unwritten=lost)
-                told.append(f"kept in {_short(folder)}: report.html, summary.md, junit.xml")
+                built = reports.build(folder, ("html", "markdown", "junit"), unwritten=lost)
+                kept = [path.name for path in built.values() if isinstance(path, Path)]
+                told.append(f"kept in {_short(folder)}: {', '.join(kept)}")
             except UsageError as error:  # there are no records
                 lost.append(str(error))
     say("\n".join(told)) if told else None
     for line in lost:
-        say(f"check: {line}", err=True)
-    if isinstance(stopped, UsageError):
+        say(f"conformance: {line}", err=True)
+    if isinstance(stopped, Exception):
         raise stopped
     sys.exit(COULD_NOT_RUN if lost and code in (PASSED, FINDINGS) else code)
 
@@ -182,7 +183,7 @@ def _told(
     if stopped is not None:
         interrupted = isinstance(stopped, KeyboardInterrupt)
         cases = f"{found.examples} of {found.planned} cases were judged"
-        log.could_not_run(subject, f"interrupted: {cases}" if interrupted else str(stopped))
+        log.could_not_run(subject, f"interrupted: {cases}" if interrupted else str(stopped) or repr(stopped))
         if found.runs or interrupted:
             told.append(f"{'interrupted' if interrupted else 'not judged to the end'}: {cases}")
     if found.runs and not (found.ok and stopped):
@@ -193,7 +194,8 @@ def _told(
     if stopped is not None:
         if isinstance(stopped, KeyboardInterrupt):
             return interrupted_code, told
-        return (COULD_NOT_RUN if isinstance(stopped, UnavailableError) else USAGE), told
+        usage = isinstance(stopped, UsageError) and not isinstance(stopped, UnavailableError)
+        return (USAGE if usage else COULD_NOT_RUN), told
     if expected_reason is not None:
         log.expected(subject, expected_reason, fixed=found.ok)
         state = "FIXED, take it off the list" if found.ok else "failed as expected"
@@ -323,8 +325,8 @@ def diff(old: str, new: str, dims: str | None, examples: int, seed: int, lane: s
         raise
     found = comparison.compare_runs(*summaries)
     for one in found:
-        click.echo(diff_report.render(one, colour=sys.stdout.isatty()))
-    click.echo(diff_report.conclusion(found))
+        say(diff_report.render(one, colour=sys.stdout.isatty()), coloured=True)
+    say(diff_report.conclusion(found))
     sys.exit(comparison.exit_code(found))
 
 
@@ -405,7 +407,7 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
         try:
             keep(result)
         except OSError as error:  # there may be room by the end
-            click.echo(f"cannot keep the exam in {out} so far: {error.strerror or error}", err=True)
+            say(f"cannot keep the exam in {out} so far: {error.strerror or error}", err=True)
 
     lost: OSError | None = None
     live = LiveProgress("exam", 0, "parts")
@@ -433,12 +435,12 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
             keep(result)  # before anything is shown: it may have taken hours
         except OSError as error:
             lost = error
-    click.echo(exam_table.render(result, min(100, shutil.get_terminal_size().columns), colour=sys.stdout.isatty()))
+    say(exam_table.render(result, min(100, shutil.get_terminal_size().columns), colour=sys.stdout.isatty()), coloured=True)
     if lost is not None:
-        click.echo(f"cannot keep the exam in {out}: {lost.strerror or lost}; the table above is all that is left of it", err=True)
+        say(f"cannot keep the exam in {out}: {lost.strerror or lost}; the table above is all that is left of it", err=True)
         sys.exit(COULD_NOT_RUN)
     if out is not None:
-        click.echo(f"kept in {out}: exam.json, exam.html")
+        say(f"kept in {out}: exam.json, exam.html")
     if interrupts.number:
         sys.exit(interrupts.exit_code)
     sys.exit(FINDINGS if result.failed else PASSED if result.passed else COULD_NOT_RUN)
@@ -452,12 +454,12 @@ def report(folder: Path) -> None:
 
     lost: list[str] = []
     built = reports.build(folder, colour=sys.stdout.isatty(), unwritten=lost)
-    click.echo(built["terminal"])
+    say(built["terminal"], coloured=True)
     for name, path in built.items():
         if isinstance(path, Path):
             say(f"{name}: {_short(path)}")
     for line in lost:
-        say(f"report: {line}", err=True)
+        say(f"conformance: {line}", err=True)
     sys.exit(COULD_NOT_RUN if lost else PASSED)
 
 

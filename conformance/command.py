@@ -23,10 +23,19 @@ PASSED, FINDINGS, USAGE, COULD_NOT_RUN = 0, 1, 2, 3
 _LONGEST_LINE = 1000
 
 
-def say(text: object, *, err: bool = False) -> None:
-    """Print text that may come from outside. What cannot be told to standard error changes nothing: nobody would read it."""
-    with contextlib.suppress(OSError) if err else contextlib.nullcontext():
-        click.echo(plain(text), err=err)
+def say(text: object, *, err: bool = False, coloured: bool = False) -> None:
+    """Print text that may come from outside; ``coloured`` text is ours, with what came from outside made plain before.
+
+    What cannot be told to standard error changes nothing: nobody would read it. Raises ``OSError`` for standard output.
+    """
+    try:
+        click.echo(text if coloured else plain(text), err=err)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if not err:
+            _give_up_on_stdout()
+            raise OSError(error.errno, error.strerror, "standard output") from error
 
 
 class FilePath(click.Path):
@@ -67,7 +76,7 @@ class Command(click.Command):
 
     def make_context(self, info_name: str | None, *args: Any, **extra: Any) -> click.Context:
         """Read the arguments."""
-        with _one_line(info_name):
+        with _one_line(self.name):
             return super().make_context(info_name, *args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -106,9 +115,7 @@ def _one_line(name: str | None) -> Iterator[None]:
 def _told(error: Exception) -> str:
     """What went wrong that is neither a wrong argument nor a finding: the machine's doing, or a fault of ours."""
     if isinstance(error, OSError) and error.strerror:
-        if _stdout_fails():
-            return f"cannot write to standard output: {error.strerror}"
-        return f"{error.filename or 'a file'} cannot be used: {error.strerror}"
+        return f"cannot use {error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "not enough memory for this: choose smaller sizes"
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -117,17 +124,13 @@ def _told(error: Exception) -> str:
     return f"this should not have happened, please report it: {text}"
 
 
-def _stdout_fails() -> bool:
-    try:
+def _give_up_on_stdout() -> None:
+    """Let what could not be written go: it would be tried again as the process ends, and change its exit code."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
         sys.stdout.flush()
-    except OSError:
-        # It would be tried again as the process ends, and change its exit code.
-        with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
-            os.close(nowhere)
-        return True
-    return False
 
 
 def _prepare_streams() -> None:

@@ -271,7 +271,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if state.interrupts is not None and state.interrupts.number:
         session.exitstatus = exitstatus = state.interrupts.exit_code
     if state.log is not None:
-        state.lost = state.log.end(int(exitstatus))
+        state.lost, state.taken = state.log.end(int(exitstatus)), state.log.taken
         state.log = None
         if state.lost and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -296,6 +296,8 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
     terminalreporter.section("kernel conformance")
     try:
+        if state.taken:
+            raise UsageError("no report is built: the folder holds another run")
         built = reports.build(state.folder, colour=terminalreporter.hasmarkup, unwritten=state.lost)
         terminalreporter.write_line(str(built["terminal"]))
         terminalreporter.write_line(one_line(f"kept in {state.folder}: report.html, summary.md, junit.xml"))

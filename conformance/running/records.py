@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import stat
@@ -143,6 +144,8 @@ class RecordWriter:
             raise UsageError(f"cannot keep a run in {folder}: {error.strerror or error}") from error
         self._left = b""
         self._closed = False
+        #: Whether another run has its records here by now: the file was removed, and made again by somebody else.
+        self.taken = False
         #: Why records are missing in the file, or an empty string.
         self.failure = ""
 
@@ -161,7 +164,8 @@ class RecordWriter:
         try:
             self._restore()
         except OSError as error:
-            self.failure = f"it was removed, and cannot be written again: {error.strerror or error}"
+            self.taken = isinstance(error, FileExistsError)
+            self.failure = f"they were removed, and cannot be written again: {error.strerror or error}"
         os.close(self._descriptor)
 
     def _try(self, descriptor: int) -> None:
@@ -176,6 +180,7 @@ class RecordWriter:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(self.path.stat(), os.fstat(self._descriptor)):
                 return
+            raise FileExistsError(errno.EEXIST, "another run is kept there")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Not over a file that another run has made here.
         with open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as again:

@@ -189,6 +189,11 @@ class RunLog:
         why = self._writer.failure
         return f"cannot keep all records in {self.folder}: {why}" if why else ""
 
+    @property
+    def taken(self) -> bool:
+        """Whether another run is kept in the folder by now, of which reports are not for this one to build."""
+        return self._writer.taken
+
     def end(self, exit_code: int) -> list[str]:
         """The last record of a process that ended by itself. Returns a line if records are lost, else none."""
         self._writer.write(Record("end", details={"exit_code": exit_code}))

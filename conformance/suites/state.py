@@ -35,6 +35,8 @@ class PluginState:
     interrupts: Interrupts | None = None
     #: A line for everything that could not be kept.
     lost: list[str] = dataclasses.field(default_factory=list)
+    #: Whether the folder is another run's by now.
+    taken: bool = False
     _open: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     _claimed: bool = False
     _kernels: list[Declaration] | None = None

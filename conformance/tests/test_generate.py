@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os
 import re
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -535,3 +539,25 @@ def test_bad_input_is_one_line_and_exit_code_2(folder: Path, arguments: list[str
     assert done.exit_code == 2, done.output
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("verifying", [False, True])
+def test_an_interrupt_leaves_the_tokens_so_far(folder: Path, monkeypatch: pytest.MonkeyPatch, verifying: bool) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    forward, calls = Driver._forward, itertools.count()
+
+    def third_fails(*arguments: Any, **options: Any) -> Any:
+        return interrupted() if next(calls) == 9 else forward(*arguments, **options)
+
+    if verifying:
+        monkeypatch.setattr(TokenVerifier, "judge", interrupted)
+    else:
+        monkeypatch.setattr(Driver, "_forward", third_fails)
+    done = run("--driver", "all", "--executor", "contract", "--json", "out.json")
+    assert done.exit_code == 143, done.output
+    (kept,) = json.loads(Path("out.json").read_text())["runs"]
+    assert kept["driver"] == "host_loop"
+    assert kept["error"].startswith("interrupted")
+    assert all(sequence["tokens"] for sequence in kept["sequences"])
