@@ -8,8 +8,9 @@ anywhere: a module's kernels are its attributes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,8 @@ def kernel(
 def _source(function: Callable[..., Any]) -> Path:
     """The file that defines a callable."""
     # A callable object has no source of its own; its class has.
-    subject = function if hasattr(function, "__code__") else type(function)
+    plain = _unbound(function)
+    subject = plain if hasattr(plain, "__code__") else type(plain)
     try:
         return Path(inspect.getsourcefile(inspect.unwrap(subject)) or "<unknown>")
     except (TypeError, ValueError):
@@ -199,8 +201,20 @@ def require_name(name: object) -> str:
     raise UsageError(f"a kernel's name has at most {MOST_OF_NAME} characters, no space and no '/' among them, found {shown}")
 
 
+def _unbound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``functools.partial`` was applied to, or the function itself."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
 def _name_of(function: Callable[..., Any]) -> str:
+    function = _unbound(function)
     return str(getattr(function, "__name__", type(function).__name__))
+
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def takes_dims(function: Callable[..., Any]) -> bool:
@@ -209,26 +223,50 @@ def takes_dims(function: Callable[..., Any]) -> bool:
     return parameter is not None and parameter.kind is inspect.Parameter.KEYWORD_ONLY
 
 
-def require_signature(function: Callable[..., Any], stage: Stage) -> None:
-    """Raise ``UsageError`` unless the function's positional parameters are the stage's arguments, by name and order."""
+def call_of(
+    function: Callable[..., Any], stage: Stage, tensors: Mapping[str, Any], dims: Dims
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How a torch kernel is called with the stage's arguments: those by position, and those by keyword.
+
+    Raises ``UsageError`` as ``require_signature`` does.
+    """
+    count = require_signature(function, stage)
+    names = [argument.name for argument in stage.arguments]
+    keywords = {name: tensors[name] for name in names[count:]}
+    return tuple(tensors[name] for name in names[:count]), keywords | ({"dims": dims} if takes_dims(function) else {})
+
+
+def require_signature(function: Callable[..., Any], stage: Stage) -> int:
+    """How many of the stage's arguments are passed by position, the others by keyword.
+
+    Raises ``UsageError`` unless the function takes all of them, by name and in their order, and needs nothing else: what has a
+    default may stand anywhere, and ``*args`` or ``**kwargs`` take what has no parameter of its own.
+    """
     expected = [argument.name for argument in stage.arguments]
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = _parameters(function)
-    found = [name for name, parameter in parameters.items() if parameter.kind in positional]
-    for name, parameter in parameters.items():
+    parameters = _parameters(function).values()
+    kinds = {parameter.kind for parameter in parameters}
+    positional = [parameter for parameter in parameters if parameter.kind in _BY_POSITION]
+    for parameter in parameters:
         required = parameter.default is inspect.Parameter.empty
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and required and name != "dims":
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and required and parameter.name not in ("dims", *expected):
             raise UsageError(
-                f"{_name_of(function)} has a required keyword-only parameter {name!r}: only dims is passed by keyword"
+                f"{_name_of(function)} has a required keyword-only parameter {parameter.name!r}: only dims is passed by keyword"
             )
-    if any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters.values()) and not found:
-        return
-    if found == expected:
-        return
-    label = _name_of(function)
+    agreeing = [parameter.name == name for parameter, name in zip(positional, expected, strict=False)]
+    count = [*agreeing, False].index(False)
+    rest, others = expected[count:], positional[count:]
+    if not others and inspect.Parameter.VAR_POSITIONAL in kinds:
+        return len(expected)
+    by_keyword = [parameter.name for parameter in parameters if parameter.kind in _BY_KEYWORD]
+    named = [parameter.name for parameter in others if parameter.name in rest]
+    in_order = named == [name for name in rest if name in named]
+    taken = all(name in by_keyword or inspect.Parameter.VAR_KEYWORD in kinds for name in rest)
+    missing = [one for one in others if one.name not in rest and one.default is inspect.Parameter.empty]
+    if in_order and taken and not missing:
+        return count
     raise UsageError(
-        f"{label} must take the arguments of {stage.name} by name and order: expected ({', '.join(expected)}), "
-        f"found ({', '.join(found)})"
+        f"{_name_of(function)} must take the arguments of {stage.name} by name and order: expected ({', '.join(expected)}), "
+        f"found ({', '.join(parameter.name for parameter in positional)})"
     )
 
 

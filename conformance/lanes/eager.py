@@ -85,15 +85,15 @@ def call(kernel: Kernel, dims: Dims, tensors: Mapping[str, torch.Tensor]) -> Out
     judged; one to write that is no longer what was passed (``out.resize_``, ``out.data = ...``) counts as raised. An exception of
     the kernel is an outcome, ``SystemExit`` too; ``KeyboardInterrupt`` passes.
     """
-    from conformance.contract.kernel import takes_dims
+    from conformance.contract.kernel import call_of
     from conformance.lanes.base import Outcome
 
-    keywords = {"dims": dims} if takes_dims(kernel.function) else {}
     passed = {name: tensor.view(tensor.shape) for name, tensor in tensors.items()}
+    arguments, keywords = call_of(kernel.function, kernel.stage, passed, dims)
     before = {argument.name: _form(passed[argument.name]) for argument in kernel.stage.outputs}
     began = time.perf_counter()
     try:
-        returned = kernel.function(*passed.values(), **keywords)
+        returned = kernel.function(*arguments, **keywords)
     except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {error}".split("\n", 1)[0]
         return Outcome("raised", message=message, location=_location(error), seconds=time.perf_counter() - began)

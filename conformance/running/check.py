@@ -121,35 +121,74 @@ def check(
     case: str | None = None,
     timeout: float | None = None,
     isolated: bool = False,
+    name: str | None = None,
+    progress: bool | Callable[[int, int, int], object] = False,
 ) -> Report:
     """Judge a kernel on ``examples`` cases of a stage (``Stage.examples`` unless given), deterministic in ``seed``.
 
-    ``function`` takes the contract's arguments (and keyword-only ``dims``, if it asks), or is a ``Kernel``. ``dims`` is the name
-    of a preset or overrides of ``tiny``; without it cases come from each of the model's ``check_presets`` in turn: a tail that
-    is masked wrongly does not show at sizes that every tile divides. A torch callable runs in this process, each case twice; a
-    PyPTO kernel goes through the interpreter in a worker process (``lane="auto"``), within ``timeout`` seconds a run. The
-    capabilities that a kernel declares are put to the test as well, at one preset. ``case`` is the key of one finding to run
-    again instead. ``isolated`` runs a torch callable in a worker process too, as the command does; it must then be an attribute
-    of a module. Raises ``UsageError`` for what cannot be judged as asked, ``UnavailableError`` where the lane cannot run; a
+    ``function`` takes the contract's arguments by name (and keyword-only ``dims``, if it asks), or is a ``Kernel``; what else it
+    takes must have a default, and ``*args`` and ``**kwargs`` will do. ``dims`` is the name of a preset or overrides of ``tiny``;
+    without it cases come from each of the model's ``check_presets`` in turn: a tail that is masked wrongly does not show at
+    sizes that every tile divides. The capabilities that a kernel declares are put to the test as well, at one preset. ``case``
+    is the key of one finding to run again instead. ``name`` is what the kernel is called in the report. ``progress=True`` shows
+    on standard error how far the check is; a callable is told so after every run: cases done, cases planned, findings.
+
+    A PyPTO kernel goes through the interpreter in a worker process (``lane="auto"``), within ``timeout`` seconds a run. A torch
+    callable runs here, in the process that judges it, each case twice: its file's code and the judge share their memory, it has
+    no time limit, and one that writes to a wild address or ends the process ends the caller as well. With ``isolated=True`` it
+    runs in a worker process too, as the command runs it, with a time and a memory limit: use it for what calls code of your own
+    in C++ or CUDA, for what may not end, and for code that you do not trust with your process. It must then be an attribute of
+    a module that can be imported anew.
+
+    Raises ``UsageError`` for what cannot be judged as asked, ``UnavailableError`` where the lane cannot run; a
     ``KeyboardInterrupt`` has what was judged as ``report``.
     """
     contract = stage_named(stage)
     kernel = declaration_of(stage, function)
     require_seconds("timeout", timeout)
+    if name is not None and (not isinstance(name, str) or not name.strip()):
+        raise UsageError(f"name is what the kernel is called in the report, a text, found {name!r}")
+    if not isinstance(progress, bool) and not callable(progress):
+        raise UsageError(f"progress is True, or a callable that takes (done, planned, findings), found {progress!r}")
     chosen = resolve_lane(kernel, lane)
     spaces, refused = taken_spaces(kernel, Space.those_of(contract, dims))
     keys = chosen_keys(kernel, spaces, chosen, examples, seed, case)
     replay = RunPlan(repeat=True) if case is not None else None
     runs: list[Judged] = []
     in_process = lane_named(chosen).in_process and not isolated and isinstance(kernel, Kernel)
+    called = name or kernel.name
+    if in_process:  # a worker finds the kernel as it is declared
+        kernel = dataclasses.replace(kernel, name=called)
+    runner = eager_runner(kernel) if in_process else worker_runner(kernel, chosen, timeout)  # type: ignore[arg-type]
+
+    def report() -> Report:
+        return Report(stage, called, chosen, tuple(runs), planned=len(keys), refused=refused if case is None else {})
+
     try:
-        with eager_runner(kernel) if in_process else worker_runner(kernel, chosen, timeout) as run:  # type: ignore[arg-type]
-            runs.extend(case_runs(kernel, keys, run, chosen, replay))
-            if case is None:
-                runs.extend(capability_runs(kernel, spaces[0], run, chosen, runs))
+        with _told_to(progress, f"{called} {chosen}", len(keys)) as tell, runner as run:
+            cases = case_runs(kernel, keys, run, chosen, replay)
+            proofs = capability_runs(kernel, spaces[0], run, chosen, runs) if case is None else iter(())
+            for judged in itertools.chain(cases, proofs):
+                runs.append(judged)
+                tell(sum(one.check == "example" for one in runs), len(keys), sum(len(one.verdict.findings) for one in runs))
     except KeyboardInterrupt as error:
-        raise InterruptedCheck(Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys))) from error
-    return Report(stage, kernel.name, chosen, tuple(runs), planned=len(keys), refused=refused if case is None else {})
+        raise InterruptedCheck(report()) from error
+    return report()
+
+
+@contextlib.contextmanager
+def _told_to(progress: bool | Callable[[int, int, int], object], title: str, planned: int) -> Iterator[Callable[..., object]]:
+    """What is told how far a check is: the caller's function, a live line, or nobody."""
+    if not isinstance(progress, bool):
+        yield progress
+    elif not progress:
+        yield lambda *_: None
+    else:
+        from conformance.reports.progress import LiveProgress
+        from conformance.reports.text import number
+
+        with LiveProgress(title, planned, "cases") as live:
+            yield lambda done, _, findings: live.update(done, number(findings, "finding"))
 
 
 def declaration_of(stage: str, function: Callable[..., Any] | Declaration) -> Declaration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -252,6 +253,103 @@ def test_a_declared_profile_is_held_to() -> None:
 
 def test_nothing_judged_is_not_a_pass() -> None:
     assert not conformance.Report("rms_norm", "none", "eager", ()).ok
+
+
+def with_defaults(x: Tensor, weight: Tensor, out: Tensor, eps: float = 1e-6, block: int = 0) -> None:
+    assert (eps, block) == (1e-6, 0)
+    right_norm(x, weight, out)
+
+
+def with_a_default_in_between(x: Tensor, block: int = 0, *, weight: Tensor, out: Tensor) -> None:
+    assert block in (0, 4)
+    right_norm(x, weight, out)
+
+
+def by_keyword_alone(**tensors: Tensor) -> None:
+    assert set(tensors) == {"x", "weight", "out"}
+    right_norm(**tensors)
+
+
+def with_more_keywords(x: Tensor, weight: Tensor, out: Tensor, **more: Any) -> None:
+    assert not more
+    right_norm(x, weight, out)
+
+
+def block_before_the_rest(x: Tensor, block: int, weight: Tensor, out: Tensor) -> None:
+    assert block == 4
+    right_norm(x, weight, out)
+
+
+class Norm(torch.nn.Module):
+    def forward(self, x: Tensor, weight: Tensor, out: Tensor, eps: float = 1e-6) -> None:
+        right_norm(x, weight, out)
+
+
+@functools.wraps(right_norm)
+def wrapped(*tensors: Tensor, **keywords: Any) -> None:
+    right_norm(*tensors, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (with_defaults, "with_defaults"),
+        (with_a_default_in_between, "with_a_default_in_between"),
+        (by_keyword_alone, "by_keyword_alone"),
+        (lambda x, eps=1e-6, **more: right_norm(x, **more), "<lambda>"),
+        (with_more_keywords, "with_more_keywords"),
+        (lambda *tensors: right_norm(*tensors), "<lambda>"),
+        (lambda x, *rest: right_norm(x, *rest), "<lambda>"),
+        (functools.partial(with_defaults, eps=1e-6), "with_defaults"),
+        (functools.partial(functools.partial(block_before_the_rest), block=4), "block_before_the_rest"),
+        (Norm(), "Norm"),
+        (Norm().forward, "forward"),
+        (wrapped, "right_norm"),
+    ],
+)
+def test_whatever_takes_the_arguments_by_name_is_a_kernel(function: Callable[..., Any], name: str) -> None:
+    report = conformance.check("rms_norm", function, examples=2)
+    assert report.ok, report
+    assert report.kernel == name
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda out, x, weight: None, "out, x, weight"),
+        (lambda x, weight, out, eps: None, "x, weight, out, eps"),
+        (lambda out, x, **more: None, "out, x"),
+        (lambda weight, out, *rest: None, "weight, out"),
+        (functools.partial(with_defaults, torch.zeros(1)), "weight, out, eps, block"),
+    ],
+)
+def test_what_takes_them_otherwise_is_refused(function: Callable[..., Any], found: str) -> None:
+    assert one_line_error(function=function).endswith(f"expected (x, weight, out), found ({found})")
+
+
+def test_a_kernel_is_called_as_the_caller_says() -> None:
+    report = conformance.check("rms_norm", functools.partial(wrong_norm), name="fused norm v2", examples=1)
+    assert report.kernel == "fused norm v2"
+    assert str(report).startswith("fused norm v2 (rms_norm, eager): FAILED")
+    assert "name is what the kernel is called" in one_line_error(name=" ")
+
+
+def test_progress_is_told_after_every_run() -> None:
+    told: list[tuple[int, int, int]] = []
+    report = conformance.check("rms_norm", wrong_norm, examples=3, progress=lambda *numbers: told.append(numbers))
+    assert [done for done, _, _ in told] == [1, 2, 3]
+    assert {planned for _, planned, _ in told} == {3}
+    assert told[-1][2] == len(report.findings)
+    assert "progress is True, or a callable" in one_line_error(progress="yes")
+
+
+def test_progress_is_shown_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    conformance.check("rms_norm", right_norm, examples=3)
+    assert capsys.readouterr() == ("", "")
+    conformance.check("rms_norm", right_norm, examples=3, progress=True)
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("right_norm eager: 1 of 3 cases, 0 findings")
 
 
 @pytest.mark.parametrize("examples", [0, -1, 2.5, True, "3"])
