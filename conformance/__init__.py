@@ -1,6 +1,6 @@
 """Conformance harness for decode kernels: is it right, and if not, where and why.
 
->>> report = conformance.check("rms_norm", my_rms_norm, dims="tiny", seed=0)
+>>> report = conformance.check("rms_norm", my_rms_norm)
 >>> report.ok, report.findings
 """
 
