@@ -152,12 +152,12 @@ class RunLog:
         self._writer.write(Record("start", details=details))
 
     def judged(self, subject: Subject, run: Judged) -> None:
-        """One judged run."""
+        """One judged run, at the preset of its case."""
+        subject = dataclasses.replace(subject, preset=run.case.preset)
         self._writer.write(
             dataclasses.replace(
                 self._about("case", subject),
                 check=run.check,
-                preset=run.case.preset,
                 case=str(run.case),
                 status="passed" if run.verdict.ok else "failed",
                 findings=run.verdict.findings,

@@ -300,6 +300,7 @@ def test_replay_command_looks_at_the_compiled_graph_where_that_was_found(tmp_pat
     [
         ({"profile": "ci"}, "--dims preset=tiny"),
         ({"dims": "L=8,B=3", "examples": 35, "seed": 7, "case": ""}, "--dims=L=8,B=3 --examples=35 --seed=7"),
+        ({"dims": "", "examples": 35, "seed": 0, "case": ""}, "--examples=35 --seed=0"),
     ],
 )
 def test_replay_command_runs_the_whole_check_for_what_no_case_shows(tmp_path: Path, options: dict, expected: str) -> None:  # type: ignore[type-arg]
