@@ -123,7 +123,7 @@ counts = st.integers(0, 10**9)
     stage=names,
     preset=names,
     regime=names,
-    seed=st.integers(0, 2**63),
+    seed=st.integers(0, 10**18 - 1),
     overrides=st.lists(st.tuples(st.sampled_from(["B", "L", "NB", "S"]), counts), max_size=3, unique_by=lambda item: item[0]).map(
         tuple
     ),

@@ -418,7 +418,9 @@ def test_an_output_stays_the_tensor_that_was_passed(rebinds: Callable[[Tensor], 
 
     report = conformance.check("rms_norm", kernel, examples=2)
     assert report.detectors == ("raised",)
-    assert "a kernel writes its outputs in the memory that it is given; kernel " in report.findings[0].message
+    # Where it would need more memory than there is, torch itself refuses.
+    told = ("a kernel writes its outputs in the memory that it is given; kernel ", "storage that is not resizable")
+    assert any(text in report.findings[0].message for text in told)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -440,7 +442,8 @@ def test_a_resized_output_is_noticed_in_every_stage(stage: str) -> None:
             size = list(argument.size(case.dims))
             other = [size[0] + rows, *size[1:]]
             assert outcome.status == "raised"
-            assert f"made {argument.name} {argument.dtype} {other}, which is {argument.dtype} {size}" in outcome.message
+            told = f"made {argument.name} {argument.dtype} {other}, which is {argument.dtype} {size}"
+            assert told in outcome.message or (rows > 0 and "storage that is not resizable" in outcome.message)
 
 
 def test_turning_an_input_round_changes_nothing_for_the_judge() -> None:
