@@ -214,6 +214,22 @@ def test_two_kernels_of_one_name_are_refused(tmp_path: Path) -> None:
     assert "two kernels are named 'rms_norm'" in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("width", "code", "counted"),
+    [(256, 0, "1 passed, 1 skipped"), (99, 1, "2 failed")],
+    ids=["of one preset", "of every preset"],
+)
+def test_a_kernel_that_refuses_every_case_is_no_pass(tmp_path: Path, width: int, code: int, counted: str) -> None:
+    accepts = f'"rms_norm", accepts=lambda dims: dims.H == {width} or "not that wide"'
+    (tmp_path / "mine.py").write_text(
+        TORCH_KERNELS.replace('"rms_norm"', accepts, 1).partition('\n\n\n@conformance.kernel("rms_norm")')[0]
+    )
+    done = run_pytest(tmp_path, "-m", "interpret", *MINE_ONLY)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert counted in done.stdout
+    assert ("nothing was judged" in done.stdout) == bool(code)
+
+
 def test_expected_failures_do_not_fail_and_a_fixed_one_is_reported(tmp_path: Path, kernels: Path) -> None:
     known = tmp_path / "known.txt"
     known.write_text("# what we know\nwrong_eps  eps is 1e-5, to be fixed\nright@eager  was wrong once\n")
