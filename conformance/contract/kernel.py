@@ -180,7 +180,7 @@ def kernel(
 def _source(function: Callable[..., Any]) -> Path:
     """The file that defines a callable."""
     # A callable object has no source of its own; its class has.
-    plain = _unbound(function)
+    plain = unbound(function)
     subject = plain if hasattr(plain, "__code__") else type(plain)
     try:
         return Path(inspect.getsourcefile(inspect.unwrap(subject)) or "<unknown>")
@@ -201,7 +201,7 @@ def require_name(name: object) -> str:
     raise UsageError(f"a kernel's name has at most {MOST_OF_NAME} characters, no space and no '/' among them, found {shown}")
 
 
-def _unbound(function: Callable[..., Any]) -> Callable[..., Any]:
+def unbound(function: Callable[..., Any]) -> Callable[..., Any]:
     """What ``functools.partial`` was applied to, or the function itself."""
     while isinstance(function, functools.partial):
         function = function.func
@@ -209,7 +209,7 @@ def _unbound(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _name_of(function: Callable[..., Any]) -> str:
-    function = _unbound(function)
+    function = unbound(function)
     return str(getattr(function, "__name__", type(function).__name__))
 
 

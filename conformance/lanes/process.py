@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conformance.contract.dims import Dims
-from conformance.contract.kernel import Declaration, Kernel
+from conformance.contract.kernel import Declaration, Kernel, unbound
 from conformance.errors import UsageError
 from conformance.lanes import lane_named, lanes_of
 from conformance.lanes.base import Outcome
@@ -195,7 +195,7 @@ def address_of(kernel: Declaration) -> tuple[str, str]:
     if isinstance(kernel, ListedKernel):
         return kernel.module, kernel.attribute
     assert isinstance(kernel, Kernel)
-    module = sys.modules.get(getattr(kernel.function, "__module__", ""))
+    module = sys.modules.get(getattr(unbound(kernel.function), "__module__", ""))
     attributes: dict[str, Any] = vars(module) if module is not None else {}
     names = [name for name, value in attributes.items() if isinstance(value, Kernel) and value == kernel]
     # A torch callable may be judged as it is, without the decorator.

@@ -6,6 +6,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from conformance.cases.case import make_case
 from conformance.cases.key import CaseKey
 from conformance.cases.space import Space, interleaved_keys, stratified_keys
 from conformance.contract.kernel import as_kernel
+from conformance.contract.loading import load_module
 from conformance.contract.registry import model_named, presets, stage_named
 from conformance.kernels.qwen3.exam.torch.choices import Choices
 from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
@@ -325,6 +327,19 @@ def test_whatever_takes_the_arguments_by_name_is_a_kernel(function: Callable[...
 )
 def test_what_takes_them_otherwise_is_refused(function: Callable[..., Any], found: str) -> None:
     assert one_line_error(function=function).endswith(f"expected (x, weight, out), found ({found})")
+
+
+def test_a_partial_of_a_module_is_found_by_a_worker(tmp_path: Path) -> None:
+    (tmp_path / "partials.py").write_text(
+        "import functools\n"
+        "def scaled(x, weight, out, eps):\n"
+        "    wide = x.float()\n"
+        "    out.copy_(wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight)\n"
+        "norm = functools.partial(scaled, eps=1e-6)\n"
+    )
+    norm = load_module(str(tmp_path / "partials.py")).norm
+    report = conformance.check("rms_norm", norm, isolated=True, examples=2, name="a norm")
+    assert (report.ok, report.kernel) == (True, "a norm")
 
 
 def test_a_kernel_is_called_as_the_caller_says() -> None:
