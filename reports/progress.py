@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -56,7 +57,8 @@ class LiveProgress:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
         if self._heart is not None:
             self._heart.join()
 
@@ -69,7 +71,8 @@ class LiveProgress:
             self._planned = self._planned if planned is None else planned
             self._done, self._found = done, text.one_line(found, 60)
             if self._live is not None:
-                self._live.update(self._task, completed=done, total=self._planned, found=self._found)
+                with contextlib.suppress(OSError):
+                    self._live.update(self._task, completed=done, total=self._planned, found=self._found)
             elif found and not self._told_first:
                 self._tell()
 
@@ -88,7 +91,8 @@ class LiveProgress:
         parts.append(f"{text.seconds(passed)} so far")
         if left:
             parts.append(f"about {text.seconds(left)} left")
-        print(", ".join(parts), file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it, and judging goes on
+            print(", ".join(parts), file=self._stream, flush=True)
 
 
 def _time_left(passed: float, done: float, planned: float) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
     from conformance.running.interrupts import Interrupts
     from conformance.running.session import ExpectedFailures, RunLog, Subject
     from conformance.suites.live import SuiteProgress
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn ``UsageError`` into the error with which pytest ends in one line."""
+    from conformance.errors import UsageError
+    from conformance.outside import one_line
+
+    try:
+        yield
+    except UsageError as error:
+        raise pytest.UsageError(one_line(error, 1000)) from error
+
 
 #: Gigabytes: more than any machine has.
 MOST_MEMORY = 1e6
@@ -59,15 +73,12 @@ class PluginState:
 
     def claim_folder(self) -> None:
         """Have the run's folder for this run until ``close``; raises ``pytest.UsageError`` if it holds a run or cannot."""
-        from conformance.errors import UsageError
         from conformance.running.session import ClaimedFolder
 
         if self._claimed or self.is_worker:
             return
-        try:
+        with usage_errors():
             self._open.enter_context(ClaimedFolder(self.folder))
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
         self._claimed = True
 
     def require_limits(self) -> None:
@@ -76,12 +87,10 @@ class PluginState:
         from conformance.running.check import require_seconds
 
         memory = self.config.option.conformance_kernel_memory
-        try:
+        with usage_errors():
             require_seconds("--conformance-kernel-timeout", self.config.option.conformance_kernel_timeout)
             if memory is not None and not 0 < memory <= MOST_MEMORY:
                 raise UsageError(f"--conformance-kernel-memory must be a positive number of GB, found {memory}")
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
 
     def begin_judging(self) -> None:
         """From here on a signal that ends the process ends the run in order, with what was judged."""
@@ -119,7 +128,7 @@ class PluginState:
             from conformance.lanes.listing import bundled_kernels, kernels_of
 
             options = self.config.option
-            try:
+            with usage_errors():
                 found: list[Declaration] = [] if options.conformance_only_user_kernels else [*bundled_kernels()]
                 for location in options.conformance_kernels:
                     own = kernels_of(self._resolve(location))
@@ -129,8 +138,6 @@ class PluginState:
                 if not found:
                     raise UsageError("no kernel to judge: --conformance-only-user-kernels needs --conformance-kernels FILE.py")
                 self._require_distinct(found)
-            except UsageError as error:
-                raise pytest.UsageError(str(error)) from error
             self._kernels = found
         return self._kernels
 
@@ -141,13 +148,10 @@ class PluginState:
         return location
 
     def _path(self, given: str) -> Path:
-        from conformance.errors import UsageError
         from conformance.outside import require_path
 
-        try:
+        with usage_errors():
             require_path(given)
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
         return self.config.invocation_params.dir / given
 
     @staticmethod
@@ -167,15 +171,12 @@ class PluginState:
     def expected(self) -> ExpectedFailures:
         """The user's list of expected failures."""
         if self._expected is None:
-            from conformance.errors import UsageError
             from conformance.running.session import ExpectedFailures
 
             path = self.config.option.conformance_expected_failures
-            try:
+            with usage_errors():
                 self._expected = ExpectedFailures.read(self._path(path)) if path else ExpectedFailures()
                 self._expected.require_known(self.kernels())
-            except UsageError as error:
-                raise pytest.UsageError(str(error)) from error
         return self._expected
 
     def presets(self) -> dict[str, list[str]]:
@@ -184,7 +185,6 @@ class PluginState:
         Raises ``pytest.UsageError`` for a name that no model of the kernels has, or several, and where a model has none of them.
         """
         from conformance.contract.registry import chosen_name, models
-        from conformance.errors import UsageError
 
         chosen = [name for name in self.config.option.conformance_presets.split(",") if name]
         if not chosen:
@@ -192,12 +192,10 @@ class PluginState:
         judged = {kernel.stage.model for kernel in self.kernels()}
         known = [f"{model.name}/{preset}" for model in models() if model.name in judged for preset in model.presets]
         found: dict[str, list[str]] = {model: [] for model in judged}
-        try:
+        with usage_errors():
             for name in chosen:
                 model, _, preset = chosen_name(name, known, "preset").partition("/")
                 found[model].append(preset)
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
         for model, presets in found.items():
             if not presets:
                 raise pytest.UsageError(
@@ -275,17 +273,14 @@ class PluginState:
 
     def open_log(self, planned: list[Subject]) -> None:
         """Begin this process's records."""
-        from conformance.errors import UsageError
         from conformance.running.session import RunLog
 
         options = self.config.option
         process = getattr(self.config, "workerinput", {}).get("workerid", "main")
         self.claim_folder()
         self.begin_judging()
-        try:
+        with usage_errors():
             self.log = RunLog(self.folder, process)
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
         self.log.start(
             planned,
             {

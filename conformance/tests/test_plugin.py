@@ -15,6 +15,7 @@ import pytest
 from conformance.contract.registry import models
 from conformance.lanes.listing import bundled_kernels
 from conformance.running.records import read_run
+from conformance.running.session import ClaimedFolder
 from conformance.suites.live import may_show
 
 HERE = Path(__file__).parent
@@ -205,6 +206,26 @@ def test_a_folder_that_already_holds_a_run_is_refused(tmp_path: Path) -> None:
         done = run_pytest(tmp_path, "-m", "device", *processes)
         assert done.returncode == 4, done.stdout + done.stderr
         assert "already holds a run" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--conformance-kernel-timeout", "nan"), "--conformance-kernel-timeout must be a positive number of seconds"),
+        (("--conformance-kernel-memory", "inf"), "--conformance-kernel-memory must be a positive number of GB"),
+        (("--conformance-expected-failures", "/dev/zero"), "it is no regular file"),
+        (("--conformance-expected-failures", "n" * 300), "no file has so long a name"),
+        (("--conformance-run", "mine.py"), "mine.py is a file"),
+        (("--conformance-run", "in use"), "belongs to a run that is not over"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_one_line(tmp_path: Path, kernels: Path, options: tuple[str, str], message: str) -> None:
+    with ClaimedFolder(tmp_path / "in use"):
+        done = run_pytest(tmp_path, *JUDGED, *options)
+    assert done.returncode == 4, done.stdout + done.stderr
+    (line,) = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("ERROR: ")]
+    assert message in line
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_two_kernels_of_one_name_are_refused(tmp_path: Path) -> None:
