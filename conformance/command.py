@@ -133,17 +133,20 @@ def _give_up_on_stdout() -> None:
         sys.stdout.flush()
 
 
-def _prepare_streams() -> None:
-    """Open what is closed, and let no letter be one that a stream's encoding cannot show.
-
-    Of a process without standard output the first file that it opens would be taken for it.
-    """
+def open_closed_streams() -> None:
+    """Let standard streams that are closed lead nowhere; the first file that is opened would be taken for one otherwise."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  as long as the process
-        reconfigure = getattr(getattr(sys, name), "reconfigure", None)
+
+
+def _prepare_streams() -> None:
+    """Open what is closed, and let no letter be one that a stream's encoding cannot show."""
+    open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,10 @@ def pytest_load_initial_conftests(
 
     They are no options of pytest's parser: a plugin or ``conftest.py`` that is loaded later could not have one of the same name.
     """
+    if sys.stdout is None or sys.stderr is None:  # pytest itself could not run
+        from conformance.command import open_closed_streams
+
+        open_closed_streams()
     prefixed = _with_prefixes(parser, args)
     if prefixed != args:
         # The value of an option that pytest does not know is taken for a test path, beside which it looks for a conftest.py.
@@ -266,15 +271,20 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Close this process's records; a run that judged kernels and was interrupted has the exit code that shells know."""
+    """Close this process's records, and build the reports from those of all.
+
+    A run that judged kernels and was interrupted has the exit code that shells know.
+    """
     state = session.config.stash[_STATE]
     if state.interrupts is not None and state.interrupts.number:
         session.exitstatus = exitstatus = state.interrupts.exit_code
     if state.log is not None:
         state.lost, state.taken = state.log.end(int(exitstatus)), state.log.taken
         state.log = None
-        if state.lost and exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    # Before pytest prints anything of the run: its screen may be gone.
+    state.build_reports()
+    if state.lost and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(trylast=True)
@@ -286,23 +296,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    """Build the reports from the records and print the summary; say so where a lane ran nothing."""
+    """Print the summary; say so where a lane ran nothing, and what could not be kept."""
     state = config.stash[_STATE]
-    if state.is_worker or not (state.wrote_records() or state.lost):
+    if not (state.told or state.lost):
         return
-    from conformance import reports
-    from conformance.errors import UsageError
     from conformance.outside import one_line
 
     terminalreporter.section("kernel conformance")
-    try:
-        if state.taken:
-            raise UsageError("no report is built: the folder holds another run")
-        built = reports.build(state.folder, colour=terminalreporter.hasmarkup, unwritten=state.lost)
-        terminalreporter.write_line(str(built["terminal"]))
-        terminalreporter.write_line(one_line(f"kept in {state.folder}: report.html, summary.md, junit.xml"))
-    except UsageError as error:  # the folder is gone
-        state.lost.append(str(error))
+    for text in state.told:
+        terminalreporter.write_line(text)
     for line in state.lost:
         terminalreporter.write_line(one_line(line))
 

@@ -214,7 +214,7 @@ class _Translated:
         if isinstance(error, KeyboardInterrupt):
             runs = number(len(self.judging.runs), "run")
             self.judging.log.could_not_run(self.judging.subject, f"interrupted after {runs}")
-        if isinstance(error, UsageError):
-            reason = str(error)
+        if isinstance(error, (UsageError, OSError, MemoryError)):
+            reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
             self.judging.log.could_not_run(self.judging.subject, reason)
             pytest.fail(one_line(reason), pytrace=False)

@@ -47,7 +47,8 @@ class PluginState:
     log: RunLog | None = None
     progress: SuiteProgress | None = None
     interrupts: Interrupts | None = None
-    #: A line for everything that could not be kept.
+    #: What is to be printed at the end, and a line for everything that could not be kept.
+    told: list[str] = dataclasses.field(default_factory=list)
     lost: list[str] = dataclasses.field(default_factory=list)
     #: Whether the folder is another run's by now.
     taken: bool = False
@@ -98,6 +99,31 @@ class PluginState:
             from conformance.running.interrupts import interrupted_once
 
             self.interrupts = self._open.enter_context(interrupted_once())
+
+    def build_reports(self) -> None:
+        """Build the reports of all processes' records, if there are any."""
+        if self.is_worker or not (self.wrote_records() or self.lost):
+            return
+        from conformance import reports
+        from conformance.errors import UsageError
+        from conformance.outside import one_line
+
+        if self.taken:
+            self.lost.append("no report is built: the folder holds another run")
+            return
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        try:
+            built = reports.build(
+                self.folder,
+                ("terminal", "html", "markdown", "junit"),
+                colour=reporter is not None and reporter.hasmarkup,
+                unwritten=self.lost,
+            )
+        except UsageError as error:  # the folder is gone
+            self.lost.append(str(error))
+            return
+        kept = ", ".join(path.name for path in built.values() if isinstance(path, Path))
+        self.told += [str(built["terminal"]), one_line(f"kept in {self.folder}: {kept}")]
 
     @property
     def is_worker(self) -> bool:

@@ -262,6 +262,12 @@ def test_a_stream_that_is_closed_changes_no_exit_code(closed: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_pytest_runs_without_standard_streams(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
+    command = f"{sys.executable} -m pytest -q -p no:cacheprovider test_it.py >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=tmp_path, timeout=60, check=False).returncode == 0
+
+
 def test_a_full_disk_behind_standard_output_is_said() -> None:
     command = f"{sys.executable} -m conformance.cli --version > /dev/full"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
