@@ -36,6 +36,9 @@ REQUEST_BYTES = 1 << 20
 #: How long a server may take to import what it preloads, in seconds, before workers are started without it.
 PRELOAD_SECONDS = 120.0
 
+#: How long a server may take to end when its owner has no more use for it, in seconds.
+END_SECONDS = 2.0
+
 #: What libraries read once, when they are loaded: workers whose variables of these names differ need servers of their own.
 READ_ONCE = (
     "ASCEND_",
@@ -129,8 +132,11 @@ class ForkServer:
         # The folder stays: workers that run write their logs there.
         self.usable = False
         self._control.close()
-        self._process.kill()
-        self._process.wait()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 #: The servers of this process, by its number (a forked process has none yet), what they preload, and what that depends on.
@@ -157,7 +163,7 @@ def fork_server(
 
 
 def main(arguments: list[str]) -> int:
-    """Import, then fork a worker for every request, until the owner closes its side."""
+    """Import, then fork a worker for every request, until the owner closes its side; returns if it cannot begin."""
     control = socket.socket(fileno=int(arguments[0]))
     before = dict(os.environ)
     sys.path.extend(entry for entry in arguments[3:] if entry not in sys.path)
@@ -171,13 +177,14 @@ def main(arguments: list[str]) -> int:
     kept = {name: value for name, value in os.environ.items() if before.get(name) != value}
     gc.collect()
     gc.freeze()
-    # Keepers are not waited for: the system forgets them when they end.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # Keepers are waited for only so that the processor time of workers counts as this process's, and in the end its owner's.
+    signal.signal(signal.SIGCHLD, lambda number, frame: _forget_ended())
     control.send(_READY)
     while True:
         request, descriptors, flags, _ = socket.recv_fds(control, REQUEST_BYTES, 16)
         if not request:
-            return 0
+            _forget_ended()
+            os._exit(0)  # what was imported has nothing to tidy up, and takes its time to do so
         pid = -1
         if not flags & socket.MSG_CTRUNC:  # else this process may open no more files
             with contextlib.suppress(OSError):  # no process is to be had now
@@ -188,6 +195,12 @@ def main(arguments: list[str]) -> int:
         for descriptor in descriptors:
             os.close(descriptor)
         control.send(_FORKED if pid > 0 else _NOT_FORKED)
+
+
+def _forget_ended() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _become_keeper(text: bytes, descriptors: list[int], kept: dict[str, str], logs: Path) -> None:
