@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from conformance.contract.dims import Dims
+from conformance.errors import UsageError
 from conformance.lanes.base import Outcome, PassDifference, Status, UnwrittenRead
 from conformance.lanes.buffers import Guarded
 from conformance.outside import one_line, plain
@@ -157,8 +158,11 @@ _ANSWERS = msgspec.msgpack.Decoder(Answer)  # type: ignore[var-annotated]
 
 
 def encode(message: Message) -> bytes:
-    """A message as bytes."""
-    return msgspec.msgpack.encode(message)
+    """A message as bytes; raises ``UsageError`` for a path or name that is not Unicode, as file names may be."""
+    try:
+        return msgspec.msgpack.encode(message)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"paths and names of kernels have to be UTF-8, found {one_line(error.object, 200)}") from error
 
 
 def decode_request(content: bytes) -> Any:
