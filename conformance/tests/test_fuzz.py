@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
@@ -29,6 +30,7 @@ from conformance.errors import UsageError
 from conformance.judge.verdict import DETECTORS
 from conformance.kernels.qwen3.generation.checkpoint import CONFIG, INDEX, SINGLE_FILE, Checkpoint
 from conformance.kernels.qwen3.generation.command import main as generate
+from conformance.lanes.messages import decode_answer
 from conformance.running.session import ExpectedFailures
 
 #: Characters that a terminal would obey, that XML forbids, or that no encoding has.
@@ -410,3 +412,27 @@ def test_a_checkpoint_is_opened_or_refused(tmp_path: Path, many: bool) -> None:
     plain_config = st.just(as_line(CONFIGURATION))
     drawn = st.tuples(configs, WEIGHTS, st.just(False)) | st.tuples(plain_config, WEIGHTS | INDEXES.map(as_line), st.booleans())
     holds(many, 60, drawn, check, (b"[" * 100_000, b"", False), (as_line(CONFIGURATION), b'{"weight_map": {"a": "pipe"}}', True))
+
+
+# What a worker answers; a kernel may have written it.
+
+ANSWERS = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=9) | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["type", "status", "message", "kernels", "reasons"]) | st.text(max_size=9), inner, max_size=4
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize("many", SIZES)
+def test_an_answer_of_a_worker_is_read_or_refused(many: bool) -> None:
+    def check(content: bytes) -> None:
+        with contextlib.suppress(msgspec.DecodeError):
+            decode_answer(content)
+
+    deep, endless, no_text = b"\x91" * 100_000, b"\xdd\xff\xff\xff\xff", b"\x81\xa4type\xa4\xff\xff\xff\xff"
+    holds(many, 60, st.binary(max_size=80) | ANSWERS.map(msgspec.msgpack.encode), check, deep, endless, no_text)
