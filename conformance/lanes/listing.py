@@ -139,13 +139,14 @@ def _location(module: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _bundled(process: int) -> tuple[ListedKernel, ...]:
-    return tuple(Listing().kernels(name for model in models() for name in model.kernel_modules))
+def _bundled(process: int, modules: tuple[str, ...]) -> tuple[ListedKernel, ...]:
+    return tuple(Listing().kernels(modules))
 
 
 def bundled_kernels() -> list[ListedKernel]:
     """The kernels that come with the installed models, in the order of their contracts."""
-    return list(_bundled(os.getpid()))
+    # A process that was forked has no listing of its own yet, and a model may be installed meanwhile.
+    return list(_bundled(os.getpid(), tuple(name for model in models() for name in model.kernel_modules)))
 
 
 def kernels_of(location: str) -> list[ListedKernel]:
