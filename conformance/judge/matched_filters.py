@@ -72,7 +72,7 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
 
     def shifts(wrong: Tensors) -> Tensors:
         found = {name: wrong[name] - value for name, value in right.items()}
-        return {name: torch.where(shift.abs() > resolution[name], shift, 0.0) for name, shift in found.items()}
+        return {name: shift.mul_(shift.abs() > resolution[name]) for name, shift in found.items()}
 
     known: list[tuple[Signature, Disturbance]] = []
     for name in contract.rounded_values:
@@ -111,8 +111,9 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
         except RuntimeError:  # a reference that branches on its data is evaluated one by one
             each = [disturbed(row) for row in weights]
             found = {name: torch.stack([one[name] for one in each]) for name in each[0]}
+        added = shifts(found)
         for position, number in enumerate(numbers):
-            of_known[number] = shifts({name: value[position] for name, value in found.items()})
+            of_known[number] = {name: shift[position] for name, shift in added.items()}
     for number, (signature, _) in enumerate(known):
         yield dataclasses.replace(signature, shifts=of_known[number])
     none = torch.zeros(0)
@@ -221,7 +222,8 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
     # What looks like the mistake and is legal is for a single case an error like others.
     of_legal = torch.einsum("fbk,lbk->fl", combinations, legal).clamp_min(0).square().sum(1)
     # The covariances take sequences as independent, which they are not where they are rounded alike.
-    variances = torch.maximum(effects.variances_within(combinations), effects.variances(combinations))
+    unsigned, places = _without_sign(combinations)
+    variances = torch.maximum(effects.variances_within(unsigned), effects.variances(unsigned))[places]
     deviations = (variances + of_legal).sqrt()
     expected = (combinations * targets).sum((1, 2)) / deviations
     shared = Directions({name: direction.float() for name, direction in directions.items()}, sequences, case.dims.batch)
@@ -260,8 +262,17 @@ def _combinations(covariances: torch.Tensor, targets: torch.Tensor, legal: torch
     return combinations
 
 
+def _without_sign(combinations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The different ones, where one and its negative are the same (that of a mistake and of its opposite), and where each is."""
+    flat = combinations.flatten(1)
+    largest = flat.gather(1, flat.abs().argmax(1, keepdim=True))
+    different, places = torch.unique(flat * largest.sign(), dim=0, return_inverse=True)
+    return different.view(-1, *combinations.shape[1:]), places
+
+
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.where(torch.isfinite(tensor), tensor, 0.0)
+    """The tensor itself, in which what is no number or infinite is now zero."""
+    return tensor.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _cast_variance(case: Case, name: str, estimate: Bounds) -> torch.Tensor:

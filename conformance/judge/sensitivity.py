@@ -27,6 +27,8 @@ PROBES_OF_ONE = 32
 #: Weighted sums whose gradients are taken at a time, and the tokens of all of them, of a case of few.
 TOGETHER = 16
 TOKENS_TOGETHER = 512
+#: Of a value's magnitude, its exponent and 12 bits: those that agree in them are rounded alike.
+MAGNITUDE_BITS = 20
 
 Count = TypeVar("Count", float, torch.Tensor)
 
@@ -46,8 +48,10 @@ class Effects:
     @functools.cached_property
     def covariances(self) -> torch.Tensor:
         """Of the sums, ``[B, K, K]``: each sequence by itself, as if none shared a rounding with another."""
-        parts = (self.values[:, low:high].double() for low, high in itertools.pairwise(self.starts))
-        return torch.stack([part @ part.T for part in parts])
+        size = self.values.abs().amax(1, keepdim=True).clamp_min(1e-30)
+        unit = self.values / size
+        parts = (unit[:, low:high] for low, high in itertools.pairwise(self.starts))
+        return torch.stack([(part @ part.T).double() for part in parts]) * (size @ size.T).double()
 
     def variances_within(self, combinations: torch.Tensor) -> torch.Tensor:
         """Of F combinations of the sums, ``[F, B, K]``, others in every sequence, as if sequences shared no rounding."""
@@ -150,7 +154,7 @@ class Sensitivity:
     @functools.cached_property
     def _magnitudes(self) -> list[torch.Tensor]:
         """Of each site's values to 12 bits: those that agree are rounded alike, and their errors add up."""
-        return [(value.abs().contiguous().view(torch.int32) >> 11).flatten() for value in self._values]
+        return [(value.abs().contiguous().view(torch.int32) >> 31 - MAGNITUDE_BITS).flatten() for value in self._values]
 
     @functools.cached_property
     def _rounding_groups(self) -> list[torch.Tensor]:
@@ -179,13 +183,14 @@ class Sensitivity:
         """On K weighted sums of errors. ``directions`` has the weights of each output's judged rows, ``[K, rows, columns]``."""
         # Values of one sequence that are rounded alike are one column, the columns of each sequence stand together.
         order, places, groups, width, known = [], [], [], 0, 0
+        kind = torch.int32 if self._case.dims.batch <= 1 << 31 - MAGNITUDE_BITS else torch.int64  # is sorted twice as fast
         for magnitudes, value, owner in zip(self._magnitudes, self._values, self._owners, strict=True):
             owners = self.sequence_of_rows(value) if owner is None else owner
-            own = (owners << 32).repeat_interleave(value.numel() // len(value)) + magnitudes
+            own = (owners.to(kind) << MAGNITUDE_BITS).repeat_interleave(value.numel() // len(value)) + magnitudes
             found, inverse = torch.unique(own, return_inverse=True)
             # Those of a site whose rows have an owner are never alike in two sequences.
-            _, alike = torch.unique(found & 0xFFFFFFFF if owner is None else found, return_inverse=True)
-            order.append(found >> 32)
+            _, alike = torch.unique(found & (1 << MAGNITUDE_BITS) - 1 if owner is None else found, return_inverse=True)
+            order.append(found >> MAGNITUDE_BITS)
             groups.append(alike + known)
             places.append(inverse + width)
             width, known = width + len(found), known + int(alike.max()) + 1
@@ -194,13 +199,14 @@ class Sensitivity:
         position = torch.empty_like(columns)
         position[columns] = torch.arange(width)
         places = [position[place] for place in places]
-        summed = []
+        summed = torch.zeros(len(next(iter(directions.values()))), width)
+        done = 0
         for some in self._effects(directions):
-            together = torch.zeros(len(some[0]), width)
+            together = summed[done : done + len(some[0])]
+            done += len(together)
             for effect, place in zip(some, places, strict=True):
                 together.scatter_add_(1, place.expand_as(effect), effect)
-            summed.append(together)
-        return Effects(torch.cat(summed), starts, torch.cat(groups)[columns])
+        return Effects(summed, starts, torch.cat(groups)[columns])
 
     def sequence_of_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Which sequence each row of a tensor with one row a token, or one a sequence, belongs to.

@@ -255,15 +255,16 @@ class Disturbed(_WrittenRows):
 
     def __init__(self, disturbances: Sequence[Disturbance], weights: torch.Tensor) -> None:
         super().__init__(torch.float64, rounds=False)
-        self._disturbances, self._weights = disturbances, weights
+        self._disturbances: dict[str, list[tuple[list[torch.Tensor], torch.Tensor]]] = {}
+        for (name, errors), weight in zip(disturbances, weights.unbind(0), strict=True):
+            self._disturbances.setdefault(name, []).append((errors, weight))
         self._passed: collections.Counter[str] = collections.Counter()
 
     def round(self, tensor: torch.Tensor, name: str = "result") -> torch.Tensor:
         place = self._passed[name]
         self._passed[name] += 1
-        for (disturbed, errors), weight in zip(self._disturbances, self._weights.unbind(0), strict=True):
-            if disturbed == name:
-                tensor = tensor + weight * errors[place]
+        for errors, weight in self._disturbances.get(name, ()):
+            tensor = tensor + weight * errors[place]
         return tensor
 
     def optional(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
