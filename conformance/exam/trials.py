@@ -6,6 +6,7 @@ other rules look at the first run of the same cases.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -155,7 +156,9 @@ def _judge_trials(
             if kernel.refusal(trial.case.dims) is not None:
                 continue
             watched = _Watched(run)
-            plan = plans.following(trial.key) if in_process else _INTERPRETED[kernel.stage.composite]
+            plan = plans.following(trial.key)
+            if not in_process:
+                plan = dataclasses.replace(_INTERPRETED[kernel.stage.composite], signatures=plan.signatures)
             runs: list[Judged] = []
             for one in judged_runs(kernel, trial.key, watched, plan, oracle=trial.oracle):
                 runs.append(one)
@@ -163,7 +166,7 @@ def _judge_trials(
                     break  # it is found: what a repeat would add is not counted
             judged += runs
             assert watched.first is not None
-            _count(result, trial, watched.first, runs, costs)
+            _count(result, trial, watched.first, runs, costs, plan)
             lost += sum(map(is_lost, runs))
             if lost >= MOST_LOST:
                 break
@@ -201,7 +204,9 @@ def _is_settled(result: KernelResult, measures: bool) -> bool:
     return not (measures and result.has_power) or trials_for(result.regimes) <= result.trials
 
 
-def _count(result: KernelResult, trial: Trial, outcome: Outcome, runs: Sequence[Judged], costs: dict[str, Cost]) -> None:
+def _count(
+    result: KernelResult, trial: Trial, outcome: Outcome, runs: Sequence[Judged], costs: dict[str, Cost], plan: RunPlan
+) -> None:
     """Add one trial to a result, and its cost if the kernel is a legal one."""
     result.trials += 1
     regime = result.regimes.setdefault(trial.key.regime, [0, 0])
@@ -230,5 +235,6 @@ def _count(result: KernelResult, trial: Trial, outcome: Outcome, runs: Sequence[
             result.rejected[rule.name] = result.rejected.get(rule.name, 0) + 1
     if result.legal and compared:
         began = time.perf_counter()
-        judge(trial.case, outcome, oracle=trial.oracle)  # once more: bounds are there now, as goldens are for the others
+        # Once more: bounds are there now, as goldens are for the others.
+        judge(trial.case, outcome, oracle=trial.oracle, signatures=plan.signatures)
         costs[OURS].add(Cost(time.perf_counter() - began, 1))

@@ -42,9 +42,12 @@ def _own_settings() -> Iterator[None]:
 
 
 @_own_settings()
-def judge(case: Case, outcome: Outcome, *, profile: str | None = None, oracle: Oracle | None = None) -> Verdict:
+def judge(
+    case: Case, outcome: Outcome, *, profile: str | None = None, oracle: Oracle | None = None, signatures: bool = True
+) -> Verdict:
     """Judge one run of one case. ``profile`` names the only profile allowed; otherwise any of the stage's may explain the run.
 
+    With ``signatures`` the errors of a composite stage are searched for those of known mistakes, most of what judging it takes.
     Raises ``UsageError`` if an output has another dtype or shape than the contract says.
     """
     oracle = oracle or Oracle(case)
@@ -64,7 +67,7 @@ def judge(case: Case, outcome: Outcome, *, profile: str | None = None, oracle: O
     best: NumericFindings | None = None
     structural, explained = structural_findings(case, outcome, oracle.bounds(allowed[0]))
     for candidate in allowed:
-        numeric = _numeric(case, outcome, oracle, candidate, explained)
+        numeric = _numeric(case, outcome, oracle, candidate, explained, signatures)
         if best is None or numeric.badness < best.badness:
             best = numeric
         if not numeric.findings:
@@ -149,7 +152,7 @@ def _require_declared_shape(argument: Argument, found: torch.Tensor, case: Case)
 
 
 def _numeric(
-    case: Case, outcome: Outcome, oracle: Oracle, profile: Profile, explained: dict[str, torch.Tensor]
+    case: Case, outcome: Outcome, oracle: Oracle, profile: Profile, explained: dict[str, torch.Tensor], signatures: bool
 ) -> NumericFindings:
     result = NumericFindings(profile, [], {})
     for name, estimate in oracle.bounds(profile).items():
@@ -172,6 +175,7 @@ def _numeric(
     if case.stage.composite and not explained and all(finding.detector == "spread" for finding in result.findings):
         judge_low_bits(case, outcome, oracle.bounds(profile), result)
         # Rows of a case that were rearranged are those of one that was judged.
-        if not case.key.rows and sum(tensor.numel() for tensor in case.inputs.values()) <= limits.MOST_INPUTS:
+        small = sum(tensor.numel() for tensor in case.inputs.values()) <= limits.MOST_INPUTS
+        if signatures and small and not case.key.rows:
             judge_signatures(case, outcome, oracle, profile, result)
     return result

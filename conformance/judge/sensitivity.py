@@ -48,10 +48,9 @@ class Effects:
     @functools.cached_property
     def covariances(self) -> torch.Tensor:
         """Of the sums, ``[B, K, K]``: each sequence by itself, as if none shared a rounding with another."""
-        size = self.values.abs().amax(1, keepdim=True).clamp_min(1e-30)
-        unit = self.values / size
-        parts = (unit[:, low:high] for low, high in itertools.pairwise(self.starts))
-        return torch.stack([(part @ part.T).double() for part in parts]) * (size @ size.T).double()
+        # In fp32, as the effects are: a filter adds a thousandth to the diagonal before it inverts them.
+        parts = (self.values[:, low:high] for low, high in itertools.pairwise(self.starts))
+        return torch.stack([part @ part.T for part in parts]).double()
 
     def variances_within(self, combinations: torch.Tensor) -> torch.Tensor:
         """Of F combinations of the sums, ``[F, B, K]``, others in every sequence, as if sequences shared no rounding."""

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from conformance.cases.case import Case, make_case
-from conformance.cases.key import CaseKey, smallest, take_rows
+from conformance.cases.key import CaseKey, of_stage, smallest, take_rows
 from conformance.cases.source import Source
 from conformance.cases.space import Space, interleaved_keys
 from conformance.contract.kernel import Declaration, Kernel, as_kernel, require_kernel_of
-from conformance.contract.registry import short_name, stage_named
+from conformance.contract.registry import preset_named, short_name, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
 from conformance.judge.judgement import judge
@@ -37,6 +37,12 @@ MOST_EXAMPLES = 100_000
 ROW_CHECK_PERIOD = 5
 #: Of a layer or a chain the last compiler pass is compared once in so many cases: that takes ten times as long as the run itself.
 PASS_PERIOD = 4
+#: Of a layer or a chain that is interpreted so many cases are searched for signatures of mistakes before any is left out.
+SEARCHED_FIRST = 3
+#: After that this many over the tokens of the preset's largest case: at ``tiny`` one in four, of a prefill one in sixteen. What a
+#: search takes rises with the tokens, and all are so few that judging takes about three tenths of what interpreting takes
+#: (``benchmarks/judging_layers.py``).
+SEARCHED_TOKENS = 4
 
 #: A kernel that refuses so many cases of a preset takes none of it.
 MOST_REFUSED = 100
@@ -333,13 +339,26 @@ def resolve_lane(kernel: Declaration, lane: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """Which extra runs a case gets: a repeat, its rows in another order, one row alone, and a comparison of all passes."""
+    """Which extra runs a case gets: a repeat, its rows in another order, one row alone, and a comparison of all passes.
+
+    With ``signatures`` its errors are searched for those of known mistakes.
+    """
 
     repeat: bool = False
     permuted: bool = False
     lone: bool = False
     all_passes: bool = False
     passes: Passes = "last"
+    signatures: bool = True
+
+
+def is_searched(key: CaseKey) -> bool:
+    """Whether a case that is one of many that are interpreted is searched for signatures of mistakes; follows from its key."""
+    stage = stage_named(key.stage)
+    largest = of_stage(stage, preset_named(key.preset, stage.model))
+    # Not by the case's own tokens: a large case tells more of a mistake than as many tokens in small ones.
+    number = Source(f"signatures/{_by_bare_name(key)}").integers("number", 0, max(largest.batch, largest.tokens) - 1, 1)[0]
+    return number < SEARCHED_TOKENS
 
 
 class Plans:
@@ -347,15 +366,22 @@ class Plans:
 
     Where runs are cheap (``Lane.repeats_every_case``) each is repeated, and of those that have several rows every fifth is run
     with its rows in another order, the one after it with a row alone: a few cases have both. Elsewhere all extra runs come once
-    per kernel and dimensions.
+    per kernel and dimensions, and not every case is searched for signatures of mistakes, but the first ``SEARCHED_FIRST`` and
+    those that ``is_searched`` chooses.
     """
 
     def __init__(self, lane: str, stage: Stage, first: int = 0) -> None:
         self._lane, self._composite = lane_named(lane), stage.composite
         self._counts: dict[str, int] = collections.defaultdict(lambda: first)
+        self._planned = 0
 
     def following(self, key: CaseKey) -> RunPlan:
         """The plan of the next case."""
+        self._planned += 1
+        signatures = self._lane.repeats_every_case or self._planned <= SEARCHED_FIRST or is_searched(key)
+        return dataclasses.replace(self._runs(key), signatures=signatures)
+
+    def _runs(self, key: CaseKey) -> RunPlan:
         count = self._counts[key.preset]
         if self._lane.repeats_every_case:
             self._counts[key.preset] += key.dims.batch > 1
@@ -377,7 +403,7 @@ def judged_runs(
     oracle = oracle or Oracle(make_case(key))
     case = oracle.case
     first = run(case, plan.passes)
-    verdict = judge(case, first, profile=kernel.profile, oracle=oracle)
+    verdict = judge(case, first, profile=kernel.profile, oracle=oracle, signatures=plan.signatures)
     yield _judged("example", key, verdict, first)
     if first.status != "ok" or not first.executed:
         return
@@ -386,7 +412,7 @@ def judged_runs(
         again = run(case, "none")  # what the passes do to the same case has been seen
         differences = _differences(first, again) if again.status == "ok" else []
         same = again.status == "ok" and not differences and _conduct(again) == _conduct(first)
-        repeated = verdict if same else judge(case, again, profile=kernel.profile, oracle=oracle)
+        repeated = verdict if same else judge(case, again, profile=kernel.profile, oracle=oracle, signatures=plan.signatures)
         known = {_told(finding) for finding in verdict.findings}
         new = [finding for finding in repeated.findings if _told(finding) not in known] + differences
         if fine or new:
@@ -401,14 +427,18 @@ def judged_runs(
     rows = case.dims.batch
     if case.dims.symbol("batch") not in case.stage.drawn or rows < 2:
         return
-    # By the bare name of the stage: what a row check draws does not depend on which other models are installed.
-    source = Source(f"rows/{dataclasses.replace(key, stage=case.stage.name)}")
+    source = Source(f"rows/{_by_bare_name(key)}")
     if plan.permuted:
         order = source.permutation("order", rows)
         yield from _related(kernel, take_rows(key, tuple(order)), run, "permuted_rows", plan.passes)
     if plan.lone:
         lone = source.integers("lone", 0, rows - 1, 1)[0]
         yield from _related(kernel, take_rows(key, (lone,)), run, "lone_row", plan.passes)
+
+
+def _by_bare_name(key: CaseKey) -> CaseKey:
+    """The key by its stage's bare name: what is drawn by it does not depend on which other models are installed."""
+    return dataclasses.replace(key, stage=stage_named(key.stage).name)
 
 
 def _conduct(outcome: Outcome) -> tuple[Any, ...]:

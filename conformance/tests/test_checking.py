@@ -22,7 +22,15 @@ from conformance.contract.registry import model_named, presets, stage_named
 from conformance.kernels.qwen3.exam.torch.choices import Choices
 from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 from conformance.lanes.eager import run_eager
-from conformance.running.check import ROW_CHECK_PERIOD, Plans
+from conformance.running.check import (
+    ROW_CHECK_PERIOD,
+    SEARCHED_FIRST,
+    Plans,
+    RunPlan,
+    case_runs,
+    eager_runner,
+    is_searched,
+)
 
 Tensor = torch.Tensor
 STAGES = list(conformance.stages())
@@ -506,3 +514,28 @@ def test_the_first_case_has_rows_to_rearrange_and_layers_to_go_round() -> None:
             first = next(stratified_keys(Space.of(conformance.stages()[stage], preset), 0))
             assert first.dims.B >= 2
             assert first.dims.L >= 2 or "L" not in conformance.stages()[stage].drawn
+
+
+@pytest.mark.parametrize(("stage", "part"), [("decode_layer", 1 / 4), ("prefill_fwd", 1 / 16)])
+def test_of_many_interpreted_cases_a_part_is_searched_for_signatures(stage: str, part: float) -> None:
+    keys = list(itertools.islice(stratified_keys(Space.of(stage_named(stage)), 0), 1000))
+    searched = [key for key in keys if is_searched(key)]
+    assert len(searched) / len(keys) == pytest.approx(part, rel=0.2)
+    assert {key.regime for key in searched} == {key.regime for key in keys}
+
+
+def test_interpreted_cases_are_searched_for_signatures_first_of_all_or_by_their_key_or_when_run_again() -> None:
+    kernel = torch_kernel("decode_layer", fault="values_truncated")
+    space = Space.of(stage_named("decode_layer"))
+    keys = list(itertools.islice(stratified_keys(space, 0), 20))
+    plans, cheap = Plans("interpret", space.stage), Plans("eager", space.stage)
+    planned = [plans.following(key).signatures for key in keys]
+    assert all(cheap.following(key).signatures for key in keys)
+    assert planned == [True] * SEARCHED_FIRST + [is_searched(key) for key in keys[SEARCHED_FIRST:]]
+    others = keys[planned.index(False) :]
+    with eager_runner(kernel) as run:
+        (passed_over,) = case_runs(kernel, others[:1], run, "eager", RunPlan(signatures=False))
+    assert passed_over.verdict.ok
+    assert not passed_over.verdict.responses
+    report = conformance.check("decode_layer", kernel, case=str(others[0]))
+    assert "signature" in report.detectors
