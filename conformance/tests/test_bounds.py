@@ -335,9 +335,9 @@ def test_sums_and_products_of_uncertain_tensors() -> None:
 
 
 def assert_same(found: Bounds, value: Tensor, variance: Tensor, worst: Tensor) -> None:
-    """To float64's precision: the experiments above are good to a tenth, and would not see a term that is a few percent."""
+    """Variances to fp32's precision, all else to float64's: the experiments above would miss a term of a few percent."""
     assert torch.allclose(found.value, value, rtol=1e-12, atol=1e-15)
-    assert torch.allclose(found.variance, variance, rtol=1e-9, atol=0)
+    assert torch.allclose(found.variance, variance, rtol=1e-6, atol=0)  # what an uncertain query does is in fp32
     assert torch.allclose(found.worst, worst, rtol=1e-9, atol=0)
 
 
