@@ -84,7 +84,9 @@ def list_command(locations: tuple[Path, ...]) -> None:
             for kernel in kernels
             if kernel.stage.id == stage.id
         }
-        say(inventory.stage_entry(name, stage.summary, arguments, of_stage))
+        declarable = [*stage.declarable, *(f"precision={policy}" for policy in stage.policies if stage.policies[policy])]
+        declarable += ["ties=any"] if stage.ties is not None else []
+        say(inventory.stage_entry(name, stage.summary, arguments, of_stage, declarable))
 
 
 @main.command()
@@ -99,6 +101,9 @@ def list_command(locations: tuple[Path, ...]) -> None:
 @click.option("--timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run")
 @click.option("--out", type=FilePath(), default=None, metavar="DIR", help="keep records and reports here")
 @click.option("--expected-failures", type=FilePath(), metavar="FILE", help="lines KERNEL[@LANE] REASON")
+@click.option("--rounds", default="", metavar="NAME,NAME", help="roundings that the kernel declares: see conformance list")
+@click.option("--precision", default="contract", show_default=True, metavar="POLICY", help="a named set of such roundings")
+@click.option("--ties", default="lowest", show_default=True, help="which of several equals the kernel takes: lowest or any")
 def check(
     stage: str,
     target: str | None,
@@ -111,6 +116,9 @@ def check(
     timeout: float | None,
     out: Path | None,
     expected_failures: Path | None,
+    rounds: str,
+    precision: str,
+    ties: str,
 ) -> None:
     """Judge one kernel: FUNC of FILE.py, or the bundled one of STAGE. It runs in a process of its own."""
     from conformance import reports
@@ -123,7 +131,8 @@ def check(
         raise UsageError("--all-passes goes with --case KEY: without it all passes are compared once anyway, on a small case")
     require_seconds("--timeout", timeout)
     require_path(target or "")
-    kernel = _kernel(stage, target)
+    declared = [name.strip() for name in rounds.split(",") if name.strip()]
+    kernel = _kernel(stage, target).declaring(declared, precision, ties)
     spaces, refused = taken_spaces(kernel, Space.those_of(kernel.stage, _dims(dims)))
     subject = Subject(kernel, "", resolve_lane(kernel, lane))  # at every preset
     expected = ExpectedFailures.read(expected_failures) if expected_failures else ExpectedFailures()
@@ -133,6 +142,8 @@ def check(
 
     folder = out if out is not None else new_run_folder(Path.cwd() / "runs")
     options = {"examples": len(keys), "seed": seed, "dims": dims or "", "case": case_key or ""}
+    said = {"rounds": ",".join(declared), "precision": precision, "ties": ties}
+    options |= {name: value for name, value in said.items() if value not in ("", "contract", "lowest")}
     refused = {} if case_key else refused
     planned = dict.fromkeys([*(key.preset for key in keys), *refused])
     runs: list[Judged] = []

@@ -33,11 +33,21 @@ def doctor(lines: Iterable[Found]) -> str:
 
 
 def stage_entry(
-    name: str, summary: str, arguments: Sequence[str], kernels: Mapping[str, tuple[str, Sequence[str], Sequence[str]]]
+    name: str,
+    summary: str,
+    arguments: Sequence[str],
+    kernels: Mapping[str, tuple[str, Sequence[str], Sequence[str]]],
+    declarable: Sequence[str] = (),
 ) -> str:
-    """A stage with its arguments, and its kernels: name to (toolchain, lanes, capabilities)."""
+    """A stage with its arguments, what may be declared of a kernel's numbers, and its kernels.
+
+    ``kernels`` maps name to (toolchain, lanes, capabilities).
+    """
     lines = [f"{name}: {summary}"]
     lines += textwrap.wrap(", ".join(arguments), 78, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    if declarable:
+        told = f"may be declared: {', '.join(declarable)}"
+        lines += textwrap.wrap(told, 78, initial_indent="  ", subsequent_indent="   ", break_on_hyphens=False)
     for kernel, (toolchain, lanes, capabilities) in kernels.items():
         able = f"; {' '.join(capabilities)}" if capabilities else ""
         lines.append(f"  - {kernel} ({toolchain}: {' '.join(lanes)}{able})")

@@ -164,6 +164,7 @@ def replay_command(
     elsewhere = known is not None and not known.default
     if elsewhere:
         words += ["--lane", lane]
+    words += [f"--{name}={options[name]}" for name in ("rounds", "precision", "ties") if options and options.get(name)]
     if detector == "compiler_pass" or (detector == "unwritten_read" and not elsewhere):
         # The interpreter's lane looks at the compiled graph where it compares all passes.
         words += ["--all-passes"]

@@ -72,7 +72,7 @@ def make_inputs(stage: Stage, key: CaseKey, dims: Dims) -> dict[str, torch.Tenso
     require_room(sum(sizes), f"case key {key}: the data")
     with torch.inference_mode(False):  # whatever mode the caller is in: tensors made in it can never be differentiated
         chunks = {"chunk_lens": key.chunk_lens} if stage.has_chunks else {}
-        source = Source(f"{stage.name}/{key.regime}/{key.seed}")
+        source = Source(f"{stage.name}/{key.regime}/{key.seed}", key.seed)
         inputs = stage.make_inputs(dims, key.seq_lens, key.regime, source, **chunks)
     for argument in stage.inputs:
         expected, found = (argument.dtype, argument.size(dims)), inputs.get(argument.name)

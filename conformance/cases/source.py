@@ -20,10 +20,13 @@ _CHUNK = 1 << 22  # values made at a time: bounds the memory beside the tensor i
 
 
 class Source:
-    """Draws tensors by name. The same ``key`` and name give the same values whatever else was drawn before."""
+    """Draws tensors by name. The same ``key`` and name give the same values whatever else was drawn before.
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    ``seed`` is that of a case, for what only some of the cases have.
+    """
+
+    def __init__(self, key: str, seed: int = 0) -> None:
+        self.key, self.seed = key, seed
 
     def _generator(self, name: str) -> np.random.Philox:
         digest = hashlib.blake2b(f"{self.key}/{name}".encode(), digest_size=16).digest()

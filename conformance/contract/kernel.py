@@ -12,9 +12,10 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from conformance.contract.dims import Dims
+from conformance.contract.precision import CONTRACT, TIES, declared_names, require_ties
 from conformance.contract.registry import model_named, short_name, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
@@ -29,13 +30,18 @@ VARIABLE_BATCH = "variable_batch"
 MOST_OF_NAME = 100
 
 
+Kind = TypeVar("Kind", bound="Declaration")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Declaration:
     """What is known of one implementation of one stage without running any of it.
 
-    ``profile`` names the one error-model profile that the kernel declares; ``None`` lets any legal one pass. ``capacity`` is the
-    largest user batch that one build serves, for a kernel that declares ``variable_batch``. ``source`` is the file that defines
-    the kernel, ``summary`` the first line of its docstring; ``digest`` is the SHA-256 of the file, where it was listed.
+    ``profile`` names the one error-model profile that the kernel declares; ``None`` lets any legal one pass. ``rounds`` names
+    further roundings to bf16 that it declares, ``precision`` a policy of them, and ``ties="any"`` says that it takes any of
+    several equals. ``capacity`` is the largest user batch that one build serves, for a kernel that declares ``variable_batch``.
+    ``source`` is the file that defines the kernel, ``summary`` the first line of its docstring; ``digest`` is the SHA-256 of the
+    file, where it was listed.
     """
 
     stage_name: str
@@ -44,6 +50,10 @@ class Declaration:
     capabilities: tuple[str, ...] = ()
     profile: str | None = None
     capacity: int = 1
+    # What is declared of a kernel when it is judged leaves it the same kernel to whoever runs it.
+    rounds: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    precision: str = dataclasses.field(default=CONTRACT, compare=False)
+    ties: str = dataclasses.field(default=TIES[0], compare=False)
     source: Path = Path("<unknown>")
     summary: str = ""
     digest: str = ""
@@ -52,6 +62,20 @@ class Declaration:
     def stage(self) -> Stage:
         """The stage that the kernel claims to implement."""
         return stage_named(self.stage_name)
+
+    @property
+    def judged_by(self) -> dict[str, Any]:
+        """What it declares of its numbers, as ``judge`` takes it."""
+        names = declared_names(self.stage, self.rounds, self.precision)
+        return {"profile": self.profile, "rounds": names, "ties": self.ties}
+
+    def declaring(self: Kind, rounds: Sequence[str] = (), precision: str = CONTRACT, ties: str = TIES[0]) -> Kind:
+        """The same kernel with more declared of its numbers; raises ``UsageError`` for what its stage does not have."""
+        policy = self.precision if precision == CONTRACT else precision
+        taken = self.ties if ties == TIES[0] else ties
+        names = declared_names(self.stage, (*self.rounds, *rounds), policy)
+        require_ties(self.stage, taken)
+        return dataclasses.replace(self, rounds=names, precision=policy, ties=taken)
 
     @property
     def id(self) -> str:
@@ -118,15 +142,20 @@ def kernel(
     profile: str | None = None,
     accepts: Callable[[Dims], bool | str] | None = None,
     capacity: int | None = None,
+    rounds: Sequence[str] = (),
+    precision: str = CONTRACT,
+    ties: str = TIES[0],
 ) -> Callable[[Callable[..., Any]], Kernel]:
     """Declare that a function implements ``stage``.
 
     For ``toolchain="torch"`` the function takes the contract's arguments by name, and ``dims`` if it has such a keyword-only
     parameter. For ``toolchain="pypto"`` it is a builder: it takes ``dims`` alone and returns a ``pypto.frontend.jit`` object.
     A builder that declares ``variable_batch`` is called once, with a batch of ``capacity`` (2 to the contract's largest, which is
-    the default), and what it returns must take every batch from 1 to that. ``name`` defaults to the function's own name. Raises
-    ``UsageError`` for an unknown stage, toolchain or capability, for a capacity that means nothing, and for a signature that does
-    not match.
+    the default), and what it returns must take every batch from 1 to that. ``name`` defaults to the function's own name.
+
+    ``rounds`` and ``precision`` declare roundings to bf16 that the contract does not have (``conformance list`` shows a stage's),
+    ``ties="any"`` that any of several equals is taken. Raises ``UsageError`` for an unknown stage, toolchain, capability or
+    rounding, for a capacity that means nothing, and for a signature that does not match.
     """
     if not isinstance(stage, str):
         raise UsageError('conformance.kernel takes the stage\'s name, as in @conformance.kernel("rms_norm")')
@@ -155,6 +184,8 @@ def kernel(
     if profile is not None and profile not in {known.name for known in contract.profiles}:
         names = ", ".join(known.name for known in contract.profiles)
         raise UsageError(f"stage {stage} has no profile {profile!r}; it has {names}")
+    declared_names(contract, rounds, precision)
+    require_ties(contract, ties)
 
     def decorate(function: Callable[..., Any]) -> Kernel:
         if toolchain == "torch":
@@ -172,6 +203,9 @@ def kernel(
             capacity=served,
             source=_source(function),
             summary=_summary(function),
+            rounds=tuple(rounds),
+            precision=precision,
+            ties=ties,
         )
 
     return decorate

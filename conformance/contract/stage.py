@@ -61,6 +61,14 @@ class Stage:
     mistakes: Mapping[str, Mistake] = dataclasses.field(default_factory=dict, hash=False)
     #: Names of the reference's roundings, in a composite stage, that often fall on a tie: of sums of two bf16 values.
     tie_prone: tuple[str, ...] = ()
+    #: Roundings to bf16 that are legal for a kernel that declares them (docs/rule.md, Declared precision), by the name that it
+    #: declares: the inputs that it rounds, or the reference's names of the places.
+    declarable: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, hash=False)
+    #: What each policy of precision declares.
+    policies: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, hash=False)
+    #: ``ties(inputs, outputs, dims)`` marks, by output, the elements that name another one of equals than the contract does: a
+    #: kernel may declare that it takes any of them.
+    ties: Callable[[Tensors, Tensors, Dims], dict[str, torch.Tensor]] | None = None
     #: ``localise(inputs, outputs, dims) -> list of sentences`` says which part of a composite stage went wrong first.
     localise: Callable[[Tensors, Tensors, Dims], list[str]] | None = None
 

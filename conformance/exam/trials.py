@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -166,7 +167,7 @@ def _judge_trials(
                     break  # it is found: what a repeat would add is not counted
             judged += runs
             assert watched.first is not None
-            _count(result, trial, watched.first, runs, costs, plan)
+            _count(result, trial, watched.first, runs, costs, plan, kernel.judged_by)
             lost += sum(map(is_lost, runs))
             if lost >= MOST_LOST:
                 break
@@ -205,9 +206,15 @@ def _is_settled(result: KernelResult, measures: bool) -> bool:
 
 
 def _count(
-    result: KernelResult, trial: Trial, outcome: Outcome, runs: Sequence[Judged], costs: dict[str, Cost], plan: RunPlan
+    result: KernelResult,
+    trial: Trial,
+    outcome: Outcome,
+    runs: Sequence[Judged],
+    costs: dict[str, Cost],
+    plan: RunPlan,
+    declared: Mapping[str, Any],
 ) -> None:
-    """Add one trial to a result, and its cost if the kernel is a legal one."""
+    """Add one trial to a result, and its cost if the kernel, which declares this of its numbers, is a legal one."""
     result.trials += 1
     regime = result.regimes.setdefault(trial.key.regime, [0, 0])
     regime[0] += 1
@@ -236,5 +243,5 @@ def _count(
     if result.legal and compared:
         began = time.perf_counter()
         # Once more: bounds are there now, as goldens are for the others.
-        judge(trial.case, outcome, oracle=trial.oracle, signatures=plan.signatures)
+        judge(trial.case, outcome, oracle=trial.oracle, signatures=plan.signatures, **declared)
         costs[OURS].add(Cost(time.perf_counter() - began, 1))

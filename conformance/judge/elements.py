@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from conformance.cases.case import Case
+from conformance.contract.precision import TIES
 from conformance.judge import limits
 from conformance.judge.limits import kappa
 from conformance.judge.oracle import Oracle
@@ -169,21 +170,40 @@ def _worst_of(error: torch.Tensor, share: torch.Tensor, over: torch.Tensor, bloc
     return _Worst(float(highest), float(size.flatten()[place]), -flat, float(share.flatten()[place]))
 
 
-def judge_integers(case: Case, part: OutputPart, estimate: Bounds, skip: torch.Tensor | None, result: NumericFindings) -> float:
-    """Integers are right or wrong; returns the share of the allowance, of which there is none."""
+def judge_integers(
+    case: Case,
+    part: OutputPart,
+    estimate: Bounds,
+    skip: torch.Tensor | None,
+    result: NumericFindings,
+    tied: torch.Tensor | None = None,
+    ties: str = TIES[0],
+) -> float:
+    """Integers are right or wrong; returns the share of the allowance, of which there is none.
+
+    ``tied`` marks those that name another one of equals than the contract does, ``ties`` is what the kernel declares of them.
+    """
     wrong = part.value != estimate.value
     if skip is not None:
         wrong &= ~skip
+    tied = torch.zeros_like(wrong) if tied is None else wrong & tied.view(wrong.shape)
+    if ties != TIES[0]:
+        wrong &= ~tied
     if not bool(wrong.any()):
         return 0.0
-    flat = int(torch.nonzero(wrong.flatten())[0])
+    untied = wrong & ~tied
+    flat = int(torch.nonzero((untied if bool(untied.any()) else wrong).flatten())[0])
     index = part.index(flat)[-len(part.argument.size(case.dims)) :]
+    why = ""
+    if bool(tied.flatten()[flat]):
+        why = " (a tie: what both stand for is equal, and the contract takes the lowest; if any will do, declare ties='any')"
     found, expected = int(part.value.flatten()[flat]), int(estimate.value.flatten()[flat])
     result.wrong += count_true(wrong)
     result.findings.append(
         Finding(
             "element",
-            f"{element_in_words(part.argument, index)} is {found}, must be exactly {expected}; {pattern_in_words(part, wrong)}",
+            f"{element_in_words(part.argument, index)} is {found}, must be exactly {expected}{why}; "
+            f"{pattern_in_words(part, wrong)}",
             part.argument.name,
             index,
             part.argument.where(index, case.dims),

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from conformance.cases.case import Case
 from conformance.contract.arguments import Argument
+from conformance.contract.precision import TIES, allowed_profiles
 from conformance.errors import UnavailableError, UsageError
 from conformance.judge import limits
 from conformance.judge.elements import judge_elements, judge_integers, tell_nearest
@@ -43,11 +44,21 @@ def _own_settings() -> Iterator[None]:
 
 @_own_settings()
 def judge(
-    case: Case, outcome: Outcome, *, profile: str | None = None, oracle: Oracle | None = None, signatures: bool = True
+    case: Case,
+    outcome: Outcome,
+    *,
+    profile: str | None = None,
+    rounds: Sequence[str] = (),
+    ties: str = TIES[0],
+    oracle: Oracle | None = None,
+    signatures: bool = True,
 ) -> Verdict:
     """Judge one run of one case. ``profile`` names the only profile allowed; otherwise any of the stage's may explain the run.
 
-    With ``signatures`` the errors of a composite stage are searched for those of known mistakes, most of what judging it takes.
+    ``rounds`` and ``ties`` are what the kernel declares besides: roundings by their names, and that any of several equals is
+    right (``Declaration.judged_by`` has all three). With ``signatures`` the errors of a composite stage are searched for those of
+    known mistakes, most of what judging it takes.
+
     Raises ``UsageError`` if an output has another dtype or shape than the contract says.
     """
     oracle = oracle or Oracle(case)
@@ -61,13 +72,11 @@ def judge(
     findings = _conduct(outcome)
     for argument in case.stage.outputs:
         _require_declared_shape(argument, outcome.outputs[argument.name], case)
-    allowed = [known for known in case.stage.profiles if profile in (None, known.name)]
-    if not allowed:
-        raise UsageError(f"stage {case.stage.name} has no profile {profile!r}")
+    allowed = allowed_profiles(case.stage, profile, rounds)
     best: NumericFindings | None = None
     structural, explained = structural_findings(case, outcome, oracle.bounds(allowed[0]))
     for candidate in allowed:
-        numeric = _numeric(case, outcome, oracle, candidate, explained, signatures)
+        numeric = _numeric(case, outcome, oracle, candidate, explained, ties, signatures)
         if best is None or numeric.badness < best.badness:
             best = numeric
         if not numeric.findings:
@@ -152,9 +161,16 @@ def _require_declared_shape(argument: Argument, found: torch.Tensor, case: Case)
 
 
 def _numeric(
-    case: Case, outcome: Outcome, oracle: Oracle, profile: Profile, explained: dict[str, torch.Tensor], signatures: bool
+    case: Case,
+    outcome: Outcome,
+    oracle: Oracle,
+    profile: Profile,
+    explained: dict[str, torch.Tensor],
+    ties: str,
+    signatures: bool,
 ) -> NumericFindings:
     result = NumericFindings(profile, [], {})
+    tied = {} if case.stage.ties is None else case.stage.ties(case.inputs, outcome.outputs, case.dims)
     for name, estimate in oracle.bounds(profile).items():
         part = part_of(case, outcome, name, estimate)
         flat = Bounds(as_matrix(estimate.value), as_matrix(estimate.variance), as_matrix(estimate.worst))
@@ -162,7 +178,7 @@ def _numeric(
         if skip is not None and bool(skip.all()):
             continue
         if not part.argument.dtype.is_floating_point:
-            result.shares[name] = judge_integers(case, part, flat, skip, result)
+            result.shares[name] = judge_integers(case, part, flat, skip, result, tied.get(name), ties)
             continue
         share = judge_elements(case, oracle, profile, part, flat, skip, result)
         if part.argument.dtype in limits.STATISTICAL:

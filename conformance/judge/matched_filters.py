@@ -53,9 +53,12 @@ class Signature:
     shifts: Tensors = dataclasses.field(default_factory=dict)
 
 
-def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> Iterator[Signature]:
+def signatures(
+    case: Case, judged_rows: Mapping[str, torch.Tensor | None], declared: frozenset[str] = frozenset()
+) -> Iterator[Signature]:
     """The signatures of a composite stage's case; ``judged_rows`` has the rows of each output that count, ``None`` for all.
 
+    Roundings that are ``declared`` are no mistakes.
     First the mistakes that the reference has a name for, then those that the stage declares, then a factor on each output.
     """
 
@@ -63,7 +66,7 @@ def signatures(case: Case, judged_rows: Mapping[str, torch.Tensor | None]) -> It
         found = case.stage.reference(inputs, dims, arithmetic)
         return {name: arithmetic.written(found[name], rows) for name, rows in judged_rows.items()}
 
-    exact, contract, rounding_all = (ErrorSites(makes) for makes in ("none", "contract", "all"))
+    exact, contract, rounding_all = (ErrorSites(makes, declared) for makes in ("none", "contract", "all"))
     right = evaluated(exact)
     # Products of several references at once may add up in another order.
     resolution = {name: RESOLUTION * value.abs().amax(-1, keepdim=True) for name, value in right.items()}
@@ -184,7 +187,9 @@ class Filter:
         }
 
 
-def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) -> list[Filter]:
+def filters(
+    case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity, declared: frozenset[str] = frozenset()
+) -> list[Filter]:
     """A filter for each signature that the case shows at all, and for its opposite; all of the same directions.
 
     The best weights for a shift s in noise of covariance C are ``inverse(C) s``. C has a row for every element of every output:
@@ -192,7 +197,7 @@ def filters(case: Case, bounds: Mapping[str, Bounds], sensitivity: Sensitivity) 
     sequence. ``benchmarks/signatures.py`` compares them with the best. What is legal is not among them: a filter could be made
     blind to where ties fall in one kernel, and see those of another.
     """
-    found = list(signatures(case, {name: estimate.rows for name, estimate in bounds.items()}))
+    found = list(signatures(case, {name: estimate.rows for name, estimate in bounds.items()}, declared))
     found.sort(key=lambda one: one.is_legal)
     count = sum(not one.is_legal for one in found)
     shifts = {name: _finite(torch.stack([one.shifts[name] for one in found])) for name in bounds}  # [K, rows, columns]

@@ -11,6 +11,7 @@ from pathlib import Path
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import TOOLCHAINS, Declaration, require_name
 from conformance.contract.loading import require_file
+from conformance.contract.precision import declared_names, require_ties
 from conformance.contract.registry import model_named, models, stage_named
 from conformance.errors import UsageError
 from conformance.lanes.eager import EAGER
@@ -96,12 +97,17 @@ class Listing:
             or not 1 <= declared.capacity <= model.largest_batch
         ):
             raise UsageError(f"{file}: kernel {require_name(declared.name)} declares what no kernel can")
+        declared_names(stage, declared.rounds, declared.precision)
+        require_ties(stage, declared.ties)
         return ListedKernel(
             stage_name=declared.stage,
             name=require_name(declared.name),
             toolchain=declared.toolchain,
             capabilities=declared.capabilities,
             profile=declared.profile,
+            rounds=declared.rounds,
+            precision=declared.precision,
+            ties=declared.ties,
             capacity=declared.capacity,
             source=Path(one_line(declared.source, MOST_TEXT)),
             summary=one_line(declared.summary, 200),

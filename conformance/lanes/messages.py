@@ -127,6 +127,9 @@ class Declared(Message):
     toolchain: str
     capabilities: tuple[str, ...]
     profile: str | None
+    rounds: tuple[str, ...]
+    precision: str
+    ties: str
     capacity: int
     chooses: bool
     source: str

@@ -17,7 +17,8 @@ _CHUNK_BYTES = 128 << 20
 
 class Arithmetic:
     """A reference calls ``wide`` on what it reads, ``round`` where the contract demands a bf16 rounding, ``optional`` where a
-    legal kernel may make one and ``unrounded`` where one is tempting and wrong; ``matmul`` widens large weights chunk by chunk.
+    legal kernel may make one, ``unrounded`` where one is tempting and wrong unless it is declared, and ``declarable`` where one
+    is not even tempting; ``matmul`` widens large weights chunk by chunk.
 
     The names say what it is that is rounded.
     """
@@ -45,8 +46,12 @@ class Arithmetic:
         """
         return tensor
 
-    def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """What must stay fp32."""
+    def unrounded(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
+        """What must stay fp32, unless the kernel declares otherwise."""
+        return tensor
+
+    def declarable(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
+        """The same, but no mistake that is looked for by name where a kernel declares nothing."""
         return tensor
 
     def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -176,6 +181,8 @@ class RoundingSites(_WrittenRows):
     def optional(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
         return self._site(tensor, sequences) if name in self.names else tensor
 
+    unrounded = declarable = optional
+
     def matmul(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if weight.dim() > 2:
             return super().matmul(x, weight)
@@ -192,11 +199,13 @@ class ErrorSites(_WrittenRows):
 
     Remembers values by the name of their place, in the order in which the reference comes by: those that are rounded or may be
     (``rounded_values``, as before that), and those that must stay fp32 (``unrounded_values``). ``names`` lists all names.
+    Roundings that the kernel ``declared`` are optional ones.
     """
 
-    def __init__(self, makes: Literal["none", "contract", "all"]) -> None:
+    def __init__(self, makes: Literal["none", "contract", "all"], declared: frozenset[str] = frozenset()) -> None:
         super().__init__(torch.float64, rounds=makes != "none")
         self._rounds_all = makes == "all"
+        self._declared = declared
         self.rounded_values: dict[str, list[torch.Tensor]] = {}
         self.unrounded_values: dict[str, list[torch.Tensor]] = {}
         self.names: dict[str, None] = {}
@@ -213,10 +222,15 @@ class ErrorSites(_WrittenRows):
         self.names[name] = None
         self.rounded_values.setdefault(name, []).append(tensor)
 
-    def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+    def unrounded(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
+        if name in self._declared:
+            return self.optional(tensor, name)
         self.names[name] = None
         self.unrounded_values.setdefault(name, []).append(tensor)
         return tensor
+
+    def declarable(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
+        return self.optional(tensor, name) if name in self._declared else tensor
 
     def truncation_errors(self, name: str) -> list[torch.Tensor]:
         """What cutting off the low bits of values costs on average: half a ULP, towards zero."""
@@ -270,5 +284,4 @@ class Disturbed(_WrittenRows):
     def optional(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
         return self.round(tensor, name)
 
-    def unrounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        return self.round(tensor, name)
+    unrounded = declarable = optional

@@ -12,6 +12,8 @@ import torch
 
 from conformance.numerics.bounds import (
     BF16,
+    FINER,
+    FP16_SPACING,
     SMALLEST_NORMAL,
     SUM_OF_RESULT,
     SUM_OF_SQUARES,
@@ -19,7 +21,9 @@ from conformance.numerics.bounds import (
     Correlation,
     Profile,
     U,
+    optional_rounding,
     rounding_variance,
+    scaled,
 )
 from conformance.numerics.ulp import rounded, spacing
 
@@ -29,6 +33,10 @@ ATTENTION_ELEMENTS = 1 << 17
 
 #: Variance of the relative error of one bf16 rounding, averaged over mantissas: ``(2**-8)**2 / 5`` per probability.
 PROBABILITY_VARIANCE = 2.0**-16 / 5
+
+
+#: Smallest normal number of fp16.
+FP16_NORMAL = 2.0**-14
 
 
 #: Fewer probabilities that agree may agree by accident.
@@ -79,10 +87,17 @@ def attention(
     back = order.argsort()
     columns = [torch.cat([getattr(estimate, name) for estimate, _ in parts])[back] for name in ("value", "variance", "worst")]
     correlation = None
-    if want_correlation and profile.makes("probabilities"):
+    if want_correlation and _probabilities_rounded_to(profile) is not None:
         sums, squares, of_heads = (torch.cat(column)[back] for column in zip(*(sums for _, sums in parts), strict=True))
         correlation = Correlation((sums**2 / squares.clamp_min(1e-300)).clamp_min(1), sums, of_heads)
     return Bounds(columns[0], columns[1], columns[2], correlation=correlation)
+
+
+def _probabilities_rounded_to(profile: Profile) -> torch.dtype | None:
+    """The format that probabilities are rounded to; ``None`` if they stay fp32. fp16 stands for all that is finer than bf16."""
+    if profile.makes("probabilities"):
+        return BF16
+    return torch.float16 if "probabilities" in profile.finer else None
 
 
 def _padded(rows: list[torch.Tensor], stops: list[int], longest: int) -> torch.Tensor:
@@ -132,6 +147,9 @@ def _attention_of(
     if new_rows is not None:
         z_variance += scale**2 * (q**2 @ key_variance.transpose(2, 3))
         z_worst += scale * (q.abs() @ key_worst.transpose(2, 3) + grouped.worst @ k_abs_t)
+    rounds_scores = profile.makes("unscaled scores") or profile.makes("scores")
+    if rounds_scores:
+        z, z_variance, z_worst = _rounded_scores(Bounds(z, z_variance, z_worst), scale, profile)
     z = torch.where(inside, z, -torch.inf)
     p = torch.softmax(z, -1)
     o = p @ v  # [N, K, G, D]
@@ -147,7 +165,12 @@ def _attention_of(
     spread = centred.abs_()
     magnitude = p @ v_abs
     worst = ((p * torch.expm1(z_worst.clamp_max(60))).unsqueeze(3) @ spread).squeeze(3)
-    variance = ((p**2 * z_variance).unsqueeze(3) @ spread.square_()).squeeze(3)
+    squared = spread.square_()
+    variance = ((p**2 * z_variance).unsqueeze(3) @ squared).squeeze(3)
+    if rounds_scores:
+        # However far a score is off, the result is a mean of values: none of them is further away than the furthest.
+        furthest = torch.where(inside.transpose(2, 3).unsqueeze(2), squared, 0.0).amax(3)
+        variance = torch.minimum(variance, furthest)
     if new_rows is not None:
         variance += scale**2 * of_query
         variance += p**2 @ value_variance
@@ -163,24 +186,30 @@ def _attention_of(
     worst += underflow
     sum_variance = square_sum = torch.zeros(several, dtype=torch.float64)
     head_variance = torch.zeros(several, heads, dtype=torch.float64)
-    if profile.makes("probabilities"):
+    narrow = _probabilities_rounded_to(profile)
+    if narrow is not None:
+        unit = 1.0 if narrow == BF16 else 1 / FINER
         several_keys = length > 1  # the probability of a lone key is 1, which no rounding changes
         from_rounded = profile.makes("denominator_of_rounded") and not profile.modelled
         signed = (v.unsqueeze(2) - o.unsqueeze(3)) if from_rounded else v.unsqueeze(2).expand_as(spread)
         moving = p * several_keys
         # What rounding does to each probability relative to it, before or after it is normalised.
         exponentials = torch.exp(z - z.amax(-1, keepdim=True))
-        bins = _equal_probabilities(p, length)
-        variance += bins.variance(moving, signed, exponentials)
-        worst += several_keys * 2.0**-8 * magnitude
+        bins = _equal_probabilities(p, length, unit=unit)
+        variance += bins.variance(moving, signed, exponentials, narrow)
+        worst += several_keys * 2.0**-8 * unit * magnitude
+        if narrow != BF16:
+            # Below its normal numbers fp16 errs by as much whatever the probability.
+            variance += several_keys * FP16_SPACING**2 / 12 * (v**2).sum(2).unsqueeze(2)
+            worst += several_keys * FP16_SPACING / 2 * v_abs.sum(2).unsqueeze(2)
         if want_correlation:
             # d(sum of signed scaled errors) / d(one rounded probability), and one term per final rounding.
-            relative = torch.maximum(_relative_rounding(p), _relative_rounding(exponentials)).flatten().unsqueeze(1)
+            relative = torch.maximum(*(_relative_rounding(some, narrow) for some in (p, exponentials))).flatten().unsqueeze(1)
             ulp_variance = rounding_variance(spacing(o, BF16))
             weight = torch.sign(o) / (variance + ulp_variance).sqrt()
             by_probability = (moving * (signed @ weight.unsqueeze(4)).squeeze(4)).flatten().unsqueeze(1)
             # Heads whose probabilities agree round them alike too: all of a row's, where its query is small.
-            whole_row = _equal_probabilities(p, length, across_heads=True)
+            whole_row = _equal_probabilities(p, length, across_heads=True, unit=unit)
             shared = whole_row.squared(by_probability, relative)
             final = weight**2 * ulp_variance * several_keys
             sum_variance = whole_row.sum_of_owners(shared).flatten() + final.flatten(1).sum(1)
@@ -190,6 +219,21 @@ def _attention_of(
     return Bounds(o, variance, worst).reshape(several, heads, head_dim), (sum_variance, square_sum, head_variance)
 
 
+def _rounded_scores(scores: Bounds, scale: float, profile: Profile) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores in bf16, before their scale, after it or both: their value, the variance of exp of it, relative, and the worst case.
+
+    A ULP of bf16 at a score of 100 is a half: ``exp`` is no straight line there. For a Gaussian error of variance s2 the mean of
+    ``(exp(error) - 1)**2`` is ``exp(2 s2) - 2 exp(s2 / 2) + 1``, and s2 to first order.
+    """
+    if profile.makes("unscaled scores"):
+        factor = torch.tensor(1 / scale, dtype=torch.float64)
+        unscaled = optional_rounding(scaled(scores, factor), profile, "unscaled scores")
+        scores = scaled(unscaled, 1 / factor)
+    scores = optional_rounding(scores, profile, "scores")
+    s2 = scores.variance.clamp_max(60)
+    return scores.value, torch.expm1(2 * s2) - 2 * torch.expm1(s2 / 2), scores.worst
+
+
 @dataclasses.dataclass(frozen=True)
 class _Bins:
     """Probabilities by bin: which bin each is in, and which of ``count`` owners, heads or whole rows, each bin is of."""
@@ -197,6 +241,7 @@ class _Bins:
     members: torch.Tensor
     owners: torch.Tensor
     count: int
+    unit: float = 1.0
 
     def squared(self, terms: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
         """By bin, the variance that roundings of ``terms [probabilities, D]`` add up to: alike or independent, as is larger.
@@ -206,26 +251,26 @@ class _Bins:
         1 / 255 all lie on a tie of bf16, and err by five times the variance that roundings have on average.
         """
         several = torch.bincount(self.members)[self.members] >= FEWEST_ALIKE
-        average = PROBABILITY_VARIANCE**0.5
+        average = PROBABILITY_VARIANCE**0.5 * self.unit
         size = torch.where(several.unsqueeze(1), relative.clamp_min(average), average)
         zeros = terms.new_zeros(len(self.owners), terms.shape[-1])
         errors = terms * size
         alike = zeros.index_add(0, self.members, errors) ** 2
         return torch.maximum(alike, zeros.index_add_(0, self.members, errors * errors))
 
-    def variance(self, p: torch.Tensor, values: torch.Tensor, exponentials: torch.Tensor) -> torch.Tensor:
+    def variance(self, p: torch.Tensor, values: torch.Tensor, exponentials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """What rounding all ``p [N, K, G, n]`` does to their sums of ``values [N, K, G, n, D]``: variances, ``[N, K, G, D]``.
 
         The sum over the bins of a head of what ``squared`` tells. Most bins have one member, which needs no collecting.
         """
         lone = (torch.bincount(self.members)[self.members] == 1).view_as(p)
-        found = PROBABILITY_VARIANCE * ((p * lone).square().unsqueeze(3) @ values.square()).squeeze(3)
+        found = PROBABILITY_VARIANCE * self.unit**2 * ((p * lone).square().unsqueeze(3) @ values.square()).squeeze(3)
         place = torch.nonzero(~lone & (p > 0), as_tuple=True)
         if not len(place[0]):
             return found
         bins, members = torch.unique(self.members.view_as(p)[place], return_inverse=True)
-        relative = torch.maximum(_relative_rounding(p[place]), _relative_rounding(exponentials[place])).unsqueeze(1)
-        some = _Bins(members, self.owners[bins], self.count)
+        relative = torch.maximum(*(_relative_rounding(one[place], dtype) for one in (p, exponentials))).unsqueeze(1)
+        some = _Bins(members, self.owners[bins], self.count, self.unit)
         return found + some.sum_of_owners(some.squared(p[place].unsqueeze(1) * values[place], relative)).view_as(found)
 
     def sum_of_owners(self, sums: torch.Tensor) -> torch.Tensor:
@@ -238,21 +283,23 @@ def _largest(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.abs().amax((-2, -1), keepdim=True).clamp_min(1e-300)
 
 
-def _relative_rounding(value: torch.Tensor) -> torch.Tensor:
-    """How far bf16 rounds each positive value, relative to it; 0 for those that it cannot hold."""
-    return torch.where(value > SMALLEST_NORMAL, (rounded(value, BF16) - value).abs() / value, 0.0)
+def _relative_rounding(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """How far each positive value is rounded, relative to it; 0 for those that the format cannot hold."""
+    smallest = SMALLEST_NORMAL if dtype == BF16 else FP16_NORMAL
+    return torch.where(value > smallest, (rounded(value, dtype) - value).abs() / value, 0.0)
 
 
-def _equal_probabilities(p: torch.Tensor, length: torch.Tensor, across_heads: bool = False) -> _Bins:
+def _equal_probabilities(p: torch.Tensor, length: torch.Tensor, across_heads: bool = False, unit: float = 1.0) -> _Bins:
     """Which of ``p [N, K, G, n]`` are so nearly equal that their bf16 roundings are one and the same error, not independent.
 
-    Each head's by themselves, or all of the row's. ``length [N, 1, 1, 1]`` is how many each has.
+    Each head's by themselves, or all of the row's. ``length [N, 1, 1, 1]`` is how many each has. A finer rounding than bf16's has
+    errors, and bins, of ``unit`` times its size.
 
     Where queries are small the probabilities are all about ``1 / n``, are all rounded the same way, and the whole row is off by
     that much. Two values round alike while they are a fraction of a ULP apart: bins of ``2**-9``, around ``1 / n``.
     """
-    steps = torch.round(torch.log(p * length).clamp_min(-1e3) * 2.0**9).to(torch.int64)
+    steps = torch.round(torch.log(p * length).clamp_min(-1e3) * (2.0**9 / unit)).to(torch.int64)
     count = p.shape[0] if across_heads else p.shape[:3].numel()
     owners = torch.arange(count).view(-1, 1, 1, 1) if across_heads else torch.arange(count).view(*p.shape[:3], 1)
     keys, members = torch.unique((steps + (owners << 32)).flatten(), return_inverse=True)
-    return _Bins(members, (keys + (1 << 31)) >> 32, count)
+    return _Bins(members, (keys + (1 << 31)) >> 32, count, unit)

@@ -96,7 +96,7 @@ class Proof:
             text = f"{claim} could not be tested {about}: the kernel refuses the dimensions: {refusal}"
             return not_held(self.check, case.key, text, outcome), outcome
         outcome = self.run(case, "last")
-        verdict = judge(case, outcome, profile=self.kernel.profile)
+        verdict = judge(case, outcome, **self.kernel.judged_by)
         message = verdict.findings[0].message if verdict.findings else ""
         if not message and difference is not None:
             message = difference(outcome)

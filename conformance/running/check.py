@@ -14,9 +14,11 @@ from conformance.cases.key import CaseKey, of_stage, smallest, take_rows
 from conformance.cases.source import Source
 from conformance.cases.space import Space, interleaved_keys
 from conformance.contract.kernel import Declaration, Kernel, as_kernel, require_kernel_of
+from conformance.contract.precision import CONTRACT, TIES
 from conformance.contract.registry import preset_named, short_name, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
+from conformance.judge.explanations import Explainer
 from conformance.judge.judgement import judge
 from conformance.judge.oracle import Oracle
 from conformance.judge.signatures import judge_together
@@ -129,6 +131,9 @@ def check(
     isolated: bool = False,
     name: str | None = None,
     progress: bool | Callable[[int, int, int], object] = False,
+    rounds: Sequence[str] = (),
+    precision: str = CONTRACT,
+    ties: str = TIES[0],
 ) -> Report:
     """Judge a kernel on ``examples`` cases of a stage (``Stage.examples`` unless given), deterministic in ``seed``.
 
@@ -146,11 +151,13 @@ def check(
     in C++ or CUDA, for what may not end, and for code that you do not trust with your process. It must then be an attribute of
     a module that can be imported anew.
 
+    ``rounds``, ``precision`` and ``ties`` are declared of the kernel besides what it declares itself (``conformance.kernel``).
+
     Raises ``UsageError`` for what cannot be judged as asked, ``UnavailableError`` where the lane cannot run; a
     ``KeyboardInterrupt`` has what was judged as ``report``.
     """
     contract = stage_named(stage)
-    kernel = declaration_of(stage, function)
+    kernel = declaration_of(stage, function).declaring(rounds, precision, ties)
     require_seconds("timeout", timeout)
     if name is not None and (not isinstance(name, str) or not name.strip()):
         raise UsageError(f"name is what the kernel is called in the report, a text, found {name!r}")
@@ -246,9 +253,9 @@ def case_runs(
     kernel: Declaration, keys: Iterable[CaseKey], run: Runner, lane: str, plan: RunPlan | None = None
 ) -> Iterator[Judged]:
     """Judge case by case, with the lane's own plan unless one is given, then all together; end early if too many are lost."""
-    lost, runs, plans = 0, list[Judged](), Plans(lane, kernel.stage)
+    lost, runs, plans, explainer = 0, list[Judged](), Plans(lane, kernel.stage), Explainer(kernel.judged_by)
     for key in keys:
-        for judged in judged_runs(kernel, key, run, plan or plans.following(key)):
+        for judged in judged_runs(kernel, key, run, plan or plans.following(key), explainer=explainer):
             lost += is_lost(judged)
             runs.append(judged)
             yield judged
@@ -393,17 +400,26 @@ class Plans:
 
 
 def judged_runs(
-    kernel: Declaration, key: CaseKey, run: Runner, plan: RunPlan, *, oracle: Oracle | None = None
+    kernel: Declaration,
+    key: CaseKey,
+    run: Runner,
+    plan: RunPlan,
+    *,
+    oracle: Oracle | None = None,
+    explainer: Explainer | None = None,
 ) -> Iterator[Judged]:
     """Run a case and judge it, then whatever the plan adds, as long as nothing is wrong.
 
     Every case is judged against its oracle (``oracle``, if several kernels share one); a repeat must also equal the first run bit
     for bit. A repeat that only shows again what is wrong with the first run is left out: it would count that twice.
+    ``explainer`` says what roundings would explain, if that is asked for.
     """
     oracle = oracle or Oracle(make_case(key))
     case = oracle.case
     first = run(case, plan.passes)
-    verdict = judge(case, first, profile=kernel.profile, oracle=oracle, signatures=plan.signatures)
+    verdict = judge(case, first, oracle=oracle, signatures=plan.signatures, **kernel.judged_by)
+    if explainer is not None:
+        verdict = explainer.explained(case, first, verdict, oracle)
     yield _judged("example", key, verdict, first)
     if first.status != "ok" or not first.executed:
         return
@@ -412,7 +428,9 @@ def judged_runs(
         again = run(case, "none")  # what the passes do to the same case has been seen
         differences = _differences(first, again) if again.status == "ok" else []
         same = again.status == "ok" and not differences and _conduct(again) == _conduct(first)
-        repeated = verdict if same else judge(case, again, profile=kernel.profile, oracle=oracle, signatures=plan.signatures)
+        repeated = verdict if same else judge(case, again, oracle=oracle, signatures=plan.signatures, **kernel.judged_by)
+        if explainer is not None and not same:
+            repeated = explainer.explained(case, again, repeated, oracle)
         known = {_told(finding) for finding in verdict.findings}
         new = [finding for finding in repeated.findings if _told(finding) not in known] + differences
         if fine or new:
@@ -458,7 +476,7 @@ def _related(kernel: Declaration, key: CaseKey, run: Runner, check_name: str, pa
     case = make_case(key)
     if kernel.refusal(case.dims) is None:
         outcome = run(case, passes)
-        yield _judged(check_name, key, judge(case, outcome, profile=kernel.profile), outcome)
+        yield _judged(check_name, key, judge(case, outcome, **kernel.judged_by), outcome)
 
 
 def _differences(first: Outcome, again: Outcome) -> list[Finding]:

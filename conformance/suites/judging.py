@@ -17,6 +17,7 @@ from conformance.cases.space import Space, stratified_keys
 from conformance.cases.strategies import keys
 from conformance.contract.registry import short_name
 from conformance.errors import UsageError
+from conformance.judge.explanations import Explainer
 from conformance.judge.judgement import judge_without_outputs
 from conformance.lanes.base import Outcome
 from conformance.lanes.process import KernelProcess, Limits
@@ -86,7 +87,7 @@ class SubjectJudging:
         """Judge the kernel on cases: one or more of every regime, then, at night, what Hypothesis draws."""
         space = self._space()
         given = list(itertools.islice(stratified_keys(space, SEED), self.profile.given(space.stage)))
-        plans = Plans(self.subject.lane, space.stage)
+        plans, explainer = Plans(self.subject.lane, space.stage), Explainer(self.subject.kernel.judged_by)
         with self._usage_errors(), contextlib.ExitStack() as stack:
             self._require_accepted(given)
             process = stack.enter_context(self._process(Limits()))
@@ -95,7 +96,7 @@ class SubjectJudging:
                 if self._refused(key) or sum(map(is_lost, self.runs)) >= MOST_LOST:
                     return
                 before = len(self.runs)
-                for run in judged_runs(self.subject.kernel, key, process.run, plans.following(key)):
+                for run in judged_runs(self.subject.kernel, key, process.run, plans.following(key), explainer=explainer):
                     self._keep(run)
                 if not all(run.verdict.ok for run in self.runs[before:]):
                     raise ConformanceError(str(key))

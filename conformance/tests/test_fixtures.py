@@ -381,8 +381,8 @@ ATTENTION = {"attention", "paged_attention", *LAYERS}
         ),
         pytest.param(
             reference.rope,
-            "torch.cat([low * cos_low - high * sin_low, high * cos_high + low * sin_high], -1)",
-            "torch.stack([low * cos_low - high * sin_low, high * cos_high + low * sin_high], -1)",
+            "torch.cat([first - second, third + fourth], -1)",
+            "torch.stack([first - second, third + fourth], -1)",
             {"rope", *LAYERS},
             id="rope interleaved",
         ),

@@ -5,6 +5,7 @@ Names, order, dtypes and layouts are fixed; kernels, references, generators and 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -29,6 +30,14 @@ CONTIGUOUS = "L*B*NKV*S D"
 PAGED = "L*NB*NKV*BS D"
 
 
+def _ties(tensors: Tensors, outputs: Tensors, dims: Dims) -> dict[str, torch.Tensor]:
+    """Token ids whose logit is the largest, whether or not they are the lowest such index."""
+    logits, ids = tensors["logits"], outputs["token_ids"].long()
+    inside = (ids >= 0) & (ids < logits.shape[1])
+    found = logits.gather(1, ids.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    return {"token_ids": inside & (found == logits.amax(-1))}
+
+
 def _outputs(
     function: Callable[..., tuple[torch.Tensor, ...]], arguments: Sequence[Argument]
 ) -> Callable[..., dict[str, torch.Tensor]]:
@@ -43,19 +52,40 @@ def _outputs(
     return call
 
 
-def _profiles(*roundings: str, casts: Sequence[Mode] = ("half_even", "half_away")) -> tuple[Profile, ...]:
-    """Every combination of a stage's optional roundings with every legal cast, the contract's own points first."""
-    found = []
-    for count in range(len(roundings) + 1):
-        for chosen in itertools.combinations(roundings, count):
-            for cast in casts:
-                name = "+".join(chosen) or "contract"
-                found.append(Profile(name if cast == "half_even" else f"{name},{cast}", frozenset(chosen), cast))
-    return tuple(found)
+def _profiles(
+    *roundings: str,
+    casts: Sequence[Mode] = ("half_even", "half_away"),
+    inside: Sequence[str] = (),
+    only_together: bool = False,
+) -> tuple[Profile, ...]:
+    """Every combination of a stage's optional roundings with every legal cast, the contract's own points first.
 
+    More accurate is never wrong. So each combination comes once more for kernels that keep a finer format than bf16, or fp32, at
+    the places where it has no bf16; and once more for those that do so where the contract rounds ``inside`` the stage too. With
+    ``only_together`` the former are left out: a rounding to bf16 that follows a finer one falls on the other side of many ties,
+    and what that allows would hide mistakes.
+    """
+    together: tuple[Sequence[str], ...] = (inside,) if only_together else ((), inside)
+    found = []
+    subsets = [chosen for count in range(len(roundings) + 1) for chosen in itertools.combinations(roundings, count)]
+    for is_finer, chosen, at_most_bf16 in itertools.product((False, True), subsets, together):
+        finer = frozenset(roundings) - set(chosen) | set(at_most_bf16) if is_finer else frozenset[str]()
+        if bool(finer) is not is_finer:
+            continue
+        for cast in casts:
+            words = ["+".join(chosen) or "contract", *(["finer " + "+".join(sorted(finer))] if finer else []), cast]
+            name = ",".join(word for word in words if word != "half_even")
+            found.append(Profile(name, frozenset(chosen), cast, finer=finer))
+    return tuple(dict.fromkeys(found))
+
+
+#: What a kernel may declare that it rounds, besides what is legal anyway.
+_DECLARABLE_OF_ROPE = {"rope tables": ("rope_cos", "rope_sin"), "rotation products": ("rotation products",)}
+_DECLARABLE_OF_ATTENTION = {"scores": ("unscaled scores", "scores")}
+_NORM_WEIGHTS = ("input_rms_weight", "q_norm_weight", "k_norm_weight", "post_rms_weight", "final_norm_weight")
 
 #: Inside a layer every optional rounding may or may not happen, and the norms' division may come after the projections.
-_EVERYWHERE = frozenset({"normalised", "before_rope", "projection", "probabilities", "branch", "residual", "gate", "up"})
+_EVERYWHERE = frozenset({"normalised", "before_rope", "projection", "probabilities", "branch", "residual", "gate", "up", "silu"})
 _LAYER_PROFILES = (
     Profile("modelled", _EVERYWHERE, modelled=True),
     Profile("modelled,deferred_norm", _EVERYWHERE | {"deferred_norm"}, modelled=True),
@@ -110,8 +140,11 @@ def _stage(name: str, summary: str, arguments: tuple[Argument, ...], **keywords:
     unknown = [regime for regime in keywords["regimes"] if regime not in inputs.REGIMES]  # type: ignore[attr-defined]
     if unknown:
         raise ValueError(f"stage {name} has regimes that no data are made for: {', '.join(unknown)}")
+    declarable: dict[str, tuple[str, ...]] = keywords.setdefault("declarable", {})  # type: ignore[assignment]
     return Stage(
         model="qwen3",
+        # Every operation of a bf16 module rounds, and its weights and tables are bf16.
+        policies={"torch_bf16": tuple(declarable)},
         name=name,
         summary=summary,
         arguments=arguments,
@@ -128,6 +161,7 @@ RMS_NORM = _stage(
     (read("x", "B H", bf16), read("weight", "1 H", f32), write("out", "B H", bf16)),
     regimes=_VALUE_REGIMES,
     profiles=_profiles("normalised"),
+    declarable={"norm weights": ("weight",)},
 )
 QKV_PROJ = _stage(
     "qkv_proj",
@@ -143,6 +177,7 @@ QKV_PROJ = _stage(
     ),
     regimes=(*_VALUE_REGIMES, "cancel"),
     profiles=_profiles(casts=("half_even",)),
+    declarable={"projection": ("projection",)},
 )
 QK_NORM = _stage(
     "qk_norm",
@@ -157,6 +192,7 @@ QK_NORM = _stage(
     ),
     regimes=_VALUE_REGIMES,
     profiles=_profiles("normalised", "before_rope"),
+    declarable={"norm weights": ("q_norm_weight", "k_norm_weight")},
 )
 ROPE = _stage(
     "rope",
@@ -172,6 +208,7 @@ ROPE = _stage(
     ),
     regimes=(*_VALUE_REGIMES, "length_one", "long"),
     profiles=_profiles("before_rope"),
+    declarable=_DECLARABLE_OF_ROPE,
     has_lengths=True,
 )
 KV_WRITE = _stage(
@@ -191,10 +228,18 @@ KV_WRITE = _stage(
     capabilities=("paged_kv", "variable_batch"),
 )
 _ATTENTION_REGIMES = (*_VALUE_REGIMES, "cancel", "length_one", "long", "needle", "low")
-_ATTENTION_PROFILES = tuple(
-    profile
-    for profile in _profiles("probabilities", "denominator_of_rounded")
-    if profile.makes("probabilities") or not profile.makes("denominator_of_rounded")
+_ATTENTION_PROFILES = (
+    *_profiles("probabilities"),
+    # The denominator sums the rounded probabilities.
+    *(
+        dataclasses.replace(
+            profile,
+            name=profile.name.replace("probabilities", "probabilities+denominator_of_rounded"),
+            roundings=profile.roundings | {"denominator_of_rounded"},
+        )
+        for profile in _profiles("probabilities")
+        if profile.roundings
+    ),
 )
 ATTENTION = _stage(
     "attention",
@@ -208,6 +253,7 @@ ATTENTION = _stage(
     ),
     regimes=_ATTENTION_REGIMES,
     profiles=_ATTENTION_PROFILES,
+    declarable=_DECLARABLE_OF_ATTENTION,
     has_lengths=True,
     examples=60,
 )
@@ -224,6 +270,7 @@ PAGED_ATTENTION = _stage(
     ),
     regimes=_ATTENTION_REGIMES,
     profiles=_ATTENTION_PROFILES,
+    declarable=_DECLARABLE_OF_ATTENTION,
     tags=frozenset({"paged"}),
     drawn=("B", "NB"),
     has_lengths=True,
@@ -236,6 +283,7 @@ O_PROJ = _stage(
     (read("attn", "B NH*D", bf16), read("wo", "NH*D H", bf16), read("residual", "B H", bf16), write("out", "B H", f32)),
     regimes=(*_VALUE_REGIMES, "cancel"),
     profiles=_profiles("branch"),
+    declarable={"result": ("result",)},
 )
 MLP = _stage(
     "mlp",
@@ -248,18 +296,25 @@ MLP = _stage(
         write("out", "B H", f32),
     ),
     regimes=(*_VALUE_REGIMES, "cancel"),
-    profiles=_profiles("gate", "up", "branch"),
+    profiles=_profiles("gate", "up", "silu", "branch", inside=("activation",), only_together=True),
+)
+_LM_HEAD_PROFILES = (
+    *_profiles("normalised", inside=("final norm",)),
+    # Where the division comes after the projection no normalised value is there to be rounded.
+    *(
+        dataclasses.replace(
+            profile, name=profile.name.replace("contract", "deferred_norm"), roundings=frozenset({"deferred_norm"})
+        )
+        for profile in _profiles(inside=("final norm",))
+    ),
 )
 LM_HEAD = _stage(
     "lm_head",
     "bf16(rn(hidden, final_norm_weight)) @ lm_head_weight.T",
     (read("hidden", "B H", bf16), *_HEAD, *_LOGITS),
     regimes=_VALUE_REGIMES,
-    profiles=tuple(
-        profile
-        for profile in _profiles("normalised", "deferred_norm")
-        if not (profile.makes("normalised") and profile.makes("deferred_norm"))
-    ),
+    profiles=_LM_HEAD_PROFILES,
+    declarable={"norm weights": ("final_norm_weight",), "logits": ("logits",)},
 )
 GREEDY_SAMPLE = _stage(
     "greedy_sample",
@@ -267,6 +322,7 @@ GREEDY_SAMPLE = _stage(
     (read("logits", "B V", f32), write("token_ids", "B", i32)),
     regimes=(*_VALUE_REGIMES, "ties", "near_ties", "edges", "negative"),
     profiles=_profiles(casts=("half_even",)),
+    ties=_ties,
 )
 
 
@@ -289,6 +345,12 @@ def _layers(name: str, summary: str, arguments: tuple[Argument, ...], *drawn: st
         arguments,
         regimes=_LAYER_REGIMES,
         profiles=_LAYER_PROFILES,
+        declarable={
+            "norm weights": tuple(one.name for one in arguments if one.name in _NORM_WEIGHTS),
+            **_DECLARABLE_OF_ROPE,
+            **_DECLARABLE_OF_ATTENTION,
+            **({"logits": ("logits",)} if ends_in_logits else {}),
+        },
         tags=frozenset(tag for tag, is_so in tags.items() if is_so),
         drawn=("B", *drawn),
         has_lengths=True,

@@ -28,7 +28,10 @@ def rms_norm(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]
 def qkv_proj(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
     """``q``, ``k``, ``v``: products of exact operands."""
     x = bounds.exact(inputs["x"])
-    return {name: bounds.projection(x, inputs["w" + name]) for name in ("q", "k", "v")}
+    return {
+        name: bounds.optional_rounding(bounds.projection(x, inputs["w" + name]), profile, "projection")
+        for name in ("q", "k", "v")
+    }
 
 
 def _heads_normalised(x: Bounds, weight: torch.Tensor, dims: Dims, profile: Profile) -> Bounds:
@@ -45,11 +48,11 @@ def qk_norm(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
     }
 
 
-def _rotated(x: Bounds, length: torch.Tensor, tables: Tensors, dims: Dims) -> Bounds:
+def _rotated(x: Bounds, length: torch.Tensor, tables: Tensors, dims: Dims, profile: Profile) -> Bounds:
     shape = x.value.shape
     position = length.long() - 1
     cosine, sine = tables["rope_cos"][position].unsqueeze(1), tables["rope_sin"][position].unsqueeze(1)
-    return bounds.rotate_half(x.reshape(shape[0], -1, dims.D), cosine, sine).reshape(*shape)
+    return bounds.rotate_half(x.reshape(shape[0], -1, dims.D), cosine, sine, profile).reshape(*shape)
 
 
 def rope(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
@@ -57,7 +60,7 @@ def rope(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
     found = {}
     for name in ("q", "k"):
         given = bounds.optional_rounding(bounds.exact(inputs[name]), profile, "before_rope")
-        found[f"{name}_out"] = _rotated(given, inputs["seq_lens"], inputs, dims)
+        found[f"{name}_out"] = _rotated(given, inputs["seq_lens"], inputs, dims, profile)
     return found
 
 
@@ -109,13 +112,13 @@ def _output_projection(attn: Bounds, wo: torch.Tensor, residual: Bounds, profile
 def o_proj(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
     """``out``: projection plus residual."""
     attn, residual = bounds.exact(inputs["attn"]), bounds.exact(inputs["residual"])
-    return {"out": _output_projection(attn, inputs["wo"], residual, profile)}
+    return {"out": bounds.optional_rounding(_output_projection(attn, inputs["wo"], residual, profile), profile, "result")}
 
 
 def _mlp_of(gate: Bounds, up: Bounds, w_down: torch.Tensor, profile: Profile) -> Bounds:
     gate = bounds.optional_rounding(gate, profile, "gate")
     up = bounds.optional_rounding(up, profile, "up")
-    activation = bounds.rounding(bounds.silu_times(gate, up), profile)
+    activation = bounds.rounding(bounds.silu_times(gate, up, profile), profile, "activation")
     return bounds.optional_rounding(bounds.projection(activation, w_down), profile, "branch")
 
 
@@ -128,8 +131,10 @@ def mlp(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
 
 def head(hidden: Bounds, inputs: Tensors, dims: Dims, profile: Profile) -> Bounds:
     """Logits ``[N, V]`` of hidden states ``[N, H]``, before their cast to fp32."""
-    (logits,) = bounds.norm_and_projections(hidden, inputs["final_norm_weight"], [inputs["lm_head_weight"].T], dims.eps, profile)
-    return logits
+    (logits,) = bounds.norm_and_projections(
+        hidden, inputs["final_norm_weight"], [inputs["lm_head_weight"].T], dims.eps, profile, "final norm"
+    )
+    return bounds.optional_rounding(logits, profile, "logits")
 
 
 def lm_head(inputs: Tensors, dims: Dims, profile: Profile) -> dict[str, Bounds]:
@@ -149,11 +154,11 @@ def _layer(
     """The new key rows and value rows ``[N, NKV, D]`` and the hidden states ``[N, H]``, each before its cast."""
     dims, tokens = layout.dims, hidden.value.shape[0]
     q, k, v = bounds.norm_and_projections(
-        hidden, weights["input_rms_weight"], [weights["wq"], weights["wk"], weights["wv"]], dims.eps, profile
+        hidden, weights["input_rms_weight"], [weights["wq"], weights["wk"], weights["wv"]], dims.eps, profile, "input norm"
     )
     q, k, v = (bounds.optional_rounding(tensor, profile, "projection") for tensor in (q, k, v))
-    q = _rotated(_heads_normalised(q, weights["q_norm_weight"], dims, profile), layout.length, tables, dims)
-    k = _rotated(_heads_normalised(k, weights["k_norm_weight"], dims, profile), layout.length, tables, dims)
+    q = _rotated(_heads_normalised(q, weights["q_norm_weight"], dims, profile), layout.length, tables, dims, profile)
+    k = _rotated(_heads_normalised(k, weights["k_norm_weight"], dims, profile), layout.length, tables, dims, profile)
     q, k_row, v_row = (tensor.reshape(tokens, heads, dims.D) for tensor, heads in ((q, dims.NH), (k, dims.NKV), (v, dims.NKV)))
     attn = attention_bounds(
         bounds.rounding(q, profile),
@@ -166,7 +171,7 @@ def _layer(
     residual = _output_projection(bounds.rounding(attn, profile), weights["wo"], hidden, profile)
     residual = bounds.optional_rounding(residual, profile, "residual", tie_prone=True)
     gate, up = bounds.norm_and_projections(
-        residual, weights["post_rms_weight"], [weights["w_gate"], weights["w_up"]], dims.eps, profile
+        residual, weights["post_rms_weight"], [weights["w_gate"], weights["w_up"]], dims.eps, profile, "post norm"
     )
     branch = _mlp_of(gate, up, weights["w_down"], profile)
     return k_row, v_row, bounds.add(branch, residual)

@@ -74,7 +74,9 @@ def rope(
         low, high = a.wide(x).reshape(x.shape[0], -1, dims.D).chunk(2, -1)
         cos_low, cos_high = cos.chunk(2, -1)
         sin_low, sin_high = sin.chunk(2, -1)
-        rotated = torch.cat([low * cos_low - high * sin_low, high * cos_high + low * sin_high], -1)
+        pairs = ((low, cos_low), (high, sin_low), (high, cos_high), (low, sin_high))
+        first, second, third, fourth = (a.declarable(half * table, "rotation products") for half, table in pairs)
+        rotated = torch.cat([first - second, third + fourth], -1)
         return a.round(rotated.reshape(x.shape), name)
 
     return rotate(q, "rotated q"), rotate(k, "rotated k")
@@ -122,7 +124,8 @@ def attend(
             scores = torch.cat([scores, query @ own_keys.permute(0, 2, 3, 1)], -1)
             seen = torch.cat([seen, cached.view(-1, 1, 1) + torch.arange(block.own.shape[1]) < length], -1)
         mask = seen.unsqueeze(1).repeat_interleave(dims.G, 2)  # [s, 1, t*G, n + m]
-        scores = a.unrounded(torch.where(mask, scores * dims.scale, 0.0), "scores")
+        scores = a.declarable(torch.where(mask, scores, 0.0), "unscaled scores", block.sequences)
+        scores = a.unrounded(scores * dims.scale, "scores", block.sequences)
         visible = torch.where(mask, scores, -torch.inf)
         exponentials = torch.exp(visible - visible.detach().amax(-1, keepdim=True))
         denominator = a.unrounded(exponentials.sum(-1, keepdim=True), "softmax denominator")
@@ -155,11 +158,11 @@ def o_proj(attn: Tensor, wo: Tensor, residual: Tensor, *, dims: Dims, a: Arithme
 
 
 def mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor]:
-    """``bf16(silu(x @ w_gate) * (x @ w_up)) @ w_down``, ``[B, H]``."""
+    """``bf16(silu(x @ w_gate) * (x @ w_up)) @ w_down``, ``[B, H]``; ``silu`` may be rounded too."""
     x = a.wide(x)
     gate = a.optional(a.matmul(x, w_gate), "gate")
     up = a.optional(a.matmul(x, w_up), "up")
-    silu = a.unrounded(gate * a.unrounded(torch.sigmoid(gate), "sigmoid"), "silu")
+    silu = a.optional(gate * a.unrounded(torch.sigmoid(gate), "sigmoid"), "silu")
     activation = a.round(silu * up, "activation")
     return (a.optional(a.matmul(activation, w_down), "branch"),)
 
@@ -167,7 +170,7 @@ def mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, dims: Dims, 
 def lm_head(hidden: Tensor, final_norm_weight: Tensor, lm_head_weight: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor]:
     """``bf16(rn(hidden, final_norm_weight)) @ lm_head_weight.T``, ``[B, V]``."""
     (normalised,) = rms_norm(hidden, final_norm_weight, dims=dims, a=a, name="final norm")
-    return (a.matmul(normalised, lm_head_weight.T),)
+    return (a.declarable(a.matmul(normalised, lm_head_weight.T), "logits"),)
 
 
 def greedy_sample(logits: Tensor, *, dims: Dims, a: Arithmetic) -> tuple[Tensor]:

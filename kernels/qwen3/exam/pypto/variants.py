@@ -99,6 +99,20 @@ def deferred_norm(fragments: Any) -> None:
     fragments.lm_head = lm_head
 
 
+@legal.computes("lm_head")
+def normalised_in_fp32(
+    fragments: Any, hidden: Tensor, final_norm_weight: Tensor, lm_head_weight: Tensor, logits: Tensor, dims: Dims
+) -> None:
+    """The normalised states go into the product in fp32."""
+    pypto = fragments.pypto
+    fragments.set_vector_tiles(dims.B, dims.H)
+    normalised = fragments.rms_norm(pypto.cast(hidden, pypto.DT_FP32), final_norm_weight, dims.eps)
+    fragments.set_vector_tiles(dims.V, dims.H)
+    wide = pypto.cast(lm_head_weight, pypto.DT_FP32)
+    pypto.set_cube_tile_shapes([16, 16], [64, 64], [64, 64])
+    logits[:] = pypto.matmul(normalised, wide, pypto.DT_FP32, b_trans=True)
+
+
 @legal.edits("decode_layer", name="deferred_norm")
 def deferred_input_norm(fragments: Any) -> None:
     """q, k and v are divided by the root mean square of the layer's input, not the input."""
@@ -366,6 +380,20 @@ def mlp_branch_rounded(fragments: Any, x: Tensor, w_gate: Tensor, w_up: Tensor, 
     fragments.set_cube_tiles(dims.B, dims.I, dims.H)
     fragments.set_vector_tiles(dims.B, dims.H)
     out[:] = pypto.cast(pypto.matmul(activation, w_down, pypto.DT_BF16), pypto.DT_FP32)
+
+
+@legal.computes("mlp")
+def activation_in_fp32(fragments: Any, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, out: Tensor, dims: Dims) -> None:
+    """The activation goes into the last product in fp32."""
+    pypto = fragments.pypto
+    fragments.set_cube_tiles(dims.B, dims.H, dims.I)
+    gate, up = pypto.matmul(x, w_gate, pypto.DT_FP32), pypto.matmul(x, w_up, pypto.DT_FP32)
+    fragments.set_vector_tiles(dims.B, dims.I)
+    activation = pypto.mul(pypto.div(gate, pypto.add(pypto.exp(pypto.mul(gate, -1.0)), 1.0)), up)
+    fragments.set_vector_tiles(dims.I, dims.H)
+    wide = pypto.cast(w_down, pypto.DT_FP32)
+    pypto.set_cube_tile_shapes([16, 16], [64, 64], [64, 64])
+    out[:] = pypto.matmul(activation, wide, pypto.DT_FP32)
 
 
 # Layers

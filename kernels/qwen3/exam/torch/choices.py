@@ -47,16 +47,21 @@ class Choices:
     whole_page: str = "no"
     #: Prefill only: queries of one chunk that are attended for together, under a causal mask; 0 for the whole chunk.
     queries: int = 1
-    #: bf16 probabilities: ``no``, ``after`` normalisation, ``before`` with the unrounded denominator, ``both`` rounded.
+    #: bf16 probabilities: ``no``, ``after`` normalisation, ``before`` with the unrounded denominator, ``both`` rounded; ``fp16``
+    #: ones before it.
     probabilities: str = "no"
     #: ``sigmoid``, ``exp`` (``x / (1 + exp(-x))``) or ``tanh``.
     silu: str = "sigmoid"
-    #: Optional bf16 roundings.
-    normalised: bool = False
+    #: Optional bf16 roundings; the normalised value may be rounded to ``fp16`` as well.
+    normalised: bool | str = False
     before_rope: bool = False
     gate: bool = False
     up: bool = False
+    silu_rounded: bool = False
     branch: bool = False
+    #: What the contract's own roundings inside a stage are made to, of a norm's output and the activation: ``bf16``, ``tf32`` or
+    #: ``fp32``; with ``tf32`` gate, up and SiLU are too, if they are not bf16.
+    inside: str = "bf16"
     #: Optional inside a layer only: projections of the norm's output, and the residual after attention.
     projection: bool = False
     residual: bool = False
@@ -86,7 +91,15 @@ ORDERS = (
 
 #: Rounds where the Hugging Face implementation does (its RoPE apart, which the contract keeps in fp32).
 HUGGING_FACE_LIKE = Choices(
-    probabilities="after", normalised=True, before_rope=True, gate=True, up=True, branch=True, projection=True, residual=True
+    probabilities="after",
+    normalised=True,
+    before_rope=True,
+    gate=True,
+    up=True,
+    silu_rounded=True,
+    branch=True,
+    projection=True,
+    residual=True,
 )
 
 _ATTENTION = (
@@ -123,8 +136,8 @@ RELEVANT: dict[str, tuple[str, ...]] = {
     "attention": _ATTENTION,
     "paged_attention": _ATTENTION,
     "o_proj": ("order", "padded", "residual_first", "cast", "branch"),
-    "mlp": ("order", "padded", "cast", "silu", "gate", "up", "branch"),
-    "lm_head": ("order", "padded", "cast", "root", "mean_of_terms", "gamma_first", "normalised", "deferred_final_norm"),
+    "mlp": ("order", "padded", "cast", "silu", "gate", "up", "silu_rounded", "branch", "inside"),
+    "lm_head": ("order", "padded", "cast", "root", "mean_of_terms", "gamma_first", "normalised", "deferred_final_norm", "inside"),
     "greedy_sample": ("scan",),
     **{
         stage: _of_layers(stage)
@@ -141,6 +154,8 @@ RELEVANT: dict[str, tuple[str, ...]] = {
 }
 
 _VALUES: dict[str, tuple[Any, ...]] = {
+    "normalised": (False, True, "fp16"),
+    "inside": ("bf16", "tf32", "fp32"),
     "order": ORDERS,
     "cast": ("half_even", "half_away"),
     "root": ("rsqrt", "inverse", "root_of_inverse", "division"),
@@ -151,7 +166,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "visit": ("forward", "backward", "shuffled"),
     "whole_page": ("no", "add", "replace"),
     "queries": (1, 3, 16, 0),
-    "probabilities": ("no", "after", "before", "both"),
+    "probabilities": ("no", "after", "before", "both", "fp16"),
     "silu": ("sigmoid", "exp", "tanh"),
     "scan": ("whole", "tiles", "backward", "pairs"),
 }

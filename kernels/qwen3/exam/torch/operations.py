@@ -61,9 +61,15 @@ class Operations:
             return torch.where(torch.isfinite(x), (raised & -0x10000).view(torch.float32), x)
         return x.to(BF16).float()
 
-    def maybe(self, rounds: bool, x: Tensor) -> Tensor:
-        """A rounding to bf16 that a kernel is free to make."""
+    def maybe(self, rounds: bool | str, x: Tensor) -> Tensor:
+        """A rounding to bf16, or to the format named, that a kernel is free to make."""
+        if isinstance(rounds, str):
+            return in_format(x, rounds)
         return self.cast(x) if rounds else x
+
+    def cast_inside(self, x: Tensor) -> Tensor:
+        """What the contract rounds inside a stage, in the chosen format."""
+        return self.cast(x) if self.choices.inside == "bf16" else in_format(x, self.choices.inside)
 
     def sum_of_terms(self, terms: Tensor) -> Tensor:
         """Sum of fp32 ``terms[..., K]`` over the last axis, in the chosen order."""
@@ -255,6 +261,8 @@ class Operations:
             in_sum, p = p, self.at("probabilities", _as_it_is)(p)
             if self.choices.probabilities in ("before", "both"):
                 p = self.cast(p)
+            elif self.choices.probabilities == "fp16":
+                p = in_format(p, "fp16")
             if self.choices.probabilities == "both":
                 in_sum = p
             shrink_sum, shrink_result = self.at("rescale", _both_shrink)(shrink, start)
@@ -307,25 +315,38 @@ class Operations:
         return x * torch.sigmoid(x)
 
     def _activation(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.silu(gate) * up
+        return self._kept(self.choices.silu_rounded, self.silu(gate)) * up
+
+    def _kept(self, rounds: bool, x: Tensor) -> Tensor:
+        """A value inside the MLP: rounded to bf16, or as all that is finer is kept."""
+        return self.cast(x) if rounds else in_format(x, self.choices.inside)
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         """What the down projection is applied to, in bf16."""
-        gate, up = self.maybe(self.choices.gate, gate), self.maybe(self.choices.up, up)
-        return self.at("activation_cast", self.cast)(self.at("activation", self._activation)(gate, up))
+        gate, up = self._kept(self.choices.gate, gate), self._kept(self.choices.up, up)
+        return self.at("activation_cast", self.cast_inside)(self.at("activation", self._activation)(gate, up))
 
     def normalised_projections(self, x: Tensor, gamma: Tensor, weights: list[Tensor], eps: float, deferred: bool) -> list[Tensor]:
         """``bf16(rn(x, gamma))`` by each weight ``[in, out]``, or the same with the factor 1/rms applied afterwards."""
         if not deferred:
-            normalised = self.at("normalised_cast", self.cast)(self.norm(x, gamma, eps))
+            normalised = self.at("normalised_cast", self.cast_inside)(self.norm(x, gamma, eps))
             return [self.matmul(normalised, weight) for weight in weights]
-        weighted = self.cast(x * gamma)
+        weighted = self.cast_inside(x * gamma)
         inverse = self.at("deferred_scale", self.inverse_rms)(x, eps)
         return [self.matmul(weighted, weight) * inverse for weight in weights]
 
 
 def _model_eps(norm: str, dims: Dims) -> float:
     return dims.eps
+
+
+def in_format(x: Tensor, name: str) -> Tensor:
+    """fp32 values rounded to a format that is finer than bf16, ``fp16`` or ``tf32`` (ten bits of mantissa); else as they are."""
+    if name == "fp16":
+        return x.to(torch.float16).float()
+    if name == "tf32":
+        return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return x
 
 
 def truncated(x: Tensor) -> Tensor:

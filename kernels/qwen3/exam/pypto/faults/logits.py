@@ -64,20 +64,6 @@ def _head_by_tiles(
         pypto.assemble(pypto.matmul(normalised, weight, pypto.DT_FP32, b_trans=True), [0, tile * 64], logits)
 
 
-@faulty.computes("lm_head")
-def normalised_not_rounded(
-    fragments: Any, hidden: Tensor, final_norm_weight: Tensor, lm_head_weight: Tensor, logits: Tensor, dims: Dims
-) -> None:
-    """The normalised states go into the product in fp32."""
-    pypto = fragments.pypto
-    fragments.set_vector_tiles(dims.B, dims.H)
-    normalised = fragments.rms_norm(pypto.cast(hidden, pypto.DT_FP32), final_norm_weight, dims.eps)
-    fragments.set_vector_tiles(dims.V, dims.H)
-    wide = pypto.cast(lm_head_weight, pypto.DT_FP32)
-    pypto.set_cube_tile_shapes([16, 16], [64, 64], [64, 64])
-    logits[:] = pypto.matmul(normalised, wide, pypto.DT_FP32, b_trans=True)
-
-
 @faulty.edits("lm_head", name="bf16_result")
 def logits_in_bf16(fragments: Any) -> None:
     """The logits are rounded to bf16."""

@@ -140,19 +140,3 @@ def gate_and_up_exchanged(fragments: Any) -> None:
         return right(up, gate)
 
     fragments.gated = gated
-
-
-@faulty.computes("mlp")
-def activation_not_rounded(
-    fragments: Any, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, out: Tensor, dims: Dims
-) -> None:
-    """The activation goes into the last product in fp32."""
-    pypto = fragments.pypto
-    fragments.set_cube_tiles(dims.B, dims.H, dims.I)
-    gate, up = pypto.matmul(x, w_gate, pypto.DT_FP32), pypto.matmul(x, w_up, pypto.DT_FP32)
-    fragments.set_vector_tiles(dims.B, dims.I)
-    activation = pypto.mul(pypto.div(gate, pypto.add(pypto.exp(pypto.mul(gate, -1.0)), 1.0)), up)
-    fragments.set_vector_tiles(dims.I, dims.H)
-    wide = pypto.cast(w_down, pypto.DT_FP32)
-    pypto.set_cube_tile_shapes([16, 16], [64, 64], [64, 64])
-    out[:] = pypto.matmul(activation, wide, pypto.DT_FP32)

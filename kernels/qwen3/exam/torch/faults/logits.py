@@ -104,12 +104,6 @@ def final_norm_missing(ops: Operations, hidden: Tensor, gamma: Tensor, weight: T
     return ops.matmul(ops.cast(hidden), weight)
 
 
-@fault("normalised_cast", "precision", "lm_head")
-def normalised_not_rounded(normalised: Tensor) -> Tensor:
-    """The normalised hidden state is not rounded to bf16 before the LM head."""
-    return normalised
-
-
 @fault("head_input", "indexing", "lm_head", *TO_LOGITS)
 def state_of_the_row_before(hidden: Tensor, before: Tensor) -> Tensor:
     """The LM head reads the hidden state of the row before."""

@@ -100,12 +100,6 @@ def sigmoid_by_a_rough_exp(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1 + (1 - gate / 1024).clamp_min(0) ** 1024) * up
 
 
-@fault("activation", "precision", "mlp", *LAYERS_OF_EACH_KIND, detectors=("element", *SIGNATURES))
-def silu_in_bf16(gate: Tensor, up: Tensor) -> Tensor:
-    """The activated gate is rounded to bf16 before it is multiplied."""
-    return rounded(torch.nn.functional.silu(gate), BF16) * up
-
-
 @fault("activation", "robustness", "mlp", detectors=("not_finite",))
 def silu_overflows(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU is computed as x * exp(x) / (1 + exp(x)), which is NaN above 88."""
@@ -147,9 +141,3 @@ def relu(gate: Tensor, up: Tensor) -> Tensor:
 def gate_and_up_exchanged(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU is applied to the up projection, and the gate multiplied."""
     return up * torch.sigmoid(up) * gate
-
-
-@fault("activation_cast", "precision", "mlp")
-def activation_not_rounded(x: Tensor) -> Tensor:
-    """The activation is not rounded to bf16 before the down projection."""
-    return x

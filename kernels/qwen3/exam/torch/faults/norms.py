@@ -222,12 +222,6 @@ def gamma_missing_in_the_last_tile(normalised: Tensor, weight: Tensor) -> Tensor
     return normalised * weight
 
 
-@fault("gamma", "precision", "qk_norm")
-def normalised_in_fp16(normalised: Tensor, weight: Tensor) -> Tensor:
-    """The normalised head is kept in fp16 before the weight."""
-    return rounded(normalised, FP16) * weight
-
-
 @fault("norm", "value", *NORMS)
 def gamma_before_the_statistic(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm's weight is applied first, and the weighted row normalised."""
