@@ -9,13 +9,17 @@ from conformance.lanes.lane import Lane
 
 
 class CompileOnlyLane(Lane):
-    """PyPTO's compiler, which needs neither a calculator nor a card."""
+    """PyPTO's compiler, which needs neither a calculator nor a card; with CANN it compiles the cores' kernels too."""
 
     def require(self, device_executor: str, progress: Callable[[str], None] | None = None) -> Path | None:
-        """Raise ``ToolchainUnavailableError`` unless the supported PyPTO is installed."""
-        from conformance.toolchains.detection import detect
+        """Raise ``ToolchainUnavailableError`` without a PyPTO, or where it would look for a device compiler that is not there."""
+        from conformance.toolchains.detection import ToolchainUnavailableError, detect
+        from conformance.toolchains.npu import device_compiler_problem
 
-        detect().require()
+        detect().require("compile_only")
+        problem = device_compiler_problem()
+        if problem:
+            raise ToolchainUnavailableError(problem)
         return None
 
 

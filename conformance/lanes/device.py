@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +26,7 @@ class DeviceLane(Lane):
 
         if device_executor in STAND_INS:
             return INTERPRET.require(device_executor, progress)
-        detect().require()
+        detect().require("device")
         reason = self.missing(device_executor)
         if reason:
             raise ToolchainUnavailableError(reason)
@@ -32,16 +34,27 @@ class DeviceLane(Lane):
 
     def missing(self, device_executor: str) -> str:
         """Why no card is usable; empty if one is, or if the interpreter stands in for it."""
-        from conformance.toolchains.npu import find_npu
+        return "" if device_executor in STAND_INS else _missing(tuple(sorted(os.environ.items())))
 
-        if device_executor in STAND_INS:
-            return ""
-        npu = find_npu()
-        return "" if npu.usable else npu.reason
+    def on_cards(self, device_executor: str) -> bool:
+        """Unless the interpreter stands in for the card."""
+        return device_executor not in STAND_INS
 
     def preloads(self, device_executor: str) -> str | None:
         """Only the stand-in is forked: what a driver sets up in a process is not known to outlive a fork."""
         return INTERPRET.preload if device_executor in STAND_INS else None
+
+
+@functools.lru_cache(maxsize=4)
+def _missing(environment: tuple[tuple[str, str], ...]) -> str:
+    """Why no NPU is usable; looked for once in a process and environment, since every test asks."""
+    from conformance.toolchains.detection import detect
+    from conformance.toolchains.npu import find_npu
+
+    npu = find_npu()
+    if not npu.usable:
+        return npu.reason
+    return detect().why_not("device")
 
 
 DEVICE = DeviceLane(

@@ -57,6 +57,10 @@ class Lane:
         """Why the lane cannot run on this machine, where that is usual and a skip rather than an error; empty if it can."""
         return ""
 
+    def on_cards(self, device_executor: str) -> bool:
+        """Whether kernels run on a card, of which each process takes one (``conformance.lanes.cards``)."""
+        return False
+
     def preloads(self, device_executor: str) -> str | None:
         """The module that a fork server imports for the lane's workers; ``None`` if they must not be forked."""
         return self.preload

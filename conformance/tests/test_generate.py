@@ -481,7 +481,7 @@ def test_looking_whether_a_file_can_be_written_leaves_no_trace(folder: Path) -> 
 def test_a_device_that_is_not_there_is_exit_code_3(folder: Path) -> None:
     done = run("--executor", "device")
     assert done.exit_code == 3
-    assert done.stderr.startswith("generate: the device executor cannot run here: no usable NPU: not found: ")
+    assert done.stderr.startswith("generate: the device executor cannot run here: no usable NPU: CANN not found: ")
     assert len(done.stderr.strip().splitlines()) == 1
 
 

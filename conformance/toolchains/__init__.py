@@ -2,11 +2,13 @@
 
 from conformance.toolchains.calculator import calculator
 from conformance.toolchains.detection import Toolchain, ToolchainUnavailableError, detect
-from conformance.toolchains.doctor import DoctorLine, doctor
+from conformance.toolchains.doctor import doctor
+from conformance.toolchains.machine import DoctorLine, Machine, this_machine
 from conformance.toolchains.npu import NpuStatus, find_npu
 
 __all__ = [
     "DoctorLine",
+    "Machine",
     "NpuStatus",
     "Toolchain",
     "ToolchainUnavailableError",
@@ -14,4 +16,5 @@ __all__ = [
     "detect",
     "doctor",
     "find_npu",
+    "this_machine",
 ]

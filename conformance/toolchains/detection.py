@@ -10,11 +10,15 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from conformance.toolchains.capabilities import Capabilities
 
 Flavour = Literal["cann", "hw-native-sys"]
 
-#: The one version whose intermediate files and private methods the pypto lanes know.
+#: The one version that all lanes can use: interpret reads intermediate files, whose layout is nobody's promise. compile_only and
+#: device take any version that has the names that they use.
 SUPPORTED_VERSION = "0.2.0"
 INSTALL = f"pip install pypto=={SUPPORTED_VERSION}"
 
@@ -25,20 +29,37 @@ class ToolchainUnavailableError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Toolchain:
-    """The installed ``pypto``: ``flavour`` is ``None`` if there is none, ``supported`` whether the pypto lanes can use it."""
+    """The installed ``pypto``: ``flavour`` is ``None`` if there is none, ``supported`` whether all lanes can use it.
+
+    ``message`` says what it is, or why not all lanes can.
+    """
 
     flavour: Flavour | None
     version: str | None
     supported: bool
     message: str
-    #: The folder of the package.
+    #: The folder of the package, and what it has, if it is of the flavour that the lanes run.
     location: Path | None = None
+    capabilities: Capabilities | None = None
 
-    def require(self) -> Path:
-        """The package's folder; raises ``ToolchainUnavailableError`` unless the toolchain is supported."""
-        if not self.supported or self.location is None:
-            raise ToolchainUnavailableError(self.message)
+    def require(self, lane: str = "interpret") -> Path:
+        """The package's folder; raises ``ToolchainUnavailableError`` unless a lane can use it."""
+        reason = self.why_not(lane)
+        if reason or self.location is None:
+            raise ToolchainUnavailableError(reason)
         return self.location
+
+    def why_not(self, lane: str) -> str:
+        """Why a lane cannot use it, in one line; empty if it can."""
+        if self.supported:
+            return ""
+        if lane == "interpret" or self.capabilities is None:
+            return self.message
+        lacks = self.capabilities.lacks[lane]
+        if not lacks:
+            return ""
+        shown = self.version or "of unknown version"
+        return f"pypto {shown} lacks what the {lane} lane uses ({'; '.join(lacks)}): {INSTALL}"
 
 
 def detect() -> Toolchain:
@@ -68,16 +89,21 @@ def inspect_package(location: Path, version: str | None) -> Toolchain:
         return Toolchain(
             None, version, False, f"the package pypto {shown} in {location} is neither known PyPTO toolchain: {INSTALL}", location
         )
+    # Not above: whether there is a pypto is asked by what has the standard library alone.
+    from conformance.toolchains.capabilities import look_at
+
+    found = look_at(location)
     if version != SUPPORTED_VERSION:
-        return Toolchain(
-            "cann",
-            version,
-            False,
-            f"pypto {SUPPORTED_VERSION} is needed, found pypto {shown}: the lanes read its intermediate files, "
-            f"whose layout belongs to the version; {INSTALL}",
-            location,
+        message = (
+            f"the interpret lane needs pypto {SUPPORTED_VERSION}, found pypto {shown}: it reads intermediate files, whose layout "
+            f"belongs to the version; in an environment of its own: {INSTALL}"
         )
-    return Toolchain("cann", version, True, f"pypto {version} (CANN)", location)
+        return Toolchain("cann", version, False, message, location, found)
+    lacks = found.lacks["interpret"]
+    if lacks:
+        message = f"pypto {shown} is not the one of that version on PyPI: it lacks {'; '.join(lacks)}; {INSTALL}"
+        return Toolchain("cann", version, False, message, location, found)
+    return Toolchain("cann", version, True, f"pypto {version} (CANN)", location, found)
 
 
 def _installed_version() -> str | None:

@@ -9,38 +9,30 @@ import shutil
 import sys
 
 from conformance.toolchains.calculator import calculator_path, find_cmake, is_whole
-from conformance.toolchains.detection import detect
+from conformance.toolchains.detection import Toolchain, detect
+from conformance.toolchains.machine import DoctorLine, Machine, this_machine
 from conformance.toolchains.npu import find_npu
 
 
-@dataclasses.dataclass(frozen=True)
-class DoctorLine:
-    """One thing that a lane needs: whether it is there, what was found, and what to do if it is not."""
+def doctor(machine: Machine | None = None) -> tuple[DoctorLine, ...]:
+    """Look at everything that the lanes need; nothing is built or downloaded, and no toolchain is imported.
 
-    name: str
-    ok: bool
-    found: str
-    advice: str = ""
-
-
-def doctor() -> tuple[DoctorLine, ...]:
-    """Look at everything that the lanes need; nothing is built or downloaded, and no toolchain is imported."""
+    What the device lane needs comes last: ``npu``, and a line for each of its parts.
+    """
     toolchain = detect()
-    npu = find_npu()
+    npu = find_npu(machine or this_machine())
     return (
         _python(),
         _torch(),
-        DoctorLine(
-            "pypto",
-            toolchain.supported,
-            f"{toolchain.version or 'no version'} ({toolchain.flavour})" if toolchain.flavour else "not found",
-            "" if toolchain.supported else toolchain.message,
-        ),
+        *_pypto(toolchain),
         _tool("g++", shutil.which("g++"), "install g++ 9.4 or newer (Debian: apt install g++)"),
         _tool("make", shutil.which("make"), "install make (Debian: apt install make)"),
         _tool("cmake", find_cmake(), "pip install cmake"),
         _calculator(toolchain.supported),
-        DoctorLine("npu", npu.usable, npu.reason, "" if npu.usable else "only the device lane needs one"),
+        DoctorLine(
+            "npu", npu.usable, "usable" if npu.usable else "not usable", "" if npu.usable else "only the device lane needs one"
+        ),
+        *(dataclasses.replace(line, name=f"- {line.name}") for line in npu.lines),
     )
 
 
@@ -57,6 +49,16 @@ def _torch() -> DoctorLine:
         return DoctorLine("torch", True, importlib.metadata.version("torch"))
     except importlib.metadata.PackageNotFoundError:
         return DoctorLine("torch", False, "not found", "pip install torch (2.6 or newer; a CPU build will do)")
+
+
+def _pypto(toolchain: Toolchain) -> tuple[DoctorLine, ...]:
+    shown = f"{toolchain.version or 'no version'} ({toolchain.flavour})" if toolchain.flavour else "not found"
+    line = DoctorLine("pypto", toolchain.supported, shown, "" if toolchain.supported else toolchain.message)
+    if toolchain.supported or toolchain.capabilities is None:
+        return (line,)
+    lanes = [lane for lane in toolchain.capabilities.lacks if not toolchain.why_not(lane)]
+    line = dataclasses.replace(line, found=f"{shown}, for {' and '.join(lanes) or 'no lane'}")
+    return (line, *(DoctorLine("- pypto", True, remark) for remark in toolchain.capabilities.remarks))
 
 
 def _tool(name: str, path: str | None, advice: str) -> DoctorLine:

@@ -1,7 +1,8 @@
-"""PyPTO 0.2.0 inside a worker: load it, configure one compile, and explain its failures. Nothing else imports ``pypto``.
+"""PyPTO inside a worker: load it, configure one compile, and explain its failures. Nothing else imports ``pypto``.
 
-Two private methods of its jit object are replaced: the one that hands arguments to the interpreter (its own copies them through
-a device that is not there and leaves zeros), and the one that starts the cost model after every simulated call.
+Two private methods of its jit object are replaced: the one that starts the cost model after every simulated call, and, where
+kernels are interpreted, the one that hands arguments to the interpreter (its own copies them through a device that is not there
+and leaves zeros). What a version has of these names is looked up in its text (``conformance.toolchains.capabilities``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -52,7 +54,8 @@ class Runtime:
     """The imported toolchain. ``calculator`` is the library that the interpreter computes with; ``None`` can only compile."""
 
     def __init__(self, folder: Path, scratch: Path, calculator: Path | None) -> None:
-        detect().require()
+        toolchain = detect()
+        toolchain.require("compile_only" if calculator is None else "interpret")
         self._folder = folder
         self._scratch = scratch
         os.environ["TILE_FWK_OUTPUT_DIR"] = str(folder)
@@ -62,10 +65,10 @@ class Runtime:
         try:
             import pypto
             from pypto import pypto_impl
-            from pypto._utils import BuildOnlineManager
             from pypto.frontend.parser import entry
             from pypto.runtime import _pto_verify_datas
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+            # The latter two: a version that builds its native module when it is first imported, and cannot.
             raise ToolchainUnavailableError(f"pypto is installed but does not import: {error}") from error
         # PyPTO installs a handler of its own for fatal signals, which says less: take it back.
         faulthandler.disable()
@@ -73,7 +76,14 @@ class Runtime:
         self.pypto: Any = pypto
         self._golden: Any = _pto_verify_datas
         self._wrapper: Any = entry.JitCallableWrapper
+        self._wrapper._run_with_cpu = lambda jit, inputs, outputs: None
+        #: ``capabilities.checks_attributes``: elsewhere that option dumps data of the device.
+        self._checks = toolchain.capabilities is not None and toolchain.capabilities.checks_attributes
+        #: Whether it is the version whose intermediate files are known.
+        self.knows_files = toolchain.supported
         if calculator is not None:
+            from pypto._utils import BuildOnlineManager
+
             try:
                 ctypes.CDLL(str(calculator), mode=ctypes.RTLD_GLOBAL)
             except OSError as error:
@@ -82,12 +92,11 @@ class Runtime:
                 ) from error
             BuildOnlineManager().calculator_loaded = True
 
-        def hand_over_arguments(tensors: Sequence[Any]) -> None:
-            if pypto.get_verify_options().get("enable_pass_verify"):
-                pypto_impl.SetVerifyData(entry._pto_to_tensor_data(tensors), [], _pto_verify_datas.get_data())
+            def hand_over_arguments(tensors: Sequence[Any]) -> None:
+                if pypto.get_verify_options().get("enable_pass_verify"):
+                    pypto_impl.SetVerifyData(entry._pto_to_tensor_data(tensors), [], _pto_verify_datas.get_data())
 
-        self._wrapper._setup_verify_data = staticmethod(hand_over_arguments)
-        self._wrapper._run_with_cpu = lambda jit, inputs, outputs: None
+            self._wrapper._setup_verify_data = staticmethod(hand_over_arguments)
 
     def logged_errors(self, since: datetime.datetime) -> list[str]:
         """What PyPTO's native side logged as errors since then, oldest first: the cause that its exception leaves out."""
@@ -136,11 +145,12 @@ class Runtime:
     ) -> None:
         """Compile the kernel for these arguments up to ``stage`` and, if ``verify`` is given, interpret it."""
         pypto = self.pypto
-        # The kernel may set options of its own; these decide the lane. CHECKATTR: what is passed must be what is annotated.
+        # The kernel may set options of its own; these decide the lane.
         jit._runtime_options = {**(jit._runtime_options or {}), "run_mode": getattr(pypto.RunMode, run_mode).value}
         jit._host_options = {**(jit._host_options or {}), "compile_stage": getattr(pypto.CompStage, stage)}
         jit._verify_options = {"enable_pass_verify": verify is not None, **(verify or {})}
-        jit._debug_options = {**(jit._debug_options or {}), "runtime_debug_mode": 3}
+        if self._checks:  # what is passed must be what is annotated
+            jit._debug_options = {**(jit._debug_options or {}), "runtime_debug_mode": 3}
         if golden is not None:
             pypto.set_verify_golden_data(goldens=list(golden))
         try:
@@ -210,8 +220,9 @@ def require_agreement(jit: Any, kernel: Kernel, dims: Dims, pypto: Any) -> None:
     for argument, tensor in zip(kernel.stage.arguments, tensors, strict=True):
         where = f"kernel {kernel.name}, argument {argument.name}: "
         wanted = PYPTO_DTYPES[argument.dtype]
-        if tensor.status_dtype is None or tensor.dtype != getattr(pypto, wanted):
-            given = "no dtype" if tensor.status_dtype is None else f"pypto.{tensor.dtype.name}"
+        annotated = tensor.explicit_dtype if hasattr(tensor, "explicit_dtype") else tensor.status_dtype
+        if annotated is None or tensor.dtype != getattr(pypto, wanted):
+            given = "no dtype" if annotated is None else f"pypto.{tensor.dtype.name}"
             raise UsageError(
                 f"{where}expected {DTYPE_NAMES[argument.dtype]} (pypto.{wanted}), found {given}; correct its annotation"
             )
