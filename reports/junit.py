@@ -88,6 +88,7 @@ def _test_case(suite: ElementTree.Element, cell: Cell, problems: Sequence[Proble
     if cell.cases:
         worst = text.share_in_words(cell.shares.worst)
         remarks.append(f"{text.number(cell.cases, 'case')}, {text.number(cell.findings, 'finding')}, worst: {worst}")
+    remarks += cell.compiles
     if cell.fixed:
         remarks.append("fixed: no longer fails; take it off the list of expected failures")
     if cell.cases and cell.skipped_because:

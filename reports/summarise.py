@@ -14,6 +14,7 @@ from conformance.judge.verdict import DETECTORS, Finding, worst_first
 from conformance.reports import text
 from conformance.reports.summary import (
     BINS,
+    COMPILES,
     STATUSES,
     Cell,
     CellName,
@@ -52,6 +53,7 @@ class _Tally:
     seconds: float = 0.0
     peak_memory: int | None = None
     toolchain: str = ""
+    compiles: set[str] = dataclasses.field(default_factory=set)
     # Dictionaries keep what they have seen in order, each once.
     sources: dict[str, None] = dataclasses.field(default_factory=dict)
     processes: dict[str, None] = dataclasses.field(default_factory=dict)
@@ -75,6 +77,7 @@ class _Tally:
             self.peak_memory = max(self.peak_memory or 0, record.peak_memory)
         self.processes[record.process] = None
         self.toolchain = self.toolchain or str(record.toolchain)
+        self.compiles |= {kind for kind in COMPILES if record.details.get("compile") == kind}
         if record.source:
             self.sources[str(record.source)] = None
 
@@ -214,6 +217,7 @@ def _cell(key: CellName, tally: _Tally, unfinished: frozenset[str]) -> Cell:
         toolchain=tally.toolchain,
         sources=tuple(tally.sources),
         checks=tuple(tally.checks.most_common()),
+        compiles=tuple(kind for kind in COMPILES if kind in tally.compiles),
         profiles=tuple(tally.profiles.most_common()),
         skipped_because=tuple(tally.skipped),
         stopped_because=tuple(stopped),

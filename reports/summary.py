@@ -35,6 +35,11 @@ RunOutcome = Literal["failed", "incomplete", "nothing ran", "passed"]
 BINS = 20
 
 
+#: How far a lane that executes nothing compiled: the host's part alone, or the kernels of the cores with the device's compiler
+#: too. Two verdicts: what only the device's compiler refuses does not show without it.
+COMPILES = ("host compile", "device compile")
+
+
 @dataclasses.dataclass(frozen=True)
 class Shares:
     """How much of their allowance the cases used, as multiples of what is allowed; NaN counts as the worst there is."""
@@ -66,6 +71,8 @@ class Cell:
     sources: tuple[str, ...]
     #: Cases by what was checked, such as ``(("example", 48), ("repeat", 1))``.
     checks: tuple[tuple[str, int], ...]
+    #: Which of ``COMPILES`` were made, where nothing is executed.
+    compiles: tuple[str, ...]
     #: Passed cases by the profile of legal roundings that explains them best.
     profiles: tuple[tuple[str, int], ...]
     #: Why it, or a part of it, was skipped; why it could not run or was cut short.
@@ -103,9 +110,10 @@ class Row:
 
     @property
     def remark(self) -> str:
-        """What the status does not say about the cells, to be put behind it: ``", 1 nothing ran, 2 skipped"``."""
+        """What the status does not say about the cells, to be put behind it: ``", host compile, 1 nothing ran, 2 skipped"``."""
         others = [cell.status for cell in self.cells if cell.status not in (self.status, "passed", "skipped")]
-        remarks = [f"{others.count(status)} {status}" for status in STATUSES if status in others]
+        remarks = [kind for kind in COMPILES if any(kind in cell.compiles for cell in self.cells)]
+        remarks += [f"{others.count(status)} {status}" for status in STATUSES if status in others]
         if self.skipped and self.status != "skipped":
             remarks.append(f"{self.skipped} skipped")
         if self.fixed:

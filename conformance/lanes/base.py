@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 
 Status = Literal["ok", "raised", "crashed", "timed_out", "unavailable"]
+#: How far a kernel that is not executed was compiled: without the kernels of the cores, or with them, by the device's compiler.
+Compiled = Literal["", "host compile", "device compile"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Outcome:
     unwritten_reads: tuple[UnwrittenRead, ...] = ()
     #: Whether the kernel was run on data: then a run that is ``"ok"`` without all of its outputs is no pass.
     executed: bool = True
+    compiled: Compiled = ""
     #: Seconds the lane took, without generating or judging the case, and the worker's peak resident memory in bytes.
     seconds: float = 0.0
     peak_memory: int | None = None

@@ -13,8 +13,9 @@ import msgspec
 
 from conformance.contract.dims import Dims
 from conformance.errors import UsageError
-from conformance.lanes.base import Outcome, PassDifference, Status, UnwrittenRead
+from conformance.lanes.base import Compiled, Outcome, PassDifference, Status, UnwrittenRead
 from conformance.lanes.buffers import Guarded
+from conformance.lanes.cards import Card
 from conformance.outside import one_line, plain
 
 #: Which compiler passes are compared with the tensor graph: the last one, every one, or none.
@@ -45,7 +46,7 @@ class Opening(Message):
 class OpenLane(Message):
     """Find a kernel, an attribute of a module (a file's path or a dotted name), and get ready to run it in a lane.
 
-    ``digest``: the SHA-256 that the file had when the kernel was listed, or empty.
+    ``digest``: the SHA-256 that the file had when the kernel was listed, or empty. ``card``: the one to run on, if any.
     """
 
     module: str
@@ -55,6 +56,7 @@ class OpenLane(Message):
     lane: str
     calculator: str | None
     device_executor: str
+    card: Card | None = None
 
 
 class Run(Message):
@@ -107,6 +109,7 @@ class Result(Message):
     seconds: float
     peak_memory: int | None
     healthy: bool
+    compiled: Compiled = ""
 
 
 class Refused(Message):
@@ -196,6 +199,7 @@ def result_of(outcome: Outcome, *, seconds: float, peak_memory: int | None, heal
         seconds,
         peak_memory,
         healthy,
+        outcome.compiled,
     )
 
 
@@ -209,6 +213,7 @@ def outcome_of(result: Result) -> Outcome:
         passes_compared=result.passes_compared,
         unwritten_reads=tuple(dataclasses.replace(one, **_plain_texts(one)) for one in result.unwritten_reads),
         executed=result.executed,
+        compiled=result.compiled,
         seconds=result.seconds,
         peak_memory=result.peak_memory,
     )

@@ -26,7 +26,7 @@ from conformance.running.runs import Judged
 #: Longest list of expected failures, in bytes.
 LONGEST_LIST = 1 << 20
 #: Packages whose versions a report has to name.
-_PACKAGES = ("torch", "pypto", "numpy", "hypothesis", "pytest")
+_PACKAGES = ("torch", "torch_npu", "pypto", "numpy", "hypothesis", "pytest")
 
 
 def new_run_folder(root: Path) -> Path:
@@ -165,6 +165,7 @@ class RunLog:
                 profile=run.verdict.profile,
                 seconds=round(run.outcome.seconds, 4),
                 peak_memory=run.outcome.peak_memory,
+                details={"compile": run.outcome.compiled} if run.outcome.compiled else {},
             )
         )
         if run.outcome.status == "ok" and run.outcome.message:
