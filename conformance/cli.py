@@ -24,12 +24,14 @@ from conformance.errors import UnavailableError, UsageError
 from conformance.lanes import LANES, find_lane
 from conformance.outside import require_path
 from conformance.running.interrupts import interrupted_once
+from conformance.toolchains.npu import AUTOLOAD_VARIABLE
 
 if TYPE_CHECKING:
     from conformance.cases.key import CaseKey
     from conformance.cases.space import Space
     from conformance.contract.kernel import Declaration
     from conformance.exam.results import Exam
+    from conformance.lanes.cards import CardChoice
     from conformance.running.check import Report, RunPlan
     from conformance.running.diff import KernelSummary
     from conformance.running.runs import Judged
@@ -52,6 +54,9 @@ _DIMS_HELP = "a preset, or overrides of tiny (preset=NAME among them); several p
 @click.version_option(package_name="pypto-kernel-conformance")
 def main() -> None:
     """Judge kernels against their contracts: is it right, and if not, where and why."""
+    # Who judges needs no card, and a torch_npu that does not import must not keep the other lanes from running. The device lane
+    # imports it by itself.
+    os.environ.setdefault(AUTOLOAD_VARIABLE, "0")
 
 
 @main.command()
@@ -99,6 +104,12 @@ def list_command(locations: tuple[Path, ...]) -> None:
 @click.option("--all-passes", is_flag=True, help="with --case: compare every compiler pass, not only the last")
 @click.option("--lane", default="auto", show_default=True, help=_any_of(lane.name for lane in LANES))
 @click.option("--timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run")
+@click.option(
+    "--device", default="", metavar="0", help="in the device lane: the card to run on; else TASK_DEVICE, TILE_FWK_DEVICE_ID"
+)
+@click.option(
+    "--device-wait", type=float, default=None, metavar="SECONDS", help="how long to wait for a busy card; 600 if not given"
+)
 @click.option("--out", type=FilePath(), default=None, metavar="DIR", help="keep records and reports here")
 @click.option("--expected-failures", type=FilePath(), metavar="FILE", help="lines KERNEL[@LANE] REASON")
 @click.option("--rounds", default="", metavar="NAME,NAME", help="roundings that the kernel declares: see conformance list")
@@ -114,6 +125,8 @@ def check(
     all_passes: bool,
     lane: str,
     timeout: float | None,
+    device: str,
+    device_wait: float | None,
     out: Path | None,
     expected_failures: Path | None,
     rounds: str,
@@ -124,6 +137,7 @@ def check(
     from conformance import reports
     from conformance.cases.space import Space
     from conformance.contract.registry import short_name
+    from conformance.lanes.cards import choice_of
     from conformance.running.check import Report, RunPlan, chosen_keys, require_seconds, resolve_lane, taken_spaces
     from conformance.running.session import ClaimedFolder, ExpectedFailures, RunLog, Subject, new_run_folder
 
@@ -131,6 +145,7 @@ def check(
         raise UsageError("--all-passes goes with --case KEY: without it all passes are compared once anyway, on a small case")
     require_seconds("--timeout", timeout)
     require_path(target or "")
+    cards = choice_of(device, device_wait)
     declared = [name.strip() for name in rounds.split(",") if name.strip()]
     kernel = _kernel(stage, target).declaring(declared, precision, ties)
     spaces, refused = taken_spaces(kernel, Space.those_of(kernel.stage, _dims(dims)))
@@ -154,7 +169,7 @@ def check(
         for preset, reason in refused.items():
             log.skipped(dataclasses.replace(subject, preset=preset), reason)
         try:
-            _judge(subject, log, keys, plan, spaces[0], timeout, runs)
+            _judge(subject, log, keys, plan, spaces[0], timeout, cards, runs)
             interrupts.raise_pending()
         except (KeyboardInterrupt, Exception) as error:
             stopped = error
@@ -221,6 +236,7 @@ def _judge(
     plan: RunPlan | None,
     space: Space,
     timeout: float | None,
+    cards: CardChoice,
     runs: list[Judged],
 ) -> None:
     """Judge the cases, each recorded and added to ``runs`` as it ends."""
@@ -229,7 +245,7 @@ def _judge(
     from conformance.running.check import capability_runs, case_runs, worker_runner
 
     live = LiveProgress(f"{subject.kernel.name} {subject.lane}", len(keys), "cases")
-    with interrupted_once() as interrupts, live, worker_runner(subject.kernel, subject.lane, timeout) as run:
+    with interrupted_once() as interrupts, live, worker_runner(subject.kernel, subject.lane, timeout, cards) as run:
         cases = case_runs(subject.kernel, keys, run, subject.lane, plan)
         proofs = capability_runs(subject.kernel, space, run, subject.lane, runs) if plan is None else iter(())
         for judged in itertools.chain(cases, proofs):

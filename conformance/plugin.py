@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from conformance.lanes import LANES, lane_named
 from conformance.lanes.device import DEVICE, DEVICE_EXECUTORS, NPU
-from conformance.suites.state import PluginState
+from conformance.suites.state import LACKING, PluginState
 
 if TYPE_CHECKING:
     from conformance.running.session import Subject
@@ -36,11 +37,16 @@ OLD_SPELLINGS = {
         "presets",
         "kernel-timeout",
         "kernel-memory",
+        "device",
+        "device-wait",
         "require-device",
         "device-executor",
         "expected-failures",
     )
 }
+
+#: Of a run in which all that failed could not run on this machine, as of the command.
+COULD_NOT_RUN = 3
 
 _STATE = pytest.StashKey["PluginState"]()
 
@@ -83,6 +89,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         metavar="GB",
         help="memory limit of a kernel's process",
+    )
+    group.addoption(
+        "--conformance-device",
+        default="",
+        metavar="0,2-3",
+        help="cards to run on, one for each process (default: TASK_DEVICE, TILE_FWK_DEVICE_ID, or all cards)",
+    )
+    group.addoption(
+        "--conformance-device-wait",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="how long to wait for a card that is busy (default: 600)",
     )
     group.addoption(
         "--conformance-require-device",
@@ -149,9 +168,16 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
     state = config.stash[_STATE] = PluginState(config)
+    config.pluginmanager.register(state.failures)
     # Of a run that is plainly one of the suites from the beginning: collecting, and starting xdist's workers, takes seconds.
     if any("conformance" in argument and "suites" in argument for argument in config.args) or any(_given(config.option)):
         state.begin_judging()
+        if "torch" not in sys.modules:
+            from conformance.toolchains.npu import AUTOLOAD_VARIABLE
+
+            # Who judges needs no card, and a torch_npu that does not import must not keep the other lanes from running. The
+            # device lane imports it by itself.
+            os.environ.setdefault(AUTOLOAD_VARIABLE, "0")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -168,6 +194,8 @@ def pytest_collection(session: pytest.Session) -> None:
         session.config.stash[_STATE].claim_folder()
     if options.conformance_kernel_timeout is not None or options.conformance_kernel_memory is not None:
         session.config.stash[_STATE].require_limits()
+    if options.conformance_device or options.conformance_device_wait is not None:
+        assert session.config.stash[_STATE].cards
     if any(_given(options)):
         state = session.config.stash[_STATE]
         if options.conformance_require_device and not any(kernel.toolchain in DEVICE.toolchains for kernel in state.kernels()):
@@ -248,9 +276,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Tell xdist's controller, which has no tests, whose test it is."""
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tell xdist's controller, which has no tests, whose test it is, and whether it failed because it could not run."""
     report = yield
+    if call.excinfo is not None and getattr(call.excinfo.value, LACKING, False):
+        setattr(report, LACKING, True)
     if item.config.stash[_STATE].log is not None and _subject_of(item) is None:
         from conformance.suites.live import NOT_OF_SUITES
 
@@ -273,11 +305,14 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Close this process's records, and build the reports from those of all.
 
-    A run that judged kernels and was interrupted has the exit code that shells know.
+    A run that judged kernels and was interrupted has the exit code that shells know; one that failed only because the machine
+    lacks something has that of the command for it.
     """
     state = session.config.stash[_STATE]
     if state.interrupts is not None and state.interrupts.number:
         session.exitstatus = exitstatus = state.interrupts.exit_code
+    elif exitstatus == pytest.ExitCode.TESTS_FAILED and state.failures.only_could_not_run:
+        session.exitstatus = exitstatus = COULD_NOT_RUN
     if state.log is not None:
         state.lost, state.taken = state.log.end(int(exitstatus)), state.log.taken
         state.log = None
@@ -319,4 +354,4 @@ def judging(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     assert state.log is not None, "records are opened when collection ends"
     presets = state.presets()[subject.kernel.stage.model]
     expected = state.expected.reason(subject)
-    return SubjectJudging(subject, state.log, state.profile, expected, request.config.option, tmp_path, presets)
+    return SubjectJudging(subject, state.log, state.profile, expected, request.config.option, tmp_path, presets, state.cards)

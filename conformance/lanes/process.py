@@ -15,6 +15,7 @@ from conformance.errors import UsageError
 from conformance.lanes import lane_named, lanes_of
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import case_bytes, contents, fill, lay_out
+from conformance.lanes.cards import CardChoice
 from conformance.lanes.device import DEVICE_EXECUTORS
 from conformance.lanes.listing import ListedKernel
 from conformance.lanes.messages import OpenLane, Passes, Result, Run, Sizes, outcome_of
@@ -33,7 +34,8 @@ class KernelProcess:
 
     ``lane`` is the name of one that takes the kernel's toolchain (``conformance.lanes.LANES``). ``folder`` takes the worker's
     logs; without one they go to a temporary folder that ``close`` removes. ``device_executor="interpret"`` lets the interpreter
-    stand in for the card in the device lane. ``progress`` is told of a wait (the calculator's first build).
+    stand in for the card in the device lane; otherwise ``cards`` says on which one it runs. ``progress`` is told of a wait (the
+    calculator's first build).
 
     What a kernel does is an ``Outcome``, whatever it does. ``UsageError`` is raised for what is wrong with the question: a lane
     that the toolchain does not have, a kernel that another process cannot import, annotations that are not the contract's.
@@ -47,6 +49,7 @@ class KernelProcess:
         limits: Limits | None = None,
         folder: Path | None = None,
         device_executor: str = "npu",
+        cards: CardChoice | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._lane = lane_named(lane)
@@ -60,6 +63,7 @@ class KernelProcess:
         self._worker = WorkerProcess(limits=limits or Limits(), folder=folder, source=kernel.source)
         self._module, self._attribute = address_of(kernel)
         self._device_executor = device_executor
+        self._cards = cards or CardChoice()
         self._progress = progress
         self._unavailable: str | None = None
 
@@ -162,6 +166,7 @@ class KernelProcess:
 
     def _start(self) -> None:
         library = self._lane.require(self._device_executor, self._progress)
+        card = self._cards.card() if self._lane.on_cards(self._device_executor) else None
         self._worker.start(self._lane.preloads(self._device_executor))
         request = OpenLane(
             self._module,
@@ -171,6 +176,7 @@ class KernelProcess:
             self.lane,
             None if library is None else str(library),
             self._device_executor,
+            card,
         )
         try:
             self._worker.ask(request, self.limits.start_seconds, "starting its process")

@@ -30,6 +30,7 @@ from conformance.lanes import Lane, lane_named
 from conformance.lanes.arena import Arena
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import lay_out
+from conformance.lanes.cards import Card
 from conformance.lanes.channel import Channel
 from conformance.lanes.messages import (
     MOST_TEXT,
@@ -55,6 +56,7 @@ from conformance.lanes.messages import (
 from conformance.lanes.reference_lock import lock_references
 from conformance.outside import one_line
 from conformance.toolchains.detection import ToolchainUnavailableError
+from conformance.toolchains.npu import DEVICE_VARIABLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Start:
     scratch: Path
     calculator: Path | None
     device_executor: str
+    #: The card to run on, held by ``CardLock`` while a kernel runs; ``None`` in a lane that uses none.
+    card: Card | None = None
 
 
 def main(arguments: list[str]) -> int:
@@ -143,7 +147,9 @@ class Worker:
             # A builder may import what lies beside its file when it is called, long after the file itself was imported.
             sys.path.append(str(Path(request.module).parent))
         calculator = None if request.calculator is None else Path(request.calculator)
-        start = Start(Path(self._opening.folder), Path(self._opening.scratch), calculator, request.device_executor)
+        start = Start(Path(self._opening.folder), Path(self._opening.scratch), calculator, request.device_executor, request.card)
+        if request.card is not None:  # for kernels that ask for it, as PyPTO's examples do
+            os.environ[DEVICE_VARIABLE] = str(request.card.position)
         # Imported here, and only in a worker: a toolchain's native libraries stay out of every other process.
         self._run = importlib.import_module(self._lane.worker).open_lane(kernel, start)
         self._kernel = kernel

@@ -26,6 +26,7 @@ from conformance.judge.verdict import DETECTORS, Finding, Verdict, worst_first
 from conformance.lanes import default_lane, lane_named, lanes_of
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import bits
+from conformance.lanes.cards import CardChoice
 from conformance.lanes.messages import Passes
 from conformance.outside import LARGEST, LONGEST
 from conformance.reports import check_report
@@ -505,12 +506,14 @@ def eager_runner(kernel: Kernel) -> Iterator[Runner]:
 
 
 @contextlib.contextmanager
-def worker_runner(kernel: Declaration, lane: str, timeout: float | None = None) -> Iterator[Runner]:
-    """Runs cases in a worker process of the kernel's own, each within ``timeout`` seconds."""
+def worker_runner(
+    kernel: Declaration, lane: str, timeout: float | None = None, cards: CardChoice | None = None
+) -> Iterator[Runner]:
+    """Runs cases in a worker process of the kernel's own, each within ``timeout`` seconds, in a lane of cards on one of these."""
     from conformance.lanes.process import KernelProcess, Limits
 
     limits = Limits() if timeout is None else Limits(seconds=timeout)
-    with KernelProcess(kernel, lane, limits=limits) as process:
+    with KernelProcess(kernel, lane, limits=limits, cards=cards) as process:
 
         def compiled(case: Case, passes: Passes = "none") -> Outcome:
             return process.compile(case.dims)

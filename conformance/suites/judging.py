@@ -16,10 +16,11 @@ from conformance.cases.profiles import SuiteProfile
 from conformance.cases.space import Space, stratified_keys
 from conformance.cases.strategies import keys
 from conformance.contract.registry import short_name
-from conformance.errors import UsageError
+from conformance.errors import UnavailableError, UsageError
 from conformance.judge.explanations import Explainer
 from conformance.judge.judgement import judge_without_outputs
 from conformance.lanes.base import Outcome
+from conformance.lanes.cards import CardChoice
 from conformance.lanes.process import KernelProcess, Limits
 from conformance.outside import one_line
 from conformance.reports.text import number
@@ -27,6 +28,7 @@ from conformance.running.capabilities import prove
 from conformance.running.check import Plans, Report, RunPlan, judged_runs, pooled_run
 from conformance.running.runs import MOST_LOST, Judged, is_lost
 from conformance.running.session import RunLog, Subject
+from conformance.suites.state import fail_for_lack
 
 #: The dearest real-size kernel runs in about a minute and 11.5 GB; a slow machine gets ten times that.
 FULL_SIZE_LIMITS = Limits(seconds=900, memory_bytes=14 << 30)
@@ -50,11 +52,13 @@ class SubjectJudging:
         options: Any,
         folder: Path,
         presets: Sequence[str],
+        cards: CardChoice,
     ) -> None:
         self.subject, self.log, self.profile, self.options, self.folder = subject, log, profile, options, folder
         self.expected_reason = expected_reason
         #: All presets of the subject's model that the run judges kernels at.
         self.presets = presets
+        self.cards = cards
         self.runs: list[Judged] = []
 
     def _process(self, limits: Limits) -> KernelProcess:
@@ -70,6 +74,7 @@ class SubjectJudging:
             limits=limits,
             folder=self.folder,
             device_executor=options.conformance_device_executor,
+            cards=self.cards,
         )
 
     def compiled(self) -> None:
@@ -77,7 +82,7 @@ class SubjectJudging:
         space = self._space()
         key = space.largest
         limits = FULL_SIZE_LIMITS if self.subject.overrides else Limits()
-        with self._usage_errors():
+        with self.usage_errors():
             self._require_accepted([key])
             with self._process(limits) as process:
                 self._record("compile", key, process.compile(key.dims))
@@ -88,7 +93,7 @@ class SubjectJudging:
         space = self._space()
         given = list(itertools.islice(stratified_keys(space, SEED), self.profile.given(space.stage)))
         plans, explainer = Plans(self.subject.lane, space.stage), Explainer(self.subject.kernel.judged_by)
-        with self._usage_errors(), contextlib.ExitStack() as stack:
+        with self.usage_errors(), contextlib.ExitStack() as stack:
             self._require_accepted(given)
             process = stack.enter_context(self._process(Limits()))
 
@@ -124,7 +129,7 @@ class SubjectJudging:
     def capabilities(self) -> None:
         """Put what the kernel declares that it serves to the test."""
         space = self._space()
-        with self._usage_errors(), self._process(Limits()) as process:
+        with self.usage_errors(), self._process(Limits()) as process:
             for run in prove(self.subject.kernel, space, process.run):
                 self._keep(run)
         self._conclude()
@@ -133,7 +138,7 @@ class SubjectJudging:
         """Judge the kernel on one case at real geometry; compiler passes are not compared, which would take minutes."""
         space = self._space()
         key = space.with_longest(next(iter(stratified_keys(space, SEED))))
-        with self._usage_errors():
+        with self.usage_errors():
             self._require_accepted([key])
             with self._process(FULL_SIZE_LIMITS) as process:
                 for run in judged_runs(self.subject.kernel, key, process.run, RunPlan(passes="none")):
@@ -177,7 +182,8 @@ class SubjectJudging:
         self.runs.append(run)
         self.log.judged(self.subject, run)
 
-    def _usage_errors(self) -> _Translated:
+    def usage_errors(self) -> _Translated:
+        """Ends the test with one line for what could not run."""
         return _Translated(self)
 
     def _conclude(self) -> None:
@@ -218,4 +224,6 @@ class _Translated:
         if isinstance(error, (UsageError, OSError, MemoryError)):
             reason = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
             self.judging.log.could_not_run(self.judging.subject, reason)
+            if isinstance(error, UnavailableError):
+                fail_for_lack(one_line(reason))
             pytest.fail(one_line(reason), pytrace=False)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from conformance.lanes import lane_named
+from conformance.suites.state import fail_for_lack
+from conformance.toolchains.detection import ToolchainUnavailableError
 
 if TYPE_CHECKING:
     from conformance.suites.judging import SubjectJudging
@@ -34,12 +36,19 @@ def require_memory(judging: SubjectJudging, needed: int) -> None:
 
 
 def require_lane(judging: SubjectJudging) -> None:
-    """Skip, with a record, where the machine lacks the subject's lane; fail instead with ``--conformance-require-device``."""
-    reason = lane_named(judging.subject.lane).missing(judging.options.conformance_device_executor)
+    """Skip, with a record, where the machine lacks the subject's lane or card; fail with ``--conformance-require-device``."""
+    lane, executor = lane_named(judging.subject.lane), judging.options.conformance_device_executor
+    reason = lane.missing(executor)
+    if not reason and lane.on_cards(executor):
+        with judging.usage_errors():
+            try:
+                judging.cards.card()
+            except ToolchainUnavailableError as error:
+                reason = str(error)
     if not reason:
         return
     if judging.options.conformance_require_device:
         judging.log.could_not_run(judging.subject, reason)
-        pytest.fail(f"--conformance-require-device: {reason}", pytrace=False)
+        fail_for_lack(f"--conformance-require-device: {reason}")
     judging.log.skipped(judging.subject, reason)
     pytest.skip(reason)

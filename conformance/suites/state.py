@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
@@ -18,6 +18,7 @@ from conformance.lanes import LANES, default_lane, lane_named, lanes_of
 if TYPE_CHECKING:
     from conformance.cases.profiles import SuiteProfile
     from conformance.contract.kernel import Declaration
+    from conformance.lanes.cards import CardChoice
     from conformance.running.interrupts import Interrupts
     from conformance.running.session import ExpectedFailures, RunLog, Subject
     from conformance.suites.live import SuiteProgress
@@ -39,6 +40,34 @@ def usage_errors() -> Iterator[None]:
 MOST_MEMORY = 1e6
 
 
+#: Set in the failure of a test that had to run and could not, for what the machine lacks, and in its report.
+LACKING = "conformance_could_not_run"
+
+
+def fail_for_lack(reason: str) -> NoReturn:
+    """Fail a test for what the machine lacks: no finding about a kernel."""
+    failure = pytest.fail.Exception(reason, pytrace=False)
+    setattr(failure, LACKING, True)
+    raise failure
+
+
+class Failures:
+    """A plugin of pytest that counts the tests that failed, in the process that has the exit code."""
+
+    def __init__(self) -> None:
+        self._failed = self._lacking = 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count a failure."""
+        self._failed += report.failed
+        self._lacking += report.failed and getattr(report, LACKING, False)
+
+    @property
+    def only_could_not_run(self) -> bool:
+        """Whether something failed, and all of it because the machine lacks something."""
+        return 0 < self._failed == self._lacking
+
+
 @dataclasses.dataclass
 class PluginState:
     """What the plugin knows during one pytest run."""
@@ -52,6 +81,7 @@ class PluginState:
     lost: list[str] = dataclasses.field(default_factory=list)
     #: Whether the folder is another run's by now.
     taken: bool = False
+    failures: Failures = dataclasses.field(default_factory=Failures)
     _open: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     _claimed: bool = False
     _kernels: list[Declaration] | None = None
@@ -92,6 +122,18 @@ class PluginState:
             require_seconds("--conformance-kernel-timeout", self.config.option.conformance_kernel_timeout)
             if memory is not None and not 0 < memory <= MOST_MEMORY:
                 raise UsageError(f"--conformance-kernel-memory must be a positive number of GB, found {memory}")
+
+    @property
+    def cards(self) -> CardChoice:
+        """The cards to run on, and which of them is this process's; raises ``pytest.UsageError`` for options that name none."""
+        from conformance.errors import UsageError
+        from conformance.lanes.cards import choice_of
+
+        options, process = self.config.option, getattr(self.config, "workerinput", {}).get("workerid", "gw0")
+        try:
+            return choice_of(options.conformance_device, options.conformance_device_wait, int(process.removeprefix("gw")))
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
 
     def begin_judging(self) -> None:
         """From here on a signal that ends the process ends the run in order, with what was judged."""
@@ -314,5 +356,6 @@ class PluginState:
                 "markers": options.markexpr,
                 "require_device": options.conformance_require_device,
                 "device_executor": options.conformance_device_executor,
+                "device": options.conformance_device,
             },
         )

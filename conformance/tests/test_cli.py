@@ -12,6 +12,8 @@ from click.testing import CliRunner
 from conformance.cli import main
 from conformance.reports.summarise import summarise
 from conformance.running.records import read_run
+from conformance.tests.fake_machine import FakeMachine
+from conformance.toolchains import detect
 
 TORCH_KERNELS = """
 import time
@@ -62,6 +64,33 @@ def resizing(x, weight, out):
 @conformance.kernel("rms_norm", accepts=lambda dims: dims.H == 256 or "H must be 256")
 def wide(x, weight, out):
     plain(x, weight, out)
+"""
+
+
+#: Put before a builder's text: it runs in the worker, after PyPTO has been loaded without the CANN that is not here.
+COMPILED_FOR_THE_DEVICE = """
+import os
+import conformance
+
+
+@conformance.kernel("rms_norm", toolchain="pypto")
+def mine(dims):
+    import pypto
+
+    os.environ["ASCEND_HOME_PATH"] = {cann!r}
+    os.environ["PATH"] = {cann!r} + "/bin:" + os.environ["PATH"]
+    B, H = dims.B, dims.H
+
+    @pypto.frontend.jit()
+    def rms_norm(
+        x: pypto.Tensor([B, H], pypto.DT_BF16),
+        weight: pypto.Tensor([1, H], pypto.DT_FP32),
+        out: pypto.Tensor([B, H], pypto.DT_BF16),
+    ):
+        pypto.set_vec_tile_shapes(4, H)
+        out[:] = pypto.cast(pypto.mul(pypto.cast(x, pypto.DT_FP32), weight), pypto.DT_BF16)
+
+    return rms_norm
 """
 
 
@@ -255,3 +284,40 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
     command = f"{sys.executable} -m conformance.cli list | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
+
+
+# The device lane, and what compiles
+
+
+def test_an_option_that_names_no_card_is_usage_in_one_line(folder: Path) -> None:
+    done = run_command(folder, "check", "rms_norm", "--lane", "device", "--device", "x")
+    assert (done.returncode, done.stderr) == (2, "conformance: --device takes numbers of cards, such as 0 or 0,2-3, found 'x'\n")
+
+
+@pytest.mark.skipif(not detect().supported, reason=detect().message)
+def test_a_host_compile_and_a_device_compile_are_two_verdicts(tmp_path: Path) -> None:
+    fake = FakeMachine(tmp_path / "machine")
+    # What the device's compiler is asked for is the file behind -o.
+    fake.program("bisheng", 'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done')
+    (tmp_path / "mine.py").write_text(COMPILED_FOR_THE_DEVICE.format(cann=str(fake.cann)))
+    check = ("check", "rms_norm", "--lane", "compile_only", "--dims", "tiny")
+    for name, kernel, told in (("host", (), "host compile"), ("device", ("mine.py:mine",), "device compile")):
+        done = run_command(tmp_path, check[0], check[1], *kernel, *check[2:], "--out", name)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"passed 1 case, {told}" in done.stdout
+        log = read_run(tmp_path / name)
+        assert [record.details for record in log.of("case")] == [{"compile": told}]
+        assert [row.remark for row in summarise(log).rows] == [f", {told}"]
+        for page in ("report.html", "summary.md", "junit.xml"):
+            assert told in (tmp_path / name / page).read_text()
+
+
+@pytest.mark.skipif(not detect().supported, reason=detect().message)
+def test_without_the_compiler_that_cann_names_nothing_is_compiled_and_no_kernel_blamed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASCEND_HOME_PATH", "/nowhere")
+    done = run_command(folder, "check", "rms_norm", "--lane", "compile_only", "--dims", "tiny")
+    assert done.returncode == 3
+    assert "no device compiler: CANN not found: ASCEND_HOME_PATH is /nowhere, which is no folder" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -17,6 +17,7 @@ from conformance.lanes.listing import bundled_kernels
 from conformance.running.records import read_run
 from conformance.running.session import ClaimedFolder
 from conformance.suites.live import may_show
+from conformance.tests.fake_machine import FakeMachine
 
 HERE = Path(__file__).parent
 TORCH_KERNELS = """
@@ -117,7 +118,7 @@ def test_device_tests_are_collected_and_skipped_with_what_was_missing(tmp_path: 
     assert "passed" not in done.stdout.splitlines()[-1]
     expected = len(bundled_kernels()) * sum(len(model.suite_presets) for model in models())
     assert f"{expected} skipped" in done.stdout, done.stdout
-    assert "not found: CANN" in done.stdout.replace("\n", " ")
+    assert "CANN not found: ASCEND_HOME_PATH" in " ".join(done.stdout.split())
     skips = [record for record in read_run(tmp_path / "run").records if record.event == "skip"]
     assert len(skips) == expected
     assert all("torch_npu" in record.reason for record in skips)
@@ -142,9 +143,64 @@ def test_what_else_writes_to_the_terminal_takes_the_place_of_the_live_line(pytes
     assert not may_show(pytester.parseconfig(option).option)
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--device=x", "--device takes numbers of cards, such as 0 or 0,2-3, found 'x'"),
+        ("--conformance-device-wait=-1", "--device-wait takes seconds, at most"),
+    ],
+)
+def test_an_option_that_names_no_card_is_a_mistake_of_usage_in_one_line(tmp_path: Path, option: str, told: str) -> None:
+    done = run_pytest(tmp_path, "-m", "device", option)
+    assert done.returncode == 4
+    assert told in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_finding_beside_what_could_not_run_is_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "test_own.py").write_text("def test_rms_norm(): assert False\n")
+    done = run_pytest(tmp_path, "-k", "rms_norm-tiny-device or own", "--conformance-require-device", "test_own.py")
+    assert done.returncode == 1
+    assert "2 failed" in done.stdout
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
+    """A machine with two cards in the place of this one."""
+    fake = FakeMachine(tmp_path / "machine", torch=False)
+    for name, value in fake.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CONFORMANCE_MACHINE_ROOT", str(fake.root))
+    monkeypatch.syspath_prepend(str(fake.packages))
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (None, "card 7 is not there (--device): the cards of this machine are 0, 1"),
+        ("bisheng", "no usable NPU: bisheng not found on PATH"),
+    ],
+)
+def test_a_card_that_cannot_be_used_is_one_line_and_a_skip_or_could_not_run(
+    tmp_path: Path, fake: FakeMachine, broken: str | None, told: str
+) -> None:
+    if broken:
+        (fake.cann / "bin" / "bisheng").unlink()
+    subset = ("-m", "device", "-k", "rms_norm-tiny", "--device", "7")
+    done = run_pytest(tmp_path, *subset)
+    assert done.returncode == 0, done.stdout + done.stderr
+    required = run_pytest(tmp_path, *subset, "--conformance-require-device", "--conformance-run", str(tmp_path / "required"))
+    assert required.returncode == 3, required.stdout + required.stderr
+    for folder, event in (("run", "skip"), ("required", "error")):
+        (record,) = (one for one in read_run(tmp_path / folder).records if one.event == event)
+        assert record.reason.startswith(told)
+        assert "\n" not in record.reason
+
+
 def test_a_missing_device_fails_where_one_is_required(tmp_path: Path) -> None:
     done = run_pytest(tmp_path, "-m", "device", "--conformance-require-device", "-k", "rms_norm")
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "--conformance-require-device: no usable NPU" in done.stdout
     assert [record.event for record in read_run(tmp_path / "run").records].count("error") == 2
 
