@@ -94,7 +94,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--conformance-device",
         default="",
         metavar="0,2-3",
-        help="cards to run on, one for each process (default: TASK_DEVICE, TILE_FWK_DEVICE_ID, or all cards)",
+        help="cards to run on, one for each process (default: TASK_DEVICE, TILE_FWK_DEVICE_ID, or all cards); also spelled "
+        "--device, where no other plugin has that option",
     )
     group.addoption(
         "--conformance-device-wait",

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from conformance.lanes import lane_named
+from conformance.lanes.cards import CardUnavailableError
 from conformance.suites.state import fail_for_lack
-from conformance.toolchains.detection import ToolchainUnavailableError
 
 if TYPE_CHECKING:
     from conformance.suites.judging import SubjectJudging
@@ -43,7 +43,7 @@ def require_lane(judging: SubjectJudging) -> None:
         with judging.usage_errors():
             try:
                 judging.cards.card()
-            except ToolchainUnavailableError as error:
+            except CardUnavailableError as error:
                 reason = str(error)
     if not reason:
         return

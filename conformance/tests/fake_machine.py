@@ -41,9 +41,17 @@ SMI_A2 = """
 | 7       0                 | 4242          | vllm               | 57000                 | 17                      |
 """
 
+
+def torch_npu_of(cards: int) -> str:
+    """The text of a torch_npu that sees so many cards, and has something to say at the end."""
+    return _TORCH_NPU.format(cards=cards)
+
+
 _TORCH_NPU = """
+import atexit
 import types
 import torch
+atexit.register(print, "[INFO] {{bye}}\\n{{")
 torch.npu = types.SimpleNamespace(
     is_available=lambda: True, device_count=lambda: {cards}, get_device_name=lambda index: "Ascend910B3"
 )
@@ -72,7 +80,7 @@ class FakeMachine:
         self.cann_says("9.1.0")
         self.write(self.cann / "include" / "pto" / "pto-inst.hpp")
         self.program("bisheng", "exit 1")
-        self.torch_npu(_TORCH_NPU.format(cards=cards))
+        self.torch_npu(torch_npu_of(cards))
         self.write(self.packages / "torch_npu-2.7.1.dist-info" / "METADATA", "Name: torch_npu\nVersion: 2.7.1\n")
         if torch:
             self.write(self.packages / "torch.py")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import conformance
-from conformance.tests.fake_machine import SMI_A2, SMI_BUSY, FakeMachine
+from conformance.tests.fake_machine import SMI_A2, SMI_BUSY, FakeMachine, torch_npu_of
 from conformance.toolchains import doctor, find_npu
 from conformance.toolchains.npu import device_compiler_problem
 from conformance.toolchains.npu_smi import CardProcess, parse
@@ -67,6 +67,7 @@ def remove(fake: FakeMachine, *paths: str) -> None:
         (lambda fake: fake.environment.update(ASCEND_RT_VISIBLE_DEVICES="7"), "by ASCEND_RT_VISIBLE_DEVICES=7"),
         (lambda fake: remove(fake, "packages/torch_npu"), "torch_npu not found (install the harness into the Python"),
         (lambda fake: fake.torch_npu("raise ImportError('libhccl.so: cannot open')"), "does not import: ImportError: libhccl.so"),
+        (lambda fake: fake.torch_npu(torch_npu_of(cards=0)), "torch_npu 2.7.1, torch 2.7.1 sees no card"),
         (lambda fake: fake.torch_npu("import os; os.abort()"), "torch_npu 2.7.1, torch 2.7.1 does not start: exit code -6"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+import re
 import shutil
 import sys
 
@@ -46,9 +47,11 @@ def _python() -> DoctorLine:
 
 def _torch() -> DoctorLine:
     try:
-        return DoctorLine("torch", True, importlib.metadata.version("torch"))
+        version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return DoctorLine("torch", False, "not found", "pip install torch (2.6 or newer; a CPU build will do)")
+    ok = tuple(int(number) for number in re.findall(r"\d+", version)[:2]) >= (2, 6)
+    return DoctorLine("torch", ok, version, "" if ok else "2.6 or newer is needed, and where there are cards its torch_npu")
 
 
 def _pypto(toolchain: Toolchain) -> tuple[DoctorLine, ...]:

@@ -6,15 +6,17 @@ else is there. No card is used: whether one computes is found out by who runs ke
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
 import os
 import re
 import stat
 import subprocess
 import sys
 from pathlib import Path
+
+import msgspec
 
 from conformance.toolchains.machine import DoctorLine, Machine, this_machine
 from conformance.toolchains.npu_smi import card_states
@@ -205,19 +207,26 @@ def _torch_npu(machine: Machine) -> DoctorLine:
 
 def _imported(machine: Machine, line: DoctorLine) -> DoctorLine:
     """What becomes of torch_npu's line when it is imported."""
-    told = json.loads(_probe(tuple(sorted(machine.environment.items()))))
-    if "problem" in told:
-        return DoctorLine("torch_npu", False, f"{line.found} {told['problem']}", "it must match torch and CANN")
-    count, nodes = told.get("count", 0), len(machine.card_nodes())
+    told = _probe(tuple(sorted(machine.environment.items())))
+    if told.problem:
+        return DoctorLine("torch_npu", False, f"{line.found} {told.problem}", "it must match torch and CANN")
+    count, nodes = told.count, len(machine.card_nodes())
     if not count:
         return DoctorLine("torch_npu", False, f"{line.found} sees no card", "npu-smi info says what state they are in")
-    return dataclasses.replace(line, found=f"{line.found}, {told.get('soc') or 'unknown SoC'}, {count} of {nodes} cards")
+    return dataclasses.replace(line, found=f"{line.found}, {told.soc or 'unknown SoC'}, {count} of {nodes} cards")
+
+
+class _Told(msgspec.Struct):
+    """What importing torch_npu showed."""
+
+    problem: str = ""
+    count: int = 0
+    soc: str = ""
 
 
 @functools.lru_cache(maxsize=4)
-def _probe(environment: tuple[tuple[str, str], ...]) -> str:
-    """JSON of what importing torch_npu showed; once for a process and an environment, since it takes seconds."""
-    problem = ""
+def _probe(environment: tuple[tuple[str, str], ...]) -> _Told:
+    """Import torch_npu; once for a process and an environment, since it takes seconds."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _PROBE],
@@ -228,16 +237,16 @@ def _probe(environment: tuple[tuple[str, str], ...]) -> str:
             errors="replace",
             timeout=PROBE_SECONDS,
         )
-        last = (done.stdout.strip().splitlines() or [""])[-1]
-        if done.returncode == 0 and last.startswith("{"):
-            return last
-        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        problem = f"does not start: {said}"
     except subprocess.TimeoutExpired:
-        problem = f"does not start within {PROBE_SECONDS} s"
+        return _Told(f"does not start within {PROBE_SECONDS} s")
     except OSError as error:
-        problem = f"cannot be tried: {error.strerror or error}"
-    return json.dumps({"problem": problem})
+        return _Told(f"cannot be tried: {error.strerror or error}")
+    # Libraries print as well: ours is the last line that is an answer.
+    for line in reversed(done.stdout.splitlines()):
+        with contextlib.suppress(msgspec.DecodeError):
+            return msgspec.json.decode(line, type=_Told)
+    said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return _Told(f"does not start: {said}")
 
 
 def _memory(machine: Machine) -> DoctorLine | None:

@@ -69,7 +69,11 @@ class Runtime:
             from pypto.runtime import _pto_verify_datas
         except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
             # The latter two: a version that builds its native module when it is first imported, and cannot.
-            raise ToolchainUnavailableError(f"pypto is installed but does not import: {error}") from error
+            home = os.environ.get("ASCEND_HOME_PATH")
+            cann = (
+                f"; it loads CANN's libraries, by ASCEND_HOME_PATH={home}: source CANN's set_env.sh, or unset it" if home else ""
+            )
+            raise ToolchainUnavailableError(f"pypto is installed but does not import: {error}{cann}") from error
         # PyPTO installs a handler of its own for fatal signals, which says less: take it back.
         faulthandler.disable()
         faulthandler.enable()
