@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import re
@@ -215,21 +216,34 @@ class CardLock:
 
     def _open(self) -> int:
         # A file of another user's in a folder that everybody can write to must not be opened with O_CREAT (protected_regular).
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            return os.open(self.path, flags)
+            descriptor = os.open(self.path, flags)
         except FileNotFoundError:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            return os.open(self.path, flags)
-        os.fchmod(descriptor, 0o666)  # whatever the umask
+            self._make()
+            descriptor = os.open(self.path, flags)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "it is no regular file")
         return descriptor
+
+    def _make(self) -> None:
+        """Make the file, and its folder if need be, for all users, whatever the umask."""
+        with contextlib.suppress(FileExistsError):
+            self.path.parent.mkdir(parents=True)
+            self.path.parent.chmod(0o1777)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL, 0o666)
+            os.fchmod(descriptor, 0o666)
+            os.close(descriptor)
 
     def _holder(self) -> str:
         with contextlib.suppress(OSError):
-            return one_line(self.path.read_text(encoding="utf-8", errors="replace"), 100)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                return one_line(os.read(descriptor, 100).decode("utf-8", "replace"))
+            finally:
+                os.close(descriptor)
         return ""
 
     def _used_by_others(self) -> str:

@@ -10,11 +10,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from conformance.cases.case import make_case
+from conformance.cases.key import CaseKey
 from conformance.errors import UsageError
 from conformance.lanes.cards import Card, CardChoice, CardLock, CardUnavailableError, parse_cards
+from conformance.lanes.eager import EAGER
+from conformance.lanes.listing import kernels_of
+from conformance.lanes.process import KernelProcess
+from conformance.suites.state import PluginState
 from conformance.tests.fake_machine import SMI_BUSY, SMI_IDLE, FakeMachine
 
 
@@ -76,6 +83,36 @@ def test_a_card_that_may_not_be_used_is_left_out_unless_it_is_asked_for(fake: Fa
     assert [card.number for card in CardChoice().cards(machine)] == [1]
     with pytest.raises(CardUnavailableError, match=r"card 0 may not be used \(--device\): /dev/davinci0 has mode 660"):
         CardChoice((0,)).cards(machine)
+
+
+KERNEL = """
+import os
+import conformance
+
+@conformance.kernel("rms_norm")
+def tells_its_card(x, weight, out):
+    out.fill_(float(os.environ["TILE_FWK_DEVICE_ID"]))
+"""
+
+
+def test_a_workers_process_is_told_its_card_as_torch_counts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeMachine(tmp_path / "machine", cards=3)
+    monkeypatch.setenv("CONFORMANCE_MACHINE_ROOT", str(fake.root))
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,2")
+    monkeypatch.setattr(type(EAGER), "on_cards", lambda lane, executor: True)
+    (tmp_path / "mine.py").write_text(KERNEL)
+    (kernel,) = kernels_of(str(tmp_path / "mine.py"))
+    with KernelProcess(kernel, "eager", cards=CardChoice((2,))) as process:
+        outcome = process.run(make_case(CaseKey("rms_norm", "tiny", "normal", 7, (("B", 1),), ())))
+    assert outcome.status == "ok", outcome
+    assert set(outcome.outputs["out"].flatten().tolist()) == {1.0}
+
+
+def test_each_process_of_xdist_is_another_worker() -> None:
+    option = SimpleNamespace(conformance_device="4-6", conformance_device_wait=None)
+    for inputs, worker in (({}, 0), ({"workerinput": {"workerid": "gw0"}}, 0), ({"workerinput": {"workerid": "gw2"}}, 2)):
+        state = PluginState(SimpleNamespace(option=option, **inputs))  # type: ignore[arg-type]
+        assert state.cards == CardChoice((4, 5, 6), worker)
 
 
 # The lock
@@ -168,14 +205,25 @@ def test_where_no_lock_can_be_made_the_card_is_unavailable(fake: FakeMachine) ->
         lock_of(fake, 0).__enter__()
 
 
-def test_a_link_in_the_place_of_a_lock_is_not_followed(fake: FakeMachine) -> None:
+def test_what_stands_in_the_place_of_a_lock_is_neither_followed_nor_waited_for(fake: FakeMachine) -> None:
     target = fake.root / "theirs"
-    lock = lock_of(fake, 0)
+    lock = lock_of(fake, 60)
     fake.write(target, "kept")
     lock.path.symlink_to(target)
     with pytest.raises(CardUnavailableError, match="cannot be locked"):
         lock.__enter__()
     assert target.read_text() == "kept"
+    lock.path.unlink()
+    os.mkfifo(lock.path)
+    with pytest.raises(CardUnavailableError, match="it is no regular file"):
+        lock.__enter__()
+
+
+def test_a_folder_for_locks_is_made_for_all_users(fake: FakeMachine) -> None:
+    fake.environment["CONFORMANCE_LOCK_DIR"] = str(fake.root / "locks")
+    with lock_of(fake, 0) as lock:
+        assert lock.path.parent == fake.root / "locks"
+        assert lock.path.parent.stat().st_mode & 0o7777 == 0o1777
 
 
 def test_a_card_with_a_process_of_somebody_elses_is_busy_until_that_ends(fake: FakeMachine) -> None:
