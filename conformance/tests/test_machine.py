@@ -61,7 +61,7 @@ def remove(fake: FakeMachine, *paths: str) -> None:
             lambda fake: fake.environment.update(PTO_TILE_LIB_CODE_PATH="/nowhere"),
             "PTO_TILE_LIB_CODE_PATH has no /nowhere/include",
         ),
-        (lambda fake: remove(fake, "root/dev/hisi_hdc"), "driver not found: /dev/hisi_hdc"),
+        (lambda fake: remove(fake, "root/dev/davinci_manager"), "driver not found: /dev/davinci_manager (install it"),
         (lambda fake: fake.driver_says("24.1.rc3"), "driver 24.1.rc3 is too old (25.2 or newer is needed)"),
         (lambda fake: remove(fake, "root/dev/davinci0", "root/dev/davinci1"), "cards not found: /dev/davinci0"),
         (lambda fake: fake.environment.update(ASCEND_RT_VISIBLE_DEVICES="7"), "by ASCEND_RT_VISIBLE_DEVICES=7"),
@@ -80,6 +80,7 @@ def test_what_is_missing_or_wrong_is_told_in_one_line(fake: FakeMachine, broken,
     assert "\n" not in status.reason
 
 
+@pytest.mark.slow  # two imports of torch
 def test_a_torch_npu_that_breaks_torch_is_told_and_keeps_nothing_else_from_running(tmp_path: Path) -> None:
     # torch imports it by itself, and does not import without it.
     fake = FakeMachine(tmp_path, torch=False)

@@ -39,8 +39,8 @@ _CANN_FILES = (
     "*-linux/ascend_toolkit_install.info",
 )
 _ADVICE = "source CANN's set_env.sh"
-#: What a process that runs kernels opens besides a card.
-_DRIVER_NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")
+#: What a process that runs kernels opens besides a card: the driver's own node, and those that a container is given beside it.
+_DRIVER_NODE, _OTHER_NODES = "/dev/davinci_manager", ("/dev/devmm_svm", "/dev/hisi_hdc")
 
 _PROBE = """
 import json
@@ -159,14 +159,15 @@ def _pto_isa(machine: Machine) -> DoctorLine:
 
 
 def _driver(machine: Machine) -> DoctorLine:
-    missing = [name for name in _DRIVER_NODES if not machine.path(f"/dev/{name}").exists()]
-    if missing:
-        nodes = ", ".join(f"/dev/{name}" for name in missing)
-        return DoctorLine("driver", False, f"not found: {nodes}", "install it, or give the container these nodes")
+    if not machine.path(_DRIVER_NODE).exists():
+        nodes = f"{_DRIVER_NODE}, {', '.join(_OTHER_NODES)}"
+        return DoctorLine("driver", False, f"not found: {_DRIVER_NODE}", f"install it, or give the container {nodes}")
     version = _version_in(_installed(machine, "Driver") / "driver" / "version.info")
     if version and _numbers(version) < LEAST_DRIVER:
         return DoctorLine("driver", False, f"{version} is too old", f"{_dotted(LEAST_DRIVER)} or newer is needed")
-    return DoctorLine("driver", True, version or "of unknown version")
+    missing = [node for node in _OTHER_NODES if not machine.path(node).exists()]
+    without = f", without {', '.join(missing)}, which it needs as a rule" if missing else ""
+    return DoctorLine("driver", True, f"{version or 'of unknown version'}{without}")
 
 
 def _firmware(machine: Machine) -> DoctorLine | None:
