@@ -21,10 +21,14 @@ class ScratchFolder:
 
     def __init__(self, parent: Path) -> None:
         remove_abandoned(parent)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        # Not inheritable: the worker may outlive its owner by a moment and must not hold the lock.
-        self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+            # Not inheritable: the worker may outlive its owner by a moment and must not hold the lock.
+            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if (self.path / _LOCK).exists():
+                break
+            os.close(self._lock)  # another took it for abandoned before it was locked
 
     def clear(self) -> None:
         """Remove what is in the folder, which stays."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import fcntl
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ from conformance.lanes.buffers import GUARD_ALIGNMENT, bits, case_bytes, content
 from conformance.lanes.process import KernelProcess, Limits
 from conformance.lanes.pypto.device import run_on_card
 from conformance.lanes.pypto.passes import compare_passes
-from conformance.lanes.scratch import ScratchFolder
+from conformance.lanes.scratch import ScratchFolder, remove_abandoned
 from conformance.toolchains import detect, find_npu
 
 KERNELS = Path(__file__).parent / "kernels_under_test"
@@ -370,6 +371,25 @@ def test_folders_of_a_killed_owner_are_removed_by_the_next_and_those_in_use_are_
     assert in_use.path.is_dir()
     for folder in (in_use, other):
         folder.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_taken_for_abandoned_before_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, removed = fcntl.flock, list[str]()
+
+    def late(descriptor: int, how: int) -> None:
+        if how == fcntl.LOCK_EX and not removed:
+            removed.extend(path.name for path in tmp_path.iterdir())
+            remove_abandoned(tmp_path)
+        lock(descriptor, how)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    folder = ScratchFolder(tmp_path)
+    assert folder.path.is_dir()
+    assert [folder.path.name] != removed
+    folder.close()
     assert list(tmp_path.iterdir()) == []
 
 
