@@ -47,6 +47,15 @@ def one_line(text: object, limit: int | None = None) -> str:
     return plain(" ".join(str(text).split()), limit)
 
 
+def told(error: BaseException) -> str:
+    """The class and the text of an exception that others raised; making its text may fail as well."""
+    try:
+        text = str(error)
+    except Exception as failure:
+        text = f"its text cannot be made ({type(failure).__name__})"
+    return f"{type(error).__name__}: {text}"
+
+
 def require_path(path: str | os.PathLike[str]) -> None:
     """Raise ``UsageError`` for what cannot be the path of a file: too long, or with a character that no path holds."""
     encoded = os.fsencode(path) if _is_encodable(os.fspath(path)) else b"\0"

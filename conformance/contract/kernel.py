@@ -19,7 +19,7 @@ from conformance.contract.precision import CONTRACT, TIES, declared_names, requi
 from conformance.contract.registry import model_named, short_name, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
-from conformance.outside import one_line
+from conformance.outside import one_line, told
 
 TOOLCHAINS = ("torch", "pypto")
 
@@ -120,7 +120,7 @@ class Kernel(Declaration):
         try:
             answer = self.accepts(dims)
         except Exception as error:
-            raise UsageError(f"accepts of kernel {self.name} raised {type(error).__name__}: {error}") from error
+            raise UsageError(f"accepts of kernel {self.name} raised {told(error)}") from error
         if answer is True:
             return None
         return answer if isinstance(answer, str) else f"kernel {self.name} does not take {dims}"

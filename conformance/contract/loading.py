@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import importlib.util
 import site
@@ -13,8 +14,9 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TypeVar
 
-from conformance.contract.kernel import Declaration, Kernel
+from conformance.contract.kernel import Declaration, Kernel, unbound
 from conformance.errors import UsageError
+from conformance.outside import told
 
 #: The largest file of a kernel, in bytes: an endless one is no kernel.
 MOST_BYTES = 16 << 20
@@ -29,12 +31,12 @@ def load_module(location: str | Path) -> ModuleType:
         try:
             return importlib.import_module(text)
         except Exception as error:
-            raise UsageError(f"cannot import {text}: {type(error).__name__}: {error}") from error
+            raise UsageError(f"cannot import {text}: {told(error)}") from error
     path = require_file(text)
     for module in list(sys.modules.values()):
         known = getattr(module, "__file__", None)
         # The bundled kernels are imported by way of a link.
-        if isinstance(known, str) and Path(known).name == path.name and Path(known).resolve() == path:
+        if isinstance(known, str) and Path(known).name == path.name and Path(known).resolve() == path.resolve():
             return module
     module_name = f"conformance_user_{path.stem}_{abs(hash(path))}"
     spec = importlib.util.spec_from_file_location(module_name, path, loader=_TextLoader(module_name, str(path)))
@@ -62,11 +64,13 @@ def require_file(text: str) -> Path:
     """The path of a kernel's file; raises ``UsageError`` for what is none: a folder, a pipe, a device."""
     try:
         path = Path(text).resolve()
+        if path.suffix != ".py":  # a link to a file of another name
+            path = Path(text).absolute()
         if path.is_file():
             if path.stat().st_size > MOST_BYTES:
                 raise UsageError(f"{path.name} is no kernel file: it has more than {MOST_BYTES >> 20} MiB")
             return path
-    except (OSError, ValueError) as error:  # a name that is too long, or that holds a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long or holds a NUL, a link to itself
         raise UsageError(f"no such kernel file: {text[:200]!r} ({error})") from error
     raise UsageError(f"no such kernel file: {text[:200]}")
 
@@ -136,7 +140,7 @@ def _first_line(error: BaseException) -> str:
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     line = f", line {traceback.tb_lineno} of {Path(traceback.tb_frame.f_code.co_filename).name}" if traceback else ""
-    return f"{type(error).__name__}: {error}{line}".replace("\n", " ")
+    return f"{told(error)}{line}".replace("\n", " ")
 
 
 def kernels_in(module: ModuleType) -> list[Kernel]:
@@ -144,13 +148,20 @@ def kernels_in(module: ModuleType) -> list[Kernel]:
 
     Raises ``UsageError`` if two of them have one name.
     """
-    found = [value for value in vars(module).values() if isinstance(value, Kernel)]
-    own = [one for one in dict.fromkeys(found) if one.function.__module__ == module.__name__]
-    for name in {one.id for one in own}:
-        if sum(one.id == name for one in own) > 1:
+    # By identity: the function of a kernel may be an object that has no hash.
+    found = {id(value): value for value in vars(module).values() if isinstance(value, Kernel)}
+    own = [one for one in found.values() if _module_of(one) == module.__name__]
+    for name, count in collections.Counter(one.id for one in own).items():
+        if count > 1:
             file = Path(str(getattr(module, "__file__", module.__name__))).name
             raise UsageError(f"{file}: two kernels are named {name.partition('/')[2]!r}: give one another name=...")
     return own
+
+
+def _module_of(kernel: Kernel) -> str:
+    """The module that defines a kernel: of a partial that of what it was applied to, of a callable object that of its class."""
+    function = unbound(kernel.function)
+    return str(getattr(function, "__module__", type(function).__module__))
 
 
 def find_kernel(kernels: Iterable[Declared], name: str, where: str) -> Declared:

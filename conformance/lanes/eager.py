@@ -87,6 +87,7 @@ def call(kernel: Kernel, dims: Dims, tensors: Mapping[str, torch.Tensor]) -> Out
     """
     from conformance.contract.kernel import call_of
     from conformance.lanes.base import Outcome
+    from conformance.outside import told
 
     passed = {name: tensor.view(tensor.shape) for name, tensor in tensors.items()}
     arguments, keywords = call_of(kernel.function, kernel.stage, passed, dims)
@@ -95,7 +96,7 @@ def call(kernel: Kernel, dims: Dims, tensors: Mapping[str, torch.Tensor]) -> Out
     try:
         returned = kernel.function(*arguments, **keywords)
     except (Exception, SystemExit) as error:
-        message = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+        message = told(error).split("\n", 1)[0]
         return Outcome("raised", message=message, location=_location(error), seconds=time.perf_counter() - began)
     seconds = time.perf_counter() - began
     if returned is not None:

@@ -33,6 +33,7 @@ from conformance.contract.arguments import DTYPE_NAMES
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
 from conformance.errors import UsageError
+from conformance.outside import told
 from conformance.toolchains.detection import ToolchainUnavailableError, detect
 from conformance.toolchains.dumps import fewer_dumps
 
@@ -320,7 +321,8 @@ _CODED = re.compile(r"Err[Cc]ode: (\w+)!\s*(.*?), func \w+, file \S+, line \d+",
 
 def clean(error: BaseException) -> str:
     """An error's cause in one line."""
-    lines = [line.strip() for line in _NOISE.sub("", str(error)).splitlines()]
+    said = told(error).removeprefix(f"{type(error).__name__}: ")
+    lines = [line.strip() for line in _NOISE.sub("", said).splitlines()]
     text = " ".join(line for line in lines if line and not _NATIVE_FRAME.match(line))
     text = _CODED.sub(lambda match: f"{match[2].strip()} (PyPTO error {match[1]})", text).strip()
     if type(error).__module__.startswith("pypto") or isinstance(error, RuntimeError):
