@@ -33,12 +33,14 @@ class Arena:
         """Make it at least so many bytes large; raises ``OSError`` if there is no memory for that."""
         if self._map is not None and len(self._map) >= size:
             return
+        # In steps, so that cases of slightly different sizes do not map anew every time.
+        step = -(-size * 5 // (4 * mmap.PAGESIZE)) * mmap.PAGESIZE
         length = os.fstat(self.descriptor).st_size
         if length < size:
-            # In steps, so that cases of slightly different sizes do not map anew every time.
-            length = -(-size * 5 // (4 * mmap.PAGESIZE)) * mmap.PAGESIZE
+            length = step
             os.ftruncate(self.descriptor, length)
-        # Tensors in the old mapping keep it alive until they die themselves.
+        # Not all of a file that a kernel made larger than memory. Tensors in the old mapping keep it alive until they die.
+        length = min(length, step)
         self._map = mmap.mmap(self.descriptor, length) if length else None
 
     def view(self, offset: int, dtype: torch.dtype, count: int) -> torch.Tensor:

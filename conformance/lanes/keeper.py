@@ -91,6 +91,12 @@ class KeptProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
+    def kill_with_keeper(self) -> None:
+        """Kill the process, all that is known below its keeper, and the keeper, where that does not do so itself."""
+        for pid in (*descendants(self.keeper), self.keeper):
+            _kill(pid)
+        self.wait()
+
     def resident_bytes(self, limit: int) -> int:
         """Memory of the process and of all that it started, in bytes: exactly where it would be more than ``limit``.
 

@@ -70,7 +70,7 @@ class Listing:
         if key not in self._reasons:
             sizes = {field.name: getattr(dims, field.name) for field in dataclasses.fields(dims)}
             request = AskAccepts(kernel.module, kernel.attribute, kernel.stage_name, (sizes,))
-            answer = self._ask(request, ANSWER_SECONDS, f"accepts of kernel {kernel.name}")
+            answer = self._ask(request, ANSWER_SECONDS, f"accepts of kernel {kernel.name}:")
             if not isinstance(answer, Reasons) or len(answer.reasons) != 1:
                 raise UsageError(f"accepts of kernel {kernel.name} was not answered")
             self._reasons[key] = answer.reasons[0] and one_line(answer.reasons[0], 500)
@@ -81,7 +81,7 @@ class Listing:
         self._worker.close()
 
     def _listed(self, request: Message, file: str) -> list[ListedKernel]:
-        answer = self._ask(request, IMPORT_LIMITS.seconds, file)
+        answer = self._ask(request, IMPORT_LIMITS.seconds, f"{file}: when it was imported,")
         if not isinstance(answer, Listed):
             raise UsageError(f"{file}: its process sent something else than its kernels")
         return [self._checked(declared, file) for declared in answer.kernels]
@@ -128,7 +128,7 @@ class Listing:
                 self._worker.stop()
                 text = one_line(failure.outcome.message, MOST_TEXT).removesuffix(" during it").replace(" during it;", ";", 1)
                 did = {"timed_out": f"did not come to its end within {seconds:g} s"}.get(failure.outcome.status, text)
-                raise UsageError(f"{what}: when it was imported, {did}") from failure
+                raise UsageError(f"{what} {did}") from failure
             except UnknownEndError:
                 self._worker.stop()
                 self._worker.may_fork = False
@@ -137,7 +137,7 @@ class Listing:
             except BaseException:
                 self._worker.stop()
                 raise
-        raise UsageError(f"{what}: the process that imported it ended, and nobody knows how")
+        raise UsageError(f"{what} its process ended, and nobody knows how")
 
 
 def _location(module: str) -> str:

@@ -203,8 +203,12 @@ def result_of(outcome: Outcome, *, seconds: float, peak_memory: int | None, heal
     )
 
 
-def outcome_of(result: Result) -> Outcome:
-    """The outcome that a result tells of, without outputs. Texts are made plain again: who knows who wrote them."""
+def outcome_of(result: Result, elapsed: float) -> Outcome:
+    """The outcome that a result tells of, without outputs.
+
+    Texts are made plain again: who knows who wrote them. ``elapsed`` are the seconds that its owner waited: a kernel may have set
+    the clocks of its process.
+    """
     return Outcome(
         result.status,
         message=plain(result.message, MOST_TEXT),
@@ -214,7 +218,7 @@ def outcome_of(result: Result) -> Outcome:
         unwritten_reads=tuple(dataclasses.replace(one, **_plain_texts(one)) for one in result.unwritten_reads),
         executed=result.executed,
         compiled=result.compiled,
-        seconds=result.seconds,
+        seconds=result.seconds if 0 <= result.seconds <= elapsed else elapsed,
         peak_memory=result.peak_memory,
     )
 

@@ -162,7 +162,7 @@ class KernelProcess:
             self._worker.trim_logs()
         else:
             self._worker.stop()
-        return outcome_of(answer)
+        return outcome_of(answer, time.monotonic() - began)
 
     def _start(self) -> None:
         library = self._lane.require(self._device_executor, self._progress)

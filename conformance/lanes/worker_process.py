@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -34,13 +33,17 @@ from conformance.toolchains.detection import ToolchainUnavailableError
 INSIDE_WORKER = "CONFORMANCE_INSIDE_WORKER"
 #: How often limits are looked at, in seconds. A kernel that allocates as fast as memory allows gains some 100 MB in between.
 POLL_SECONDS = 0.05
+#: How long a keeper may take to end what its worker has left, in seconds: longer than it tries.
+_END_SECONDS = 15.0
 #: How much of what a dead worker printed is shown.
 TAIL_LINES = 12
 #: A worker's log is emptied when it is larger than this, in bytes: after a run, and while a run goes on.
 LOG_LIMIT, RUNNING_LOG_LIMIT = 1 << 20, 64 << 20
 
-#: The fault handler's list of frames, which is reduced to the kernel's own line.
-_FAULT_HANDLER = re.compile(r'  File "|  <.*>$|Extension modules:|(Current thread|Thread) 0x')
+#: A frame as a traceback prints it, with its text and the marks below that; most are of this package.
+_FRAME = re.compile(r'^  File ".*\n?(?:    .*\n?)*', re.MULTILINE)
+#: What else the fault handler prints, which is reduced to the kernel's own line.
+_FAULT_HANDLER = re.compile(r"Traceback \(most recent|  <.*>$|Extension modules:|(Current thread|Thread) 0x")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +100,8 @@ class WorkerProcess:
         self._lifeline: int | None = None
 
     def __del__(self) -> None:
-        # A forgotten process must not outlive its owner's interest in it.
-        if getattr(self, "_process", None) is not None:
+        # A forgotten process must not outlive its owner's interest in it, nor the folders of one that has ended.
+        if hasattr(self, "_lifeline"):  # else it was not made to its end
             self.close()
 
     @property
@@ -250,18 +253,15 @@ class WorkerProcess:
             raise UnknownEndError
         text = _tail(self._folder / "stderr.log")
         how = f"died of {_signal_name(-code)}" if code < 0 else f"ended itself with exit code {code}"
-        said = [line for line in text if line.strip() and not _FAULT_HANDLER.match(line)]
+        lines = _FRAME.sub("", text).splitlines()
+        said = [line for line in lines if line.strip() and not _FAULT_HANDLER.match(line)]
         printed = "; it printed:\n" + plain("\n".join(said[-TAIL_LINES:]), 4000) if said else ""
         return Outcome("crashed", message=f"its process {how} during {what}{printed}", location=self._location_in(text))
 
-    def _location_in(self, lines: Sequence[str]) -> str | None:
+    def _location_in(self, text: str) -> str | None:
         # The fault handler prints the Python stack, innermost frame first.
-        source = str(self._source)
-        for line in lines:
-            match = re.search(r'File "([^"]+)", line (\d+)', line)
-            if match and match[1] == source:
-                return f"{match[1]}:{match[2]}"
-        return None
+        match = re.search(rf'File "({re.escape(str(self._source))})", line (\d+)', text)
+        return f"{match[1]}:{match[2]}" if match else None
 
     def _kill(self) -> None:
         if self._process is None:
@@ -270,7 +270,10 @@ class WorkerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             self._process.kill()
-        self._process.wait()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:  # its keeper does nothing any more: the kernel may have stopped it
+            self._process.kill_with_keeper()
 
     def stop(self) -> None:
         """Kill the worker, if any, and all that it started."""
@@ -323,10 +326,10 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _tail(path: Path) -> list[str]:
+def _tail(path: Path) -> str:
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - (64 << 10)))
-            return file.read().decode("utf-8", errors="replace").splitlines()
+            return file.read().decode("utf-8", errors="replace").replace("\r\n", "\n")
     except OSError:
-        return []
+        return ""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import py_compile
 import signal
@@ -62,6 +63,7 @@ def alive(process: int) -> bool:
         ("exits", "crashed", "its process ended itself with exit code 0"),
         ("raises_what_is_no_exception", "crashed", "GeneratorExit"),
         ("says_too_much", "raised", "more characters"),
+        ("raises_what_has_no_text", "raised", "TextlessError: its text cannot be made"),
         ("imports_the_reference", "raised", "a kernel computes its result by itself"),
         ("asks_the_stage", "raised", "a kernel computes its result by itself"),
         ("searches_memory", "unwritten", "out"),
@@ -86,10 +88,28 @@ def test_a_right_result_is_right_whatever_else_a_kernel_does(kernels: dict[str, 
             assert judge(CASE, process.run(CASE)).ok
 
 
+def test_what_a_kernel_does_to_its_memory_and_clock_does_not_reach_the_judge(kernels: dict[str, ListedKernel]) -> None:
+    larger = make_case(CaseKey.parse("rms_norm:narrow:B=7:normal:7"))
+    for name in ("lengthens_the_arena", "sets_the_clock"):
+        with KernelProcess(kernels[name], "eager") as process:
+            for case in (CASE, larger):
+                outcome = process.run(case)
+                assert judge(case, outcome).ok
+                assert 0 <= outcome.seconds < 60  # else the record of the run is not read
+
+
 def test_what_is_sent_unasked_is_a_finding_of_the_next_run(kernels: dict[str, ListedKernel]) -> None:
     with KernelProcess(kernels["answers_from_a_thread"], "eager") as process:
         assert "no answer" in process.run(CASE).message
     assert judged(kernels["right"])[1].ok
+
+
+def test_a_keeper_that_does_nothing_any_more_is_not_waited_for(
+    kernels: dict[str, ListedKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("conformance.lanes.worker_process._END_SECONDS", 0.5)
+    with KernelProcess(kernels["stops_its_keeper"], "eager", limits=Limits(seconds=1.0)) as process:
+        assert process.run(CASE).status == "timed_out"
 
 
 @pytest.mark.parametrize("name", ["stops_itself", pytest.param("prints_without_end", marks=pytest.mark.slow)])
@@ -226,6 +246,55 @@ def test_what_a_kernel_declares_is_bounded(tmp_path: Path, declared: str, messag
     reason = refusal()
     assert reason is not None
     assert len(reason) < 1000
+
+
+OBJECTS = """
+import dataclasses, functools
+
+def scaled(x, weight, out, *, factor):
+    out.copy_(x.float() * weight * factor)
+
+@dataclasses.dataclass
+class Scaled:  # has no hash
+    factor: float
+    def __call__(self, x, weight, out):
+        scaled(x, weight, out, factor=self.factor)
+
+partial = conformance.kernel("rms_norm", name="partial")(functools.partial(scaled, factor=2.0))
+instance = conformance.kernel("rms_norm", name="instance")(Scaled(2.0))
+"""
+
+
+def test_callables_that_are_no_functions_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(HEAD + OBJECTS)
+    assert [kernel.name for kernel in kernels_of(str(tmp_path / "mine.py"))] == ["partial", "instance"]
+
+
+def test_a_file_may_be_a_link_to_one_of_another_name(tmp_path: Path) -> None:
+    (tmp_path / "stored").write_text(HEAD + WRONG.format(name="wrong", declared=""))
+    (tmp_path / "mine.py").symlink_to("stored")
+    outcome, _ = judged(kernel_named(str(tmp_path / "mine.py"), "wrong"))
+    assert outcome.outputs["out"].eq(7.0).all()
+
+
+@pytest.mark.parametrize("name", ["loop.py", "not-utf-8-\udcff.py"])
+def test_a_path_that_cannot_be_used_is_a_usage_error(tmp_path: Path, name: str) -> None:
+    if name == "loop.py":
+        (tmp_path / name).symlink_to(name)
+    else:
+        (tmp_path / name).write_text(HEAD)
+    with pytest.raises(UsageError):
+        kernels_of(str(tmp_path / name))
+
+
+def test_a_file_that_does_not_import_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels_of(str(HOSTILE))  # the server that workers are forked from keeps a folder of its own
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "mine.py").write_text("import os\nos._exit(0)\n")
+    with pytest.raises(UsageError):
+        kernels_of(str(tmp_path / "mine.py"))
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
 
 
 def test_two_kernels_of_one_name_are_an_error(tmp_path: Path) -> None:

@@ -125,7 +125,29 @@ def kills_its_keeper(x: Tensor, weight: Tensor, out: Tensor) -> None:
     right.function(x, weight, out)
 
 
+@kernel("rms_norm")
+def stops_its_keeper(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    os.kill(os.getppid(), signal.SIGSTOP)
+    time.sleep(600)
+
+
+@kernel("rms_norm")
+def sets_the_clock(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    right.function(x, weight, out)
+    time.perf_counter = lambda: -time.monotonic()
+
+
 # Texts
+
+
+class TextlessError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@kernel("rms_norm")
+def raises_what_has_no_text(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    raise TextlessError
 
 
 @kernel("rms_norm")
@@ -174,6 +196,15 @@ def shortens_the_arena(x: Tensor, weight: Tensor, out: Tensor) -> None:
     for name in os.listdir("/proc/self/fd"):
         if "conformance-arena" in os.readlink(f"/proc/self/fd/{name}"):
             os.ftruncate(int(name), 0)
+
+
+@kernel("rms_norm")
+def lengthens_the_arena(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    right.function(x, weight, out)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if "conformance-arena" in os.readlink(f"/proc/self/fd/{name}"):
+                os.ftruncate(int(name), 1 << 50)
 
 
 @kernel("rms_norm")
