@@ -1,8 +1,8 @@
 """Which card a kernel runs on, and that no two kernels run on one card at a time.
 
-A card has the number of its node, ``/dev/davinci<number>``. Who runs a kernel on it holds its lock meanwhile, in the process that
-launches: the system releases the lock when that process ends, however it ends, and not before. Compiling needs no card, so it
-comes before::
+A card has the number of its node, ``/dev/davinci<number>``. Who runs a kernel on it holds its lock meanwhile. The system releases
+the lock when the process that holds it ends, however it ends: best the one that launches, which then cannot outlive it.
+Compiling needs no card, so it comes before::
 
     build(...)
     with CardLock(card):
@@ -89,10 +89,15 @@ class CardChoice:
             _require_usable(machine, nodes, number, source)
         return tuple(Card(number, nodes[number].position, self.wait_seconds) for number in numbers)
 
+    def in_turn(self, machine: Machine | None = None) -> tuple[Card, ...]:
+        """The cards, this process's first and those that it may go on with after it; raises as ``cards`` does."""
+        cards = self.cards(machine)
+        first = self.worker % len(cards)
+        return cards[first:] + cards[:first]
+
     def card(self, machine: Machine | None = None) -> Card:
         """This process's card; raises as ``cards`` does."""
-        cards = self.cards(machine)
-        return cards[self.worker % len(cards)]
+        return self.in_turn(machine)[0]
 
     def _named(self, machine: Machine) -> tuple[tuple[int, ...], str]:
         """The numbers that somebody named, and who; nobody is an empty text."""

@@ -36,7 +36,7 @@ class DeviceLane(Lane):
         """Why no card is usable; empty if one is, or if the interpreter stands in for it."""
         return "" if device_executor in STAND_INS else _missing(tuple(sorted(os.environ.items())))
 
-    def on_cards(self, device_executor: str) -> bool:
+    def takes_card(self, device_executor: str) -> bool:
         """Unless the interpreter stands in for the card."""
         return device_executor not in STAND_INS
 

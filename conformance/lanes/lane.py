@@ -57,7 +57,7 @@ class Lane:
         """Why the lane cannot run on this machine, where that is usual and a skip rather than an error; empty if it can."""
         return ""
 
-    def on_cards(self, device_executor: str) -> bool:
+    def takes_card(self, device_executor: str) -> bool:
         """Whether kernels run on a card, of which each process takes one (``conformance.lanes.cards``)."""
         return False
 

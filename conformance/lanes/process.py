@@ -166,7 +166,7 @@ class KernelProcess:
 
     def _start(self) -> None:
         library = self._lane.require(self._device_executor, self._progress)
-        card = self._cards.card() if self._lane.on_cards(self._device_executor) else None
+        card = self._cards.card() if self._lane.takes_card(self._device_executor) else None
         self._worker.start(self._lane.preloads(self._device_executor))
         request = OpenLane(
             self._module,

@@ -39,7 +39,7 @@ def require_lane(judging: SubjectJudging) -> None:
     """Skip, with a record, where the machine lacks the subject's lane or card; fail with ``--conformance-require-device``."""
     lane, executor = lane_named(judging.subject.lane), judging.options.conformance_device_executor
     reason = lane.missing(executor)
-    if not reason and lane.on_cards(executor):
+    if not reason and lane.takes_card(executor):
         with judging.usage_errors():
             try:
                 judging.cards.card()

@@ -158,8 +158,8 @@ def test_an_option_that_names_no_card_is_a_mistake_of_usage_in_one_line(tmp_path
 
 
 def test_a_finding_beside_what_could_not_run_is_a_finding(tmp_path: Path) -> None:
-    (tmp_path / "test_own.py").write_text("def test_rms_norm(): assert False\n")
-    done = run_pytest(tmp_path, "-k", "rms_norm-tiny-device or own", "--conformance-require-device", "test_own.py")
+    (tmp_path / "test_finding.py").write_text("def test_rms_norm(): assert False\n")
+    done = run_pytest(tmp_path, "-k", "rms_norm-tiny-device or finding", "--conformance-require-device", "test_finding.py")
     assert done.returncode == 1
     assert "2 failed" in done.stdout
 

@@ -61,6 +61,7 @@ def test_the_option_comes_before_the_schedulers_variable_and_that_before_pyptos(
 def test_each_process_of_a_run_takes_the_next_card_in_turn(fake: FakeMachine) -> None:
     choices = [CardChoice(worker=worker, wait_seconds=7) for worker in range(3)]
     assert [choice.card(fake.machine) for choice in choices] == [Card(0, 0, 7), Card(1, 1, 7), Card(0, 0, 7)]
+    assert [card.number for card in choices[1].in_turn(fake.machine)] == [1, 0]
 
 
 def test_a_card_is_named_by_its_node_and_used_by_its_place(fake: FakeMachine) -> None:
@@ -99,7 +100,7 @@ def test_a_workers_process_is_told_its_card_as_torch_counts_it(tmp_path: Path, m
     fake = FakeMachine(tmp_path / "machine", cards=3)
     monkeypatch.setenv("CONFORMANCE_MACHINE_ROOT", str(fake.root))
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,2")
-    monkeypatch.setattr(type(EAGER), "on_cards", lambda lane, executor: True)
+    monkeypatch.setattr(type(EAGER), "takes_card", lambda lane, executor: True)
     (tmp_path / "mine.py").write_text(KERNEL)
     (kernel,) = kernels_of(str(tmp_path / "mine.py"))
     with KernelProcess(kernel, "eager", cards=CardChoice((2,))) as process:
