@@ -24,7 +24,11 @@ class ScratchFolder:
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
             # Not inheritable: the worker may outlive its owner by a moment and must not hold the lock.
-            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+            try:
+                self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+            except OSError:  # no more files; without a lock nobody would remove it
+                self.path.rmdir()
+                raise
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             if (self.path / _LOCK).exists():
                 break

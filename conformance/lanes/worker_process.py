@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 import msgspec
@@ -87,6 +89,7 @@ class WorkerProcess:
         if os.environ.get(INSIDE_WORKER):
             raise UsageError("this file judges kernels when it is imported: put that below if __name__ == '__main__':")
         self.limits = limits
+        self._owner = os.getpid()
         #: How many processes were started so far, and whether they may be forked from a server.
         self.starts = 0
         self.may_fork = True
@@ -98,10 +101,15 @@ class WorkerProcess:
         self._process: KeptProcess | None = None
         self._channel: Channel | None = None
         self._lifeline: int | None = None
+        _ALL.add(self)
 
     def __del__(self) -> None:
         # A forgotten process must not outlive its owner's interest in it, nor the folders of one that has ended.
         if hasattr(self, "_lifeline"):  # else it was not made to its end
+            self._close_if_own()
+
+    def _close_if_own(self) -> None:
+        if self._owner == os.getpid():  # else this is a copy, in a process that was forked from the owner
             self.close()
 
     @property
@@ -312,6 +320,16 @@ class WorkerProcess:
             with contextlib.suppress(OSError):
                 if path.stat().st_size > most:
                     os.truncate(path, 0)
+
+
+_ALL: weakref.WeakSet[WorkerProcess] = weakref.WeakSet()
+
+
+@atexit.register
+def close_all() -> None:
+    """End all workers of this process and remove their folders: what is still referred to when Python ends is not deleted."""
+    for worker in list(_ALL):
+        worker._close_if_own()
 
 
 def _search_path() -> tuple[str, ...]:

@@ -297,6 +297,21 @@ def test_a_file_that_does_not_import_leaves_no_folder(tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
 
 
+KEEPS = """
+import sys
+from conformance.lanes.listing import kernels_of
+
+sys.kept = kernels_of(sys.argv[1])  # longer than Python deletes objects
+"""
+
+
+@pytest.mark.slow
+def test_a_listing_that_is_kept_to_the_end_leaves_no_folder(tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", KEEPS, str(HOSTILE)], env=environment, check=True, timeout=120)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_kernels_of_one_name_are_an_error(tmp_path: Path) -> None:
     text = HEAD + WRONG.format(name="wrong", declared="") + WRONG.format(name="other", declared=', name="wrong"')
     (tmp_path / "mine.py").write_text(text)
