@@ -181,7 +181,7 @@ def check(
             try:
                 built = reports.build(folder, ("html", "markdown", "junit"), unwritten=lost)
                 kept = [path.name for path in built.values() if isinstance(path, Path)]
-                told.append(f"kept in {_short(folder)}: {', '.join(kept)}")
+                told += [f"kept in {_short(folder)}: {', '.join(kept)}"] if kept else []
             except UsageError as error:  # there are no records
                 lost.append(str(error))
     say("\n".join(told)) if told else None

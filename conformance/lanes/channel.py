@@ -12,12 +12,24 @@ import socket
 import struct
 import time
 import zlib
+from collections.abc import Iterable
 
 #: Mark, request number, length of the content in bytes, its CRC-32.
 _HEADER = struct.Struct("<4sQII")
 _MARK = b"KCW1"
 #: The longest content, in bytes. Tensors go another way; the texts of an answer are bounded far below this.
 MOST_BYTES = 8 << 20
+
+
+def readable(descriptors: Iterable[int], seconds: float | None) -> list[int]:
+    """Those that have something to read, or are at their end, within so many seconds; without end for ``None``.
+
+    Not select(2), which takes no descriptor beyond 1023: a process that judges may have that many files open.
+    """
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(None if seconds is None else 1000 * seconds)]
 
 
 class ChannelError(Exception):
@@ -49,7 +61,7 @@ class Channel:
             if message is not None:
                 return message
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._socket], [], [], left)[0]:
+            if not readable([self._socket.fileno()], left):
                 return None
             part = self._socket.recv(1 << 16)
             if not part:
@@ -78,7 +90,7 @@ class Channel:
     @property
     def has_more(self) -> bool:
         """Whether something has come that nobody asked for: between an answer and the next request there must be nothing."""
-        return bool(self._received) or bool(select.select([self._socket], [], [], 0)[0])
+        return bool(self._received) or bool(readable([self._socket.fileno()], 0))
 
     def close(self) -> None:
         """Close this end; closing twice is harmless."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -19,6 +18,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from conformance.lanes.channel import readable
 
 #: What ``poll`` and ``wait`` return for a process whose keeper ended first, so that nobody knows how: no exit code.
 UNKNOWN_EXIT = 256
@@ -53,7 +54,7 @@ class KeptProcess:
 
     def poll(self) -> int | None:
         """The exit code if the process has ended, negative for a signal, or ``UNKNOWN_EXIT``; ``None`` while it runs."""
-        if self.returncode is None and self._has_keeper and select.select([self._status], [], [], 0)[0]:
+        if self.returncode is None and self._has_keeper and readable([self._status.fileno()], 0):
             try:
                 said = self._status.recv(64)
             except ConnectionResetError:
@@ -80,7 +81,7 @@ class KeptProcess:
             if left is not None and left <= 0:
                 raise subprocess.TimeoutExpired(f"worker {self.pid}", timeout or 0.0)
             if self._has_keeper:
-                select.select([self._status], [], [], left)
+                readable([self._status.fileno()], left)
             else:
                 time.sleep(0.02)
         return code
@@ -212,7 +213,7 @@ def keep(
     code: int | None = None
     while code is None:
         # The lifeline is at its end when the owner is; nothing is ever written to it.
-        ready = select.select([woken, lifeline], [], [])[0]
+        ready = readable([woken, lifeline], None)
         if lifeline in ready:
             _kill(worker)
         if woken in ready:

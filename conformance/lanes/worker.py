@@ -11,7 +11,6 @@ import faulthandler
 import fcntl
 import importlib
 import os
-import select
 import socket
 import sys
 import time
@@ -31,7 +30,7 @@ from conformance.lanes.arena import Arena
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import lay_out
 from conformance.lanes.cards import Card
-from conformance.lanes.channel import Channel
+from conformance.lanes.channel import Channel, readable
 from conformance.lanes.messages import (
     MOST_TEXT,
     Answer,
@@ -254,7 +253,7 @@ def _end_with_owner(lifeline: int) -> None:
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
     # It may have died before this was set: then the pipe is at its end already.
-    if select.select([lifeline], [], [], 0)[0]:
+    if readable([lifeline], 0):
         sys.exit(0)
 
 

@@ -272,8 +272,8 @@ class WorkerProcess:
         return f"{match[1]}:{match[2]}" if match else None
 
     def _kill(self) -> None:
-        if self._process is None:
-            return
+        if self._process is None or self._process.poll() not in (None, UNKNOWN_EXIT):
+            return  # its number may be another's by now, and its keeper has ended what it started
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):

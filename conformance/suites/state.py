@@ -165,7 +165,7 @@ class PluginState:
             self.lost.append(str(error))
             return
         kept = ", ".join(path.name for path in built.values() if isinstance(path, Path))
-        self.told += [str(built["terminal"]), one_line(f"kept in {self.folder}: {kept}")]
+        self.told += [str(built["terminal"]), *([one_line(f"kept in {self.folder}: {kept}")] if kept else [])]
 
     @property
     def is_worker(self) -> bool:

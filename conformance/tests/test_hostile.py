@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import py_compile
+import resource
 import signal
 import subprocess
 import sys
@@ -367,6 +368,24 @@ def test_a_scratch_folder_that_somebody_removes_is_made_anew() -> None:
         assert process._worker._scratch is not None
         shutil.rmtree(process._worker._scratch.path)
         assert judge(CASE, process.run(CASE, "none")).ok
+
+
+@pytest.mark.parametrize("may_fork", [True, False])
+def test_a_process_with_many_open_files_judges(kernels: dict[str, ListedKernel], may_fork: bool) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 1200
+    if hard != resource.RLIM_INFINITY and hard < most:
+        pytest.skip("no process may open so many files here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1050)]
+    try:
+        with KernelProcess(kernels["right"], "eager") as process:
+            process._worker.may_fork = may_fork
+            assert judge(CASE, process.run(CASE)).ok
+    finally:
+        for descriptor in files:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_kernel_is_judged_with_its_defaults_after_all_of_them(kernels: dict[str, ListedKernel]) -> None:
