@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import TOOLCHAINS, Declaration, require_name
-from conformance.contract.loading import require_file
+from conformance.contract.loading import digest_of, require_file
 from conformance.contract.precision import declared_names, require_ties
 from conformance.contract.registry import model_named, models, stage_named
 from conformance.errors import UsageError
@@ -80,10 +80,16 @@ class Listing:
         """End the worker process; a later question starts another."""
         self._worker.close()
 
-    def _listed(self, request: Message, file: str) -> list[ListedKernel]:
+    def _listed(self, request: ListKernels | FindKernel, file: str) -> list[ListedKernel]:
         answer = self._ask(request, IMPORT_LIMITS.seconds, f"{file}: when it was imported,")
         if not isinstance(answer, Listed):
             raise UsageError(f"{file}: its process sent something else than its kernels")
+        module = request.module
+        # Of a module by its name only the worker knows the file: to look for it may import what it lies in.
+        text = digest_of(module) if module.endswith(".py") else None
+        for declared in answer.kernels:
+            if declared.module != module or (text is not None and declared.digest != text):
+                raise UsageError(f"{file} is not the text whose kernels were listed: it changed meanwhile")
         return [self._checked(declared, file) for declared in answer.kernels]
 
     def _checked(self, declared: Declared, file: str) -> ListedKernel:

@@ -338,6 +338,13 @@ def test_byte_code_that_is_older_than_its_text_is_not_run(tmp_path: Path) -> Non
     assert outcome.outputs["out"].eq(2.0).all()
 
 
+def test_what_is_recorded_of_a_file_is_not_told_by_its_code(tmp_path: Path) -> None:
+    line = "import hashlib\nhashlib.sha256 = hashlib.sha1\n"
+    (tmp_path / "mine.py").write_text(HEAD + line + WRONG.format(name="wrong", declared=""))
+    with pytest.raises(UsageError, match=r"mine\.py is not the text whose kernels were listed"):
+        kernels_of(str(tmp_path / "mine.py"))
+
+
 def test_a_file_that_changes_while_it_is_judged_is_read_anew_only_by_a_new_run(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(HEAD + WRONG.format(name="wrong", declared=""))
