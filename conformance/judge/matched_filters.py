@@ -91,12 +91,14 @@ def signatures(
             anywhere = Signature(f"{away}, wherever they fall", is_legal=True)
             known.append((anywhere, (name, rounding_all.expected_ties(name))))
     for name in contract.unrounded_values:
-        errors, others = contract.rounding_errors(name), rounding_all.rounding_errors(name)
-        known.append((Signature(f"{name} is rounded to bf16"), (name, errors)))
-        if _is_unlike(errors, others):
-            known.append(
-                (Signature(f"{name} is rounded to bf16 (in a kernel that makes all optional roundings)"), (name, others))
-            )
+        # What is rounded depends on what was rounded before it.
+        kinds = {"": contract.rounding_errors(name)}
+        elsewhere = {"makes all optional roundings": rounding_all, "makes no other rounding": exact}
+        for kernel, sites in elsewhere.items():
+            errors = sites.rounding_errors(name)
+            if all(_is_unlike(other, errors) for other in kinds.values()):
+                kinds[f" (in a kernel that {kernel})"] = errors
+        known += [(Signature(f"{name} is rounded to bf16{where}"), (name, errors)) for where, errors in kinds.items()]
     # Disturbances of neighbouring places together: what comes before the first of them is computed once.
     places = {name: place for place, name in enumerate(contract.names)}
     order = sorted(range(len(known)), key=lambda number: places[known[number][1][0]])

@@ -180,6 +180,25 @@ def test_what_is_larger_than_it_may_be_or_short_of_bits_is_told(layer: Oracle, f
     assert f"known mistake: {mistake}" in verdict.findings[0].message
 
 
+class OnlyRounding(Arithmetic):
+    """A kernel in float64 that rounds what must stay fp32 at the places of one name, and nothing else."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(torch.float64, rounds=False)
+        self.name = name
+
+    def unrounded(self, tensor: torch.Tensor, name: str, sequences: torch.Tensor | None = None) -> torch.Tensor:
+        return rounded(tensor, BF16) if name == self.name else tensor
+
+
+@pytest.mark.parametrize("name", ["scores", "1/rms of the post norm"])
+def test_a_rounding_is_told_in_a_layer_that_makes_no_other(layer: Oracle, name: str) -> None:
+    """What is rounded there depends on the roundings before it: the errors have little in common with those of other layers."""
+    verdict = verdict_on(layer, results_of(layer.case, OnlyRounding(name)))
+    assert told(verdict)[0] == "signature"
+    assert f"{name} is rounded to bf16" in verdict.findings[0].message
+
+
 # -- what is told by all cases together ------------------------------------------------------------------------------------------
 
 #: Choices that round before the scores as much as is legal, but for the probabilities, whose rounding hides what is looked for.
