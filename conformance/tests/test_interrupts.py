@@ -59,7 +59,7 @@ def interrupted_after(count: int, number: int) -> Callable[..., Iterator[Judged]
     """Made-up runs, of which the second fails, and a signal after ``count`` of them; no process is started."""
     judged = itertools.count(1)
 
-    def runs(kernel: Any, keys: Iterable[CaseKey], *others: Any) -> Iterator[Judged]:
+    def runs(kernel: Any, keys: Iterable[CaseKey], *others: Any, **more: Any) -> Iterator[Judged]:
         for place, key in enumerate([keys] if isinstance(keys, CaseKey) else keys):
             findings = (Finding("element", "is wrong"),) if place == 1 else ()
             yield Judged("example", key, Verdict(findings, 0.5), Outcome("ok"))

@@ -102,6 +102,7 @@ def right(x, weight, out):
 """
 
 
+@pytest.mark.slow
 def test_kernels_of_one_name_are_told_by_their_model(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MIXED)
     (tmp_path / "expected.txt").write_text("gelu/norm copies its input\n")
