@@ -137,6 +137,7 @@ def check(
     from conformance import reports
     from conformance.cases.space import Space
     from conformance.contract.registry import short_name
+    from conformance.lanes import lane_named
     from conformance.lanes.cards import choice_of
     from conformance.running.check import Report, RunPlan, chosen_keys, require_seconds, resolve_lane, taken_spaces
     from conformance.running.session import ClaimedFolder, ExpectedFailures, RunLog, Subject, new_run_folder
@@ -153,7 +154,8 @@ def check(
     expected = ExpectedFailures.read(expected_failures) if expected_failures else ExpectedFailures()
     expected.require_known([kernel])
     keys = chosen_keys(kernel, spaces, subject.lane, examples, seed, case_key)
-    plan = RunPlan(repeat=True, passes="all" if all_passes else "last") if case_key else None
+    repeats = lane_named(subject.lane).repeats[0]
+    plan = RunPlan(repeats, passes="all" if all_passes else "last") if case_key else None
 
     folder = out if out is not None else new_run_folder(Path.cwd() / "runs")
     options = {"examples": len(keys), "seed": seed, "dims": dims or "", "case": case_key or ""}
@@ -242,7 +244,8 @@ def _judge(
     """Judge the cases, each recorded and added to ``runs`` as it ends."""
     from conformance.reports.progress import LiveProgress
     from conformance.reports.text import number
-    from conformance.running.check import capability_runs, case_runs, worker_runner
+    from conformance.running.check import capability_runs, case_runs
+    from conformance.running.runners import worker_runner
 
     live = LiveProgress(f"{subject.kernel.name} {subject.lane}", len(keys), "cases")
     with interrupted_once() as interrupts, live, worker_runner(subject.kernel, subject.lane, timeout, cards) as run:

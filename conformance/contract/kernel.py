@@ -40,8 +40,9 @@ class Declaration:
     ``profile`` names the one error-model profile that the kernel declares; ``None`` lets any legal one pass. ``rounds`` names
     further roundings to bf16 that it declares, ``precision`` a policy of them, and ``ties="any"`` says that it takes any of
     several equals. ``capacity`` is the largest user batch that one build serves, for a kernel that declares ``variable_batch``.
-    ``source`` is the file that defines the kernel, ``summary`` the first line of its docstring; ``digest`` is the SHA-256 of the
-    file, where it was listed.
+    ``reorders_sums``: the order of its sums varies from run to run (atomic additions, split K), and with it the last bits of
+    floating-point outputs. ``source`` is the file that defines the kernel, ``summary`` the first line of its docstring;
+    ``digest`` is the SHA-256 of the file, where it was listed.
     """
 
     stage_name: str
@@ -50,6 +51,7 @@ class Declaration:
     capabilities: tuple[str, ...] = ()
     profile: str | None = None
     capacity: int = 1
+    reorders_sums: bool = False
     # What is declared of a kernel when it is judged leaves it the same kernel to whoever runs it.
     rounds: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     precision: str = dataclasses.field(default=CONTRACT, compare=False)
@@ -142,6 +144,7 @@ def kernel(
     profile: str | None = None,
     accepts: Callable[[Dims], bool | str] | None = None,
     capacity: int | None = None,
+    reorders_sums: bool = False,
     rounds: Sequence[str] = (),
     precision: str = CONTRACT,
     ties: str = TIES[0],
@@ -154,8 +157,9 @@ def kernel(
     the default), and what it returns must take every batch from 1 to that. ``name`` defaults to the function's own name.
 
     ``rounds`` and ``precision`` declare roundings to bf16 that the contract does not have (``conformance list`` shows a stage's),
-    ``ties="any"`` that any of several equals is taken. Raises ``UsageError`` for an unknown stage, toolchain, capability or
-    rounding, for a capacity that means nothing, and for a signature that does not match.
+    ``ties="any"`` that any of several equals is taken, ``reorders_sums=True`` that repeated runs agree within the error model and
+    not bit for bit. Raises ``UsageError`` for an unknown stage, toolchain, capability or rounding, for a capacity that means
+    nothing, and for a signature that does not match.
     """
     if not isinstance(stage, str):
         raise UsageError('conformance.kernel takes the stage\'s name, as in @conformance.kernel("rms_norm")')
@@ -177,6 +181,8 @@ def kernel(
         raise UsageError(f"a kernel of capacity 1 serves one batch only: it has no {VARIABLE_BATCH} to declare")
     if VARIABLE_BATCH not in capabilities and served != largest:
         raise UsageError(f"capacity goes with {VARIABLE_BATCH}, which is not declared, found capacity {capacity}")
+    if not isinstance(reorders_sums, bool):
+        raise UsageError(f"reorders_sums is True or False, found {reorders_sums!r}")
     for capability in capabilities:
         if capability not in model.meanings:
             known = ", ".join(model.meanings) or "none"
@@ -201,6 +207,7 @@ def kernel(
             profile=profile,
             accepts=accepts,
             capacity=served,
+            reorders_sums=reorders_sums,
             source=_source(function),
             summary=_summary(function),
             rounds=tuple(rounds),

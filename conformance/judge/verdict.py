@@ -9,7 +9,7 @@ from conformance.outside import Fields
 
 #: Every detector's id, in the order in which findings of equal weight are told: the cause before its consequences.
 DETECTORS: dict[str, str] = {
-    "crashed": "the kernel's process died (signal, exit or memory limit)",
+    "crashed": "the kernel's process died (signal, exit or memory limit), or the card reported an exception",
     "timed_out": "the kernel did not end within its time limit",
     "raised": "the kernel, its build or its compilation raised an error",
     "changed_input": "an input was modified",

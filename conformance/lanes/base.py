@@ -68,3 +68,9 @@ class Outcome:
     #: Seconds the lane took, without generating or judging the case, and the worker's peak resident memory in bytes.
     seconds: float = 0.0
     peak_memory: int | None = None
+    #: On a card: which one, how often the kernel was compiled for the run, seconds from the launch to its end by the card's
+    #: clock, and the code of the error that the card reported.
+    card: int | None = None
+    compiles: int = 0
+    device_seconds: float | None = None
+    device_error: int | None = None

@@ -24,6 +24,7 @@ class Lane:
       runs come once for each kernel and dimensions.
     - ``compares_passes``: whether what the compiler's passes make of a kernel is compared.
     - ``survives_failure``: whether a worker in which a kernel failed can run another case.
+    - ``repeats``: how often a case that is repeated is run again, and how often at night.
     - ``marker``: what selects it in the suites, as in ``pytest -m interpret``; its own name unless given.
     - ``presets``: how many of a model's presets the suites run, from the first; all of them where it is ``None``.
     """
@@ -39,6 +40,7 @@ class Lane:
     repeats_every_case: bool = False
     compares_passes: bool = False
     survives_failure: bool = False
+    repeats: tuple[int, int] = (1, 1)
     marker: str = ""
     presets: int | None = None
 
@@ -58,7 +60,7 @@ class Lane:
         return ""
 
     def takes_card(self, device_executor: str) -> bool:
-        """Whether kernels run on a card, of which each process takes one (``conformance.lanes.cards``)."""
+        """Whether kernels run on a card, of which each process takes one (``conformance.lanes.cards``) once they are compiled."""
         return False
 
     def preloads(self, device_executor: str) -> str | None:

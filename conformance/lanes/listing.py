@@ -118,6 +118,7 @@ class Listing:
             source=Path(one_line(declared.source, MOST_TEXT)),
             summary=one_line(declared.summary, 200),
             digest=declared.digest,
+            reorders_sums=declared.reorders_sums,
             module=declared.module,
             attribute=declared.attribute,
             chooses=declared.chooses,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -59,11 +59,30 @@ class OpenLane(Message):
     card: Card | None = None
 
 
+class Compile(Message):
+    """Compile the kernel for runs with these sizes that follow, where that is a step of its own."""
+
+    sizes: Sizes
+
+
 class Run(Message):
-    """Run the kernel on the case that lies in the arena, or only compile it."""
+    """Run the kernel on the case that lies in the arena, or only compile it.
+
+    ``unchanged``: arguments that the kernel only reads and that hold what they held in the run before, of the same sizes: what
+    lies on a card need not be placed there again.
+    """
 
     sizes: Sizes
     passes: Passes
+    unchanged: tuple[str, ...] = ()
+
+
+class Probe(Message):
+    """Is a card well? A worker that answers runs nothing else."""
+
+    lane: str
+    device_executor: str
+    card: Card
 
 
 class ListKernels(Message):
@@ -110,6 +129,9 @@ class Result(Message):
     peak_memory: int | None
     healthy: bool
     compiled: Compiled = ""
+    compiles: int = 0
+    device_seconds: float | None = None
+    device_error: int | None = None
 
 
 class Refused(Message):
@@ -138,6 +160,7 @@ class Declared(Message):
     source: str
     summary: str
     digest: str
+    reorders_sums: bool = False
 
 
 class Listed(Message):
@@ -152,12 +175,23 @@ class Reasons(Message):
     reasons: tuple[str | None, ...]
 
 
-Request = Opening | OpenLane | Run | ListKernels | FindKernel | AskAccepts
+Request = Opening | OpenLane | Compile | Run | Probe | ListKernels | FindKernel | AskAccepts
 Answer = Ready | Result | Refused | Listed | Reasons
 Kind = TypeVar("Kind")
 
 #: Runs one request with the arguments of a case by name, each between its guards; they are empty where nothing is executed.
 RunRequest = Callable[[Dims, Passes, dict[str, Guarded]], Outcome]
+
+
+class CompilingRun(Protocol):
+    """What runs a request in a lane where compiling is a step of its own."""
+
+    def compile(self, dims: Dims) -> Outcome:
+        """Compile for runs that follow."""
+
+    def __call__(self, dims: Dims, passes: Passes, arguments: dict[str, Guarded], unchanged: tuple[str, ...] = ()) -> Outcome:
+        """Run; ``unchanged`` arguments are those of the run before."""
+
 
 _REQUESTS = msgspec.msgpack.Decoder(Request)  # type: ignore[var-annotated]
 _ANSWERS = msgspec.msgpack.Decoder(Answer)  # type: ignore[var-annotated]
@@ -200,6 +234,9 @@ def result_of(outcome: Outcome, *, seconds: float, peak_memory: int | None, heal
         peak_memory,
         healthy,
         outcome.compiled,
+        outcome.compiles,
+        outcome.device_seconds,
+        outcome.device_error,
     )
 
 
@@ -220,6 +257,9 @@ def outcome_of(result: Result, elapsed: float) -> Outcome:
         compiled=result.compiled,
         seconds=result.seconds if 0 <= result.seconds <= elapsed else elapsed,
         peak_memory=result.peak_memory,
+        compiles=max(0, result.compiles),
+        device_seconds=result.device_seconds,
+        device_error=result.device_error,
     )
 
 

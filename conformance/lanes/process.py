@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +17,20 @@ from conformance.errors import UsageError
 from conformance.lanes import lane_named, lanes_of
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import case_bytes, contents, fill, lay_out
-from conformance.lanes.cards import CardChoice
+from conformance.lanes.card_pool import CardPool, card_pool
+from conformance.lanes.cards import Card, CardChoice
 from conformance.lanes.device import DEVICE_EXECUTORS
 from conformance.lanes.listing import ListedKernel
-from conformance.lanes.messages import OpenLane, Passes, Result, Run, Sizes, outcome_of
+from conformance.lanes.messages import Compile, OpenLane, Passes, Probe, Result, Run, Sizes, outcome_of
+from conformance.lanes.on_card import CardRuns
 from conformance.lanes.worker_process import Limits, UnknownEndError, WorkerError, WorkerProcess
+from conformance.outside import one_line
 from conformance.toolchains.calculator import Progress
 from conformance.toolchains.detection import ToolchainUnavailableError
 
 if TYPE_CHECKING:
+    import torch
+
     from conformance.cases.case import Case
 
 __all__ = ["KernelProcess", "Limits"]
@@ -34,8 +41,8 @@ class KernelProcess:
 
     ``lane`` is the name of one that takes the kernel's toolchain (``conformance.lanes.LANES``). ``folder`` takes the worker's
     logs; without one they go to a temporary folder that ``close`` removes. ``device_executor="interpret"`` lets the interpreter
-    stand in for the card in the device lane; otherwise ``cards`` says on which one it runs. ``progress`` is told of a wait (the
-    calculator's first build).
+    stand in for the card in the device lane; otherwise ``cards`` says on which one it runs, of ``pool`` if that is given.
+    ``progress`` is told of a wait (the calculator's first build).
 
     What a kernel does is an ``Outcome``, whatever it does. ``UsageError`` is raised for what is wrong with the question: a lane
     that the toolchain does not have, a kernel that another process cannot import, annotations that are not the contract's.
@@ -51,6 +58,7 @@ class KernelProcess:
         device_executor: str = "npu",
         cards: CardChoice | None = None,
         progress: Progress | None = None,
+        pool: CardPool | None = None,
     ) -> None:
         self._lane = lane_named(lane)
         if kernel.toolchain not in self._lane.toolchains:
@@ -66,6 +74,16 @@ class KernelProcess:
         self._cards = cards or CardChoice()
         self._progress = progress
         self._unavailable: str | None = None
+        self._has_lane = False
+        self._folder = folder
+        self._on_card: CardRuns | None = None
+        if self._lane.takes_card(device_executor):
+            self._on_card = CardRuns(
+                lambda: pool or card_pool(self._cards), kernel.id, begin=self._worker.stop, probe=self._probe
+            )
+        #: What the worker has compiled for, and the inputs that it had last, each with the count of its changes.
+        self._compiled: set[Dims] = set()
+        self._last: dict[str, tuple[weakref.ref[torch.Tensor], int]] = {}
 
     def __enter__(self) -> KernelProcess:
         return self
@@ -103,9 +121,13 @@ class KernelProcess:
             assert arena is not None
             arena.reach(case_bytes(case.stage, case.dims))
             fill(lay_out(arena, case.stage, case.dims), case.stage, case.inputs)
-            return Run(_sizes(case.dims), passes)
+            return Run(_sizes(case.dims), passes, self._unchanged(case) if self._on_card is not None else ())
 
-        outcome = self._ask(request)
+        if self._on_card is None or self._lacks_lane():
+            outcome = self._ask(request, self.limits.seconds, "the run")
+        else:
+            launched = functools.partial(self._ask, request, self.limits.launch_seconds, "the launch")
+            outcome = self._on_card.run(lambda: self._compile_for(case.dims), launched)
         if outcome.status == "ok":
             assert self._worker.arena is not None
             left = contents(lay_out(self._worker.arena, case.stage, case.dims), case.stage, case.inputs)
@@ -116,23 +138,77 @@ class KernelProcess:
         """Compile the kernel for these dimensions; no input is needed and nothing is executed."""
         if self._lane.executes:
             raise UsageError(f"the {self.lane} lane runs cases: use run(case)")
-        return self._ask(lambda: Run(_sizes(dims), "none"))
+        return self._ask(lambda: Run(_sizes(dims), "none"), self.limits.seconds, "the run")
+
+    def _unchanged(self, case: Case) -> tuple[str, ...]:
+        """The inputs that are the very tensors of the run before, which nobody has changed since."""
+        before, self._last = self._last, {}
+        found = []
+        for argument in case.stage.arguments:
+            if argument.access == "in":
+                tensor = case.inputs[argument.name]
+                last, changes = before.get(argument.name, (None, -1))
+                if last is not None and last() is tensor and changes == tensor._version:
+                    found.append(argument.name)
+                self._last[argument.name] = weakref.ref(tensor), tensor._version
+        return tuple(found)
+
+    def _lacks_lane(self) -> bool:
+        """Whether the machine lacks what the lane needs: seen before a card is looked for."""
+        if self._unavailable is None and not self._has_lane:
+            try:
+                self._lane.require(self._device_executor, self._progress)
+                self._has_lane = True
+            except ToolchainUnavailableError as error:
+                self._unavailable = str(error)
+        return self._unavailable is not None
+
+    def _compile_for(self, dims: Dims) -> Outcome:
+        """Compile for runs on a card that follow, unless this worker has done so."""
+        build = self.kernel.built_for(dims)
+        if self.pid is not None and build in self._compiled:
+            return Outcome("ok")
+        outcome = self._ask(lambda: Compile(_sizes(dims)), self.limits.compile_seconds, "compiling")
+        if outcome.status == "ok":
+            self._compiled.add(build)
+        return outcome
+
+    def _probe(self, card: Card) -> str:
+        """Why a card cannot be used, in a worker of its own; an empty string if it is well."""
+        seconds = self.limits.probe_seconds
+        folder = None if self._folder is None else self._folder / "probe"
+        worker = WorkerProcess(limits=self.limits, folder=folder)
+        try:
+            worker.start(self._lane.preloads(self._device_executor))
+            answer = worker.ask(Probe(self.lane, self._device_executor, card), seconds, "the probe")
+            return "" if isinstance(answer, Result) and answer.status == "ok" else one_line(getattr(answer, "message", "?"), 500)
+        except WorkerError as failure:
+            return one_line(failure.outcome.message, 500)
+        except UnknownEndError:
+            return "the probe's process ended, and nobody knows how"
+        except ToolchainUnavailableError as error:
+            return one_line(error, 500)
+        finally:
+            worker.close()
 
     def close(self) -> None:
         """End the worker and remove its temporary files; closing twice is harmless, and a later run starts anew."""
         self._worker.close()
 
-    def _ask(self, request: Callable[[], Run]) -> Outcome:
-        """Ask the worker, started first if there is none; ``request`` writes what it needs into the arena."""
+    def _ask(self, request: Callable[[], Run | Compile], seconds: float, what: str) -> Outcome:
+        """Ask the worker, started first if there is none; ``request`` writes what it needs into the arena.
+
+        ``seconds`` is the limit of the request, ``what`` says what goes on.
+        """
         if self._unavailable is not None:
             return Outcome("unavailable", message=self._unavailable)
         began = time.monotonic()
         try:
             if self.pid is None:
                 self._start()
-            run = request()
+            asked = request()
             began = time.monotonic()
-            answer = self._worker.ask(run, self.limits.seconds, "the run")
+            answer = self._worker.ask(asked, seconds, what)
         except ToolchainUnavailableError as error:
             # What a machine lacks it will lack for the next case too.
             self._unavailable = str(error)
@@ -148,7 +224,7 @@ class KernelProcess:
             if not self._worker.may_fork:
                 return Outcome("crashed", message="its process ended, and so did the one that watches it: nobody knows how")
             self._worker.may_fork = False
-            return self._ask(request)
+            return self._ask(request, seconds, what)
         except UsageError:
             raise
         except BaseException:
@@ -166,8 +242,9 @@ class KernelProcess:
 
     def _start(self) -> None:
         library = self._lane.require(self._device_executor, self._progress)
-        card = self._cards.card() if self._lane.takes_card(self._device_executor) else None
         self._worker.start(self._lane.preloads(self._device_executor))
+        self._compiled.clear()
+        self._last = {}
         request = OpenLane(
             self._module,
             self._attribute,
@@ -176,7 +253,7 @@ class KernelProcess:
             self.lane,
             None if library is None else str(library),
             self._device_executor,
-            card,
+            None if self._on_card is None else self._on_card.card,
         )
         try:
             self._worker.ask(request, self.limits.start_seconds, "starting its process")

@@ -11,11 +11,13 @@ import faulthandler
 import fcntl
 import importlib
 import os
+import signal
 import socket
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,18 +37,19 @@ from conformance.lanes.messages import (
     MOST_TEXT,
     Answer,
     AskAccepts,
+    Compile,
     Declared,
     FindKernel,
     Listed,
     ListKernels,
     Opening,
     OpenLane,
+    Probe,
     Ready,
     Reasons,
     Refused,
     Result,
     Run,
-    RunRequest,
     Sizes,
     decode_request,
     encode,
@@ -75,6 +78,8 @@ def main(arguments: list[str]) -> int:
     connection_descriptor, arena_descriptor, lifeline = map(int, arguments)
     _end_with_owner(lifeline)
     faulthandler.enable()
+    # Asked for by the owner before it kills a worker that takes too long: where it was is all that is known of it then.
+    faulthandler.register(signal.SIGUSR1)
     # Two workers share two cores, and small operators only lose time in a thread pool.
     torch.set_num_threads(1)
     channel = Channel(socket.socket(fileno=connection_descriptor))
@@ -107,7 +112,7 @@ class Worker:
         self._opening: Opening | None = None
         self._lane: Lane | None = None
         self._kernel: Kernel | None = None
-        self._run: RunRequest | None = None
+        self._run: Any = None
 
     def answer(self, request: object) -> Answer:
         """What a request is answered by; nothing is raised but what ends the process."""
@@ -119,8 +124,10 @@ class Worker:
             return Refused(one_line(error, MOST_TEXT), unavailable=True)
 
     def _answer(self, request: object) -> Answer:
-        if isinstance(request, Run):
+        if isinstance(request, Run | Compile):
             return self._result(request)
+        if isinstance(request, Probe):
+            return self._probe(request)
         if isinstance(request, Opening):
             self._opening = request
             sys.path.extend(entry for entry in request.search_path if entry not in sys.path)
@@ -146,23 +153,38 @@ class Worker:
             # A builder may import what lies beside its file when it is called, long after the file itself was imported.
             sys.path.append(str(Path(request.module).parent))
         calculator = None if request.calculator is None else Path(request.calculator)
-        start = Start(Path(self._opening.folder), Path(self._opening.scratch), calculator, request.device_executor, request.card)
-        if request.card is not None:  # for kernels that ask for it, as PyPTO's examples do
-            os.environ[DEVICE_VARIABLE] = str(request.card.position)
+        start = self._started(calculator, request.device_executor, request.card)
         # Imported here, and only in a worker: a toolchain's native libraries stay out of every other process.
         self._run = importlib.import_module(self._lane.worker).open_lane(kernel, start)
         self._kernel = kernel
         return Ready()
 
-    def _result(self, request: Run) -> Result:
+    def _started(self, calculator: Path | None, device_executor: str, card: Card | None) -> Start:
+        assert self._opening is not None
+        if card is not None:  # for kernels that ask for it, as PyPTO's examples do
+            os.environ[DEVICE_VARIABLE] = str(card.position)
+        return Start(Path(self._opening.folder), Path(self._opening.scratch), calculator, device_executor, card)
+
+    def _probe(self, request: Probe) -> Result:
+        module = importlib.import_module(lane_named(request.lane).worker)
+        began = time.perf_counter()
+        outcome: Outcome = module.probe(self._started(None, request.device_executor, request.card))
+        return result_of(outcome, seconds=time.perf_counter() - began, peak_memory=_peak_memory(), healthy=False)
+
+    def _result(self, request: Run | Compile) -> Result:
         assert self._lane is not None
         assert self._kernel is not None
         assert self._run is not None
         _reset_peak_memory()
         dims = dims_of(self._kernel.stage, request.sizes)
-        arguments = lay_out(self._arena, self._kernel.stage, dims) if self._lane.executes else {}
         began = time.perf_counter()
-        outcome: Outcome = self._run(dims, request.passes, arguments)
+        outcome: Outcome
+        if isinstance(request, Compile):
+            outcome = self._run.compile(dims)
+        else:
+            arguments = lay_out(self._arena, self._kernel.stage, dims) if self._lane.executes else {}
+            unchanged = {"unchanged": request.unchanged} if request.unchanged else {}  # no lane of a single step is told
+            outcome = self._run(dims, request.passes, arguments, **unchanged)
         return result_of(
             outcome,
             seconds=time.perf_counter() - began,
@@ -235,6 +257,7 @@ def _declared(kernel: Kernel, module: str, attribute: str) -> Declared:
         one_line(kernel.source, MOST_TEXT),
         kernel.summary,
         digest_of(module),
+        kernel.reorders_sums,
     )
 
 

@@ -35,6 +35,8 @@ from conformance.toolchains.detection import ToolchainUnavailableError
 INSIDE_WORKER = "CONFORMANCE_INSIDE_WORKER"
 #: How often limits are looked at, in seconds. A kernel that allocates as fast as memory allows gains some 100 MB in between.
 POLL_SECONDS = 0.05
+#: How long a worker that is to be killed may take to say where it is, in seconds.
+STACK_SECONDS = 1.0
 #: How long a keeper may take to end what its worker has left, in seconds: longer than it tries.
 _END_SECONDS = 15.0
 #: How much of what a dead worker printed is shown.
@@ -52,12 +54,19 @@ _FAULT_HANDLER = re.compile(r"Traceback \(most recent|  <.*>$|Extension modules:
 class Limits:
     """What a kernel may use: wall-clock seconds of one run, of starting its process, and resident memory in bytes.
 
-    The memory is that of the kernel's process and of all that it starts.
+    The memory is that of the kernel's process and of all that it starts. On a card a run has limits of its own:
+    ``compile_seconds`` and ``launch_seconds``. The latter is above the longest of the
+    card's own watchdogs (of PyPTO 0.2.0: a task 600 s, the handshake of its processors 960 s, an AICPU kernel 1080 s), so that
+    the card's error is read before anything is killed. ``probe_seconds`` is what the kernel that tells whether a card is well may
+    take.
     """
 
     seconds: float = 120.0
     start_seconds: float = 120.0
     memory_bytes: int = 8 << 30
+    compile_seconds: float = 600.0
+    launch_seconds: float = 1200.0
+    probe_seconds: float = 180.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -162,6 +171,12 @@ class WorkerProcess:
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
         return {**os.environ, "PYTHONPATH": path, INSIDE_WORKER: "1"}
 
+    def _log_paths(self) -> dict[str, str]:
+        """Where CANN keeps its logs, and what it dumps of an exception: read once, when torch loads its driver."""
+        assert self._folder is not None
+        folder = self._folder.resolve()
+        return {"ASCEND_PROCESS_LOG_PATH": str(folder / "plog"), "ASCEND_WORK_PATH": str(folder / "ascend")}
+
     def _forked(self, preload: str | None, descriptors: tuple[int, int, int], out: int, errors: int) -> KeptProcess | None:
         if preload is None or not self.may_fork:
             return None
@@ -182,7 +197,7 @@ class WorkerProcess:
                 pass_fds=inherited,
                 # A group of its own: Ctrl-C is left to the owner.
                 start_new_session=True,
-                env=self._environment(),
+                env={**self._environment(), **self._log_paths()},
             )
         try:
             return KeptProcess(ours, ended=keeper.wait)
@@ -245,9 +260,32 @@ class WorkerProcess:
             message = f"its process used {resident >> 20} MiB of memory during {what}, more than {limit}, and was killed"
             raise WorkerError(Outcome("crashed", message=message))
         if time.monotonic() > deadline:
+            where = self._location_in(self._stack())
             self._kill()
-            raise WorkerError(Outcome("timed_out", message=f"{what} did not end within its limit of {seconds:g} s"))
+            message = f"{what} did not end within its limit of {seconds:g} s"
+            raise WorkerError(Outcome("timed_out", message=message, location=where))
         self.trim_logs(RUNNING_LOG_LIMIT)
+
+    def _stack(self) -> str:
+        """Where the worker is, as its fault handler says when it is asked: also kept in ``stack.log``."""
+        assert self._process is not None
+        assert self._folder is not None
+        log = self._folder / "stderr.log"
+        with contextlib.suppress(OSError):
+            size = before = log.stat().st_size
+            os.kill(self._process.pid, signal.SIGUSR1)
+            deadline = time.monotonic() + STACK_SECONDS
+            while time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+                last, size = size, log.stat().st_size
+                if before < size == last:
+                    break
+        text = _tail(log)
+        begins = re.search(r"^(?:Current thread|Thread) 0x", text, re.MULTILINE)
+        stack = text[begins.start() :] if begins else ""
+        with contextlib.suppress(OSError):
+            (self._folder / "stack.log").write_text(stack)
+        return stack
 
     def _post_mortem(self, what: str) -> Outcome:
         assert self._process is not None

@@ -5,11 +5,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from conformance.cases.case import Case, make_case
+import torch
+
+from conformance.cases.case import make_case
 from conformance.cases.key import CaseKey, of_stage, smallest, take_rows
 from conformance.cases.source import Source
 from conformance.cases.space import Space, interleaved_keys
@@ -25,13 +28,13 @@ from conformance.judge.signatures import judge_together
 from conformance.judge.verdict import DETECTORS, Finding, Verdict, worst_first
 from conformance.lanes import default_lane, lane_named, lanes_of
 from conformance.lanes.base import Outcome
-from conformance.lanes.buffers import bits
-from conformance.lanes.cards import CardChoice
 from conformance.lanes.messages import Passes
 from conformance.outside import LARGEST, LONGEST
 from conformance.reports import check_report
 from conformance.running.capabilities import prove
-from conformance.running.runs import MOST_LOST, Judged, Runner, is_lost
+from conformance.running.repeats import run_again
+from conformance.running.runners import eager_runner, worker_runner
+from conformance.running.runs import MOST_LOST, Judged, Keep, Runner, is_lost
 
 #: Keys are drawn before the first case is judged.
 MOST_EXAMPLES = 100_000
@@ -167,7 +170,7 @@ def check(
     chosen = resolve_lane(kernel, lane)
     spaces, refused = taken_spaces(kernel, Space.those_of(contract, dims))
     keys = chosen_keys(kernel, spaces, chosen, examples, seed, case)
-    replay = RunPlan(repeat=True) if case is not None else None
+    replay = RunPlan(repeats=lane_named(chosen).repeats[0]) if case is not None else None
     runs: list[Judged] = []
     in_process = lane_named(chosen).in_process and not isolated and isinstance(kernel, Kernel)
     called = name or kernel.name
@@ -347,12 +350,12 @@ def resolve_lane(kernel: Declaration, lane: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """Which extra runs a case gets: a repeat, its rows in another order, one row alone, and a comparison of all passes.
+    """Which extra runs a case gets: repeats, its rows in another order, one row alone, and a comparison of all passes.
 
     With ``signatures`` its errors are searched for those of known mistakes.
     """
 
-    repeat: bool = False
+    repeats: int = 0
     permuted: bool = False
     lone: bool = False
     all_passes: bool = False
@@ -375,11 +378,12 @@ class Plans:
     Where runs are cheap (``Lane.repeats_every_case``) each is repeated, and of those that have several rows every fifth is run
     with its rows in another order, the one after it with a row alone: a few cases have both. Elsewhere all extra runs come once
     per kernel and dimensions, and not every case is searched for signatures of mistakes, but the first ``SEARCHED_FIRST`` and
-    those that ``is_searched`` chooses.
+    those that ``is_searched`` chooses. ``repeats``: how often a case is run again, as often as the lane says unless given.
     """
 
-    def __init__(self, lane: str, stage: Stage, first: int = 0) -> None:
+    def __init__(self, lane: str, stage: Stage, first: int = 0, repeats: int | None = None) -> None:
         self._lane, self._composite = lane_named(lane), stage.composite
+        self._repeats = self._lane.repeats[0] if repeats is None else repeats
         self._counts: dict[str, int] = collections.defaultdict(lambda: first)
         self._planned = 0
 
@@ -393,10 +397,10 @@ class Plans:
         count = self._counts[key.preset]
         if self._lane.repeats_every_case:
             self._counts[key.preset] += key.dims.batch > 1
-            return RunPlan(True, count % ROW_CHECK_PERIOD == 0, count % ROW_CHECK_PERIOD == 1)
+            return RunPlan(self._repeats, count % ROW_CHECK_PERIOD == 0, count % ROW_CHECK_PERIOD == 1)
         self._counts[key.preset] += 1
         if count == 0:
-            return RunPlan(True, True, True, all_passes=self._lane.compares_passes)
+            return RunPlan(self._repeats, True, True, all_passes=self._lane.compares_passes)
         return RunPlan(passes="none" if self._composite and count % PASS_PERIOD else "last")
 
 
@@ -408,51 +412,58 @@ def judged_runs(
     *,
     oracle: Oracle | None = None,
     explainer: Explainer | None = None,
+    keep: Keep | None = None,
 ) -> Iterator[Judged]:
     """Run a case and judge it, then whatever the plan adds, as long as nothing is wrong.
 
-    Every case is judged against its oracle (``oracle``, if several kernels share one); a repeat must also equal the first run bit
-    for bit. A repeat that only shows again what is wrong with the first run is left out: it would count that twice.
-    ``explainer`` says what roundings would explain, if that is asked for.
+    Every case is judged against its oracle (``oracle``, if several kernels share one); repeats must also equal the first run bit
+    for bit. Repeats that only show again what is wrong with the first run are left out: they would count that twice.
+    ``explainer`` says what roundings would explain, if that is asked for. ``keep`` is called for each run with findings, before
+    it is yielded.
     """
+
+    def told(judged: Judged, tensors: Mapping[str, torch.Tensor]) -> Judged:
+        if keep is not None and not judged.verdict.ok:
+            keep(judged, tensors)
+        return judged
+
+    def related(other: CaseKey, check_name: str, passes: Passes) -> Iterator[Judged]:
+        case = make_case(other)
+        if kernel.refusal(case.dims) is None:
+            outcome = run(case, passes)
+            yield told(_judged(check_name, other, judge(case, outcome, **kernel.judged_by), outcome), outcome.outputs)
+
     oracle = oracle or Oracle(make_case(key))
     case = oracle.case
     first = run(case, plan.passes)
-    verdict = judge(case, first, oracle=oracle, signatures=plan.signatures, **kernel.judged_by)
-    if explainer is not None:
-        verdict = explainer.explained(case, first, verdict, oracle)
-    yield _judged("example", key, verdict, first)
+    judge_run = functools.partial(_explained, kernel, oracle, plan.signatures, explainer)
+    verdict = judge_run(first)
+    yield told(_judged("example", key, verdict, first), first.outputs)
     if first.status != "ok" or not first.executed:
         return
     fine = verdict.ok
-    if plan.repeat:
-        again = run(case, "none")  # what the passes do to the same case has been seen
-        differences = _differences(first, again) if again.status == "ok" else []
-        same = again.status == "ok" and not differences and _conduct(again) == _conduct(first)
-        repeated = verdict if same else judge(case, again, oracle=oracle, signatures=plan.signatures, **kernel.judged_by)
-        if explainer is not None and not same:
-            repeated = explainer.explained(case, again, repeated, oracle)
-        known = {_told(finding) for finding in verdict.findings}
-        new = [finding for finding in repeated.findings if _told(finding) not in known] + differences
-        if fine or new:
-            yield _judged("repeat", key, dataclasses.replace(repeated, findings=worst_first(new)), again)
-        fine = fine and not new
+    if plan.repeats:
+        repeated = run_again(kernel, case, first, verdict, run, plan.repeats, judge_run)
+        if fine or repeated.verdict.findings:
+            tensors = {f"first.{name}": tensor for name, tensor in first.outputs.items()} | dict(repeated.outputs)
+            yield told(_judged("repeat", key, repeated.verdict, repeated.outcome), tensors)
+        fine = fine and repeated.verdict.ok
     if not fine:
         return
     if plan.all_passes:
         small = smallest(key)
         chosen = small if kernel.refusal(small.dims) is None else key
-        yield from _related(kernel, chosen, run, "all_passes", "all")
+        yield from related(chosen, "all_passes", "all")
     rows = case.dims.batch
     if case.dims.symbol("batch") not in case.stage.drawn or rows < 2:
         return
     source = Source(f"rows/{_by_bare_name(key)}")
     if plan.permuted:
         order = source.permutation("order", rows)
-        yield from _related(kernel, take_rows(key, tuple(order)), run, "permuted_rows", plan.passes)
+        yield from related(take_rows(key, tuple(order)), "permuted_rows", plan.passes)
     if plan.lone:
         lone = source.integers("lone", 0, rows - 1, 1)[0]
-        yield from _related(kernel, take_rows(key, (lone,)), run, "lone_row", plan.passes)
+        yield from related(take_rows(key, (lone,)), "lone_row", plan.passes)
 
 
 def _by_bare_name(key: CaseKey) -> CaseKey:
@@ -460,62 +471,12 @@ def _by_bare_name(key: CaseKey) -> CaseKey:
     return dataclasses.replace(key, stage=stage_named(key.stage).name)
 
 
-def _conduct(outcome: Outcome) -> tuple[Any, ...]:
-    return outcome.changed_inputs, outcome.guard_damage, outcome.unwritten_reads, outcome.pass_differences
-
-
-def _told(finding: Finding) -> tuple[str, str | None, str]:
-    return finding.detector, finding.argument, finding.message
+def _explained(kernel: Declaration, oracle: Oracle, signatures: bool, explainer: Explainer | None, outcome: Outcome) -> Verdict:
+    """The verdict of a run, with what roundings would explain if that is asked for."""
+    verdict = judge(oracle.case, outcome, oracle=oracle, signatures=signatures, **kernel.judged_by)
+    return verdict if explainer is None else explainer.explained(oracle.case, outcome, verdict, oracle)
 
 
 def _judged(check_name: str, key: CaseKey, verdict: Verdict, outcome: Outcome) -> Judged:
     # Tensors of a run are not kept: at real size they are 270 MB each.
     return Judged(check_name, key, verdict, dataclasses.replace(outcome, outputs={}))
-
-
-def _related(kernel: Declaration, key: CaseKey, run: Runner, check_name: str, passes: Passes) -> Iterator[Judged]:
-    case = make_case(key)
-    if kernel.refusal(case.dims) is None:
-        outcome = run(case, passes)
-        yield _judged(check_name, key, judge(case, outcome, **kernel.judged_by), outcome)
-
-
-def _differences(first: Outcome, again: Outcome) -> list[Finding]:
-    findings = []
-    for name, tensor in first.outputs.items():
-        other = again.outputs[name]
-        different = bits(tensor) != bits(other)
-        if bool(different.any()):
-            index = tuple(int(position) for position in different.nonzero()[0])
-            count, total = int(different.sum()), different.numel()
-            where = f"{count} of {total} elements of {name}, the first at {list(index)}"
-            message = f"two runs on the same inputs gave different bits in {where}"
-            findings.append(Finding("nondeterministic", message, name, index, count=count, total=total))
-    return findings
-
-
-@contextlib.contextmanager
-def eager_runner(kernel: Kernel) -> Iterator[Runner]:
-    """Runs cases of a torch kernel in this process."""
-    from conformance.lanes.eager import run_eager
-
-    def run(case: Case, passes: Passes = "none") -> Outcome:
-        return run_eager(kernel, case)
-
-    yield run
-
-
-@contextlib.contextmanager
-def worker_runner(
-    kernel: Declaration, lane: str, timeout: float | None = None, cards: CardChoice | None = None
-) -> Iterator[Runner]:
-    """Runs cases in a worker process of the kernel's own, each within ``timeout`` seconds, in a lane of cards on one of these."""
-    from conformance.lanes.process import KernelProcess, Limits
-
-    limits = Limits() if timeout is None else Limits(seconds=timeout)
-    with KernelProcess(kernel, lane, limits=limits, cards=cards) as process:
-
-        def compiled(case: Case, passes: Passes = "none") -> Outcome:
-            return process.compile(case.dims)
-
-        yield process.run if lane_named(lane).executes else compiled

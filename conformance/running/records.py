@@ -59,7 +59,8 @@ class Record:
     peak_memory: int | None = None
     reason: str = ""
     #: Everything else of an event: versions, machine, options, plan, exit code; of a case that was compiled and not executed
-    #: ``compile``, which is ``host compile`` without the kernels of the cores, or ``device compile``.
+    #: ``compile``, which is ``host compile`` without the kernels of the cores, or ``device compile``; of a case on a card which
+    #: one, compiles, and seconds by its clock.
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: Seconds since the epoch.
     time: float = 0.0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Protocol
+
+import torch
 
 from conformance.cases.case import Case
 from conformance.cases.key import CaseKey
@@ -29,6 +32,12 @@ class Judged:
     case: CaseKey
     verdict: Verdict
     outcome: Outcome
+
+
+class Keep(Protocol):
+    """Keeps what a judged run with findings left behind, before it is forgotten: tensors by name."""
+
+    def __call__(self, run: Judged, tensors: Mapping[str, torch.Tensor]) -> object: ...
 
 
 def is_lost(run: Judged) -> bool:

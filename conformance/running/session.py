@@ -19,6 +19,7 @@ from conformance.contract.kernel import Declaration
 from conformance.contract.registry import names_in_short, short_name
 from conformance.errors import UsageError
 from conformance.lanes import LANES
+from conformance.lanes.base import Outcome
 from conformance.outside import one_line, read_text, require_path
 from conformance.running.records import Record, RecordWriter
 from conformance.running.runs import Judged
@@ -93,6 +94,25 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def versions() -> dict[str, str]:
+    """Of the harness, Python and the packages that matter."""
+    return {
+        "conformance": conformance.__version__,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+def machine_details() -> dict[str, Any]:
+    """What a record says of this machine."""
+    return {
+        "hostname": platform.node(),
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count() or 0,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """One kernel at one preset on one lane: what a line of the summary is about; at every preset of a run if it is empty.
@@ -140,15 +160,7 @@ class RunLog:
             }
             for subject in plan
         ]
-        versions = {"conformance": conformance.__version__, "python": platform.python_version()}
-        versions.update({package: _version(package) for package in _PACKAGES})
-        machine = {
-            "hostname": platform.node(),
-            "system": platform.system(),
-            "architecture": platform.machine(),
-            "cores": os.cpu_count() or 0,
-        }
-        details = {"plan": planned, "versions": versions, "machine": machine, "options": dict(options)}
+        details = {"plan": planned, "versions": versions(), "machine": machine_details(), "options": dict(options)}
         self._writer.write(Record("start", details=details))
 
     def judged(self, subject: Subject, run: Judged) -> None:
@@ -165,7 +177,7 @@ class RunLog:
                 profile=run.verdict.profile,
                 seconds=round(run.outcome.seconds, 4),
                 peak_memory=run.outcome.peak_memory,
-                details={"compile": run.outcome.compiled} if run.outcome.compiled else {},
+                details=_details(run.outcome),
             )
         )
         if run.outcome.status == "ok" and run.outcome.message:
@@ -212,6 +224,15 @@ class RunLog:
             preset=subject.preset,
             source=relative_source(kernel),
         )
+
+
+def _details(outcome: Outcome) -> dict[str, Any]:
+    """What a record keeps of how far a kernel was compiled, or of a run on a card: which one, how often the kernel was compiled,
+    and seconds by the card's clock."""
+    if outcome.card is None:
+        return {"compile": outcome.compiled} if outcome.compiled else {}
+    found = {"card": outcome.card, "compiles": outcome.compiles, "device_seconds": outcome.device_seconds}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def relative_source(kernel: Declaration) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conformance.cases.key import CaseKey
 from conformance.cases.profiles import SuiteProfile
@@ -19,6 +20,7 @@ from conformance.contract.registry import short_name
 from conformance.errors import UnavailableError, UsageError
 from conformance.judge.explanations import Explainer
 from conformance.judge.judgement import judge_without_outputs
+from conformance.lanes import lane_named
 from conformance.lanes.base import Outcome
 from conformance.lanes.cards import CardChoice
 from conformance.lanes.process import KernelProcess, Limits
@@ -26,6 +28,7 @@ from conformance.outside import one_line
 from conformance.reports.text import number
 from conformance.running.capabilities import prove
 from conformance.running.check import Plans, Report, RunPlan, judged_runs, pooled_run
+from conformance.running.evidence import keep_evidence
 from conformance.running.runs import MOST_LOST, Judged, is_lost
 from conformance.running.session import RunLog, Subject
 from conformance.suites.state import fail_for_lack
@@ -65,7 +68,8 @@ class SubjectJudging:
         """A worker process for the subject's kernel on its lane; the user's limits win over the lane's."""
         options = self.options
         if options.conformance_kernel_timeout is not None:
-            limits = dataclasses.replace(limits, seconds=options.conformance_kernel_timeout)
+            seconds = options.conformance_kernel_timeout
+            limits = dataclasses.replace(limits, seconds=seconds, launch_seconds=seconds)
         if options.conformance_kernel_memory is not None:
             limits = dataclasses.replace(limits, memory_bytes=int(options.conformance_kernel_memory * 2**30))
         return KernelProcess(
@@ -92,7 +96,10 @@ class SubjectJudging:
         """Judge the kernel on cases: one or more of every regime, then, at night, what Hypothesis draws."""
         space = self._space()
         given = list(itertools.islice(stratified_keys(space, SEED), self.profile.given(space.stage)))
-        plans, explainer = Plans(self.subject.lane, space.stage), Explainer(self.subject.kernel.judged_by)
+        # What stands in for a card does the same every time.
+        repeats = lane_named(self.subject.lane).repeats[not self.profile.deterministic] if self._on_card else 1
+        plans = Plans(self.subject.lane, space.stage, repeats=repeats)
+        explainer = Explainer(self.subject.kernel.judged_by)
         with self.usage_errors(), contextlib.ExitStack() as stack:
             self._require_accepted(given)
             process = stack.enter_context(self._process(Limits()))
@@ -101,7 +108,10 @@ class SubjectJudging:
                 if self._refused(key) or sum(map(is_lost, self.runs)) >= MOST_LOST:
                     return
                 before = len(self.runs)
-                for run in judged_runs(self.subject.kernel, key, process.run, plans.following(key), explainer=explainer):
+                runs = judged_runs(
+                    self.subject.kernel, key, process.run, plans.following(key), explainer=explainer, keep=self._evidence
+                )
+                for run in runs:
                     self._keep(run)
                 if not all(run.verdict.ok for run in self.runs[before:]):
                     raise ConformanceError(str(key))
@@ -141,7 +151,7 @@ class SubjectJudging:
         with self.usage_errors():
             self._require_accepted([key])
             with self._process(FULL_SIZE_LIMITS) as process:
-                for run in judged_runs(self.subject.kernel, key, process.run, RunPlan(passes="none")):
+                for run in judged_runs(self.subject.kernel, key, process.run, RunPlan(passes="none"), keep=self._evidence):
                     self._keep(run)
         self._conclude()
 
@@ -181,6 +191,15 @@ class SubjectJudging:
     def _keep(self, run: Judged) -> None:
         self.runs.append(run)
         self.log.judged(self.subject, run)
+
+    @property
+    def _on_card(self) -> bool:
+        return lane_named(self.subject.lane).takes_card(self.options.conformance_device_executor)
+
+    def _evidence(self, run: Judged, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep what a failure on a card left behind: the card may not be there tomorrow."""
+        if self._on_card:
+            keep_evidence(self.log.folder, self.subject, run, tensors, self.folder)
 
     def usage_errors(self) -> _Translated:
         """Ends the test with one line for what could not run."""

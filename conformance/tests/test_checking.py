@@ -28,9 +28,9 @@ from conformance.running.check import (
     Plans,
     RunPlan,
     case_runs,
-    eager_runner,
     is_searched,
 )
+from conformance.running.runners import eager_runner
 
 Tensor = torch.Tensor
 STAGES = list(conformance.stages())
@@ -134,12 +134,34 @@ def test_a_repeat_has_the_findings_that_are_its_own() -> None:
     assert messages.isdisjoint({finding.message for finding in repeat.verdict.findings})
 
 
+@pytest.mark.parametrize("reorders_sums", [False, True])
+def test_sums_in_another_order_are_no_finding_where_the_kernel_declares_them(reorders_sums: bool) -> None:
+    calls = itertools.count()
+
+    @conformance.kernel("qkv_proj", reorders_sums=reorders_sums)
+    def split(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        half = x.shape[1] // (2 if next(calls) % 2 else 4)
+        for weight, out in ((wq, q), (wk, k), (wv, v)):
+            first, second = (x[:, part].float() @ weight[part].float() for part in (slice(half), slice(half, None)))
+            out.copy_(first + second)
+
+    report = conformance.check("qkv_proj", split, examples=3)
+    assert report.detectors == (() if reorders_sums else ("nondeterministic",))
+
+    @conformance.kernel("qkv_proj", reorders_sums=reorders_sums)
+    def wrong_now_and_then(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        split(x, wq, wk, wv, q, k, v)
+        q[0, 0] += next(calls) % 2
+
+    assert "element" in conformance.check("qkv_proj", wrong_now_and_then, examples=3).detectors
+
+
 def test_the_first_cases_with_several_rows_have_the_row_checks() -> None:
     one, several = (CaseKey.parse(f"rms_norm:tiny:B={rows}:normal:1") for rows in (1, 3))
     plans = Plans("eager", stage_named("rms_norm"))
     keys = [one, several, one, one, several, *[several] * 4]
     taken = [plans.following(key) for key in keys]
-    assert all(plan.repeat for plan in taken)
+    assert all(plan.repeats == 1 for plan in taken)
     with_rows = [plan for plan, key in zip(taken, keys, strict=True) if key is several]
     assert [plan.permuted for plan in with_rows] == [True, False, False, False, False, True]
     assert [plan.lone for plan in with_rows] == [False, True, False, False, False, False]

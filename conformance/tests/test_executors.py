@@ -294,9 +294,13 @@ def test_a_torch_kernel_that_raises_keeps_its_process_and_one_that_crashes_is_to
         assert outcome.location == f"{TORCH}:{line_of(TORCH, 'ctypes.string_at(0)')}"
 
 
-def test_a_native_call_that_never_returns_is_stopped() -> None:
-    with KernelProcess(torch_kernel("sleeps"), "eager", limits=Limits(seconds=1.0)) as process:
-        assert process.run(case_of()).status == "timed_out"
+def test_a_native_call_that_never_returns_is_stopped_and_located(tmp_path: Path) -> None:
+    with KernelProcess(torch_kernel("sleeps"), "eager", limits=Limits(seconds=1.0), folder=tmp_path) as process:
+        outcome = process.run(case_of())
+    assert outcome.status == "timed_out"
+    here = line_of(TORCH, "PyDLL(None).sleep")
+    assert outcome.location == f"{TORCH}:{here}"
+    assert f'torch_misbehaving.py", line {here} in sleeps' in (tmp_path / "stack.log").read_text()
 
 
 # Processes and their owner
@@ -462,6 +466,8 @@ def test_without_a_card_the_device_lane_is_unavailable_and_says_what_is_missing(
 
 class StrayCard:
     """A card whose kernel copies ``x`` to ``out``, one row too many, and changes an element of ``weight``."""
+
+    device_seconds: float | None = None
 
     def place(self, storage: torch.Tensor) -> torch.Tensor:
         return storage.clone()

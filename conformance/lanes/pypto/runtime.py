@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,7 @@ from conformance.contract.arguments import DTYPE_NAMES
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
 from conformance.errors import UsageError
+from conformance.lanes.card_files import MOST_BUILDS
 from conformance.outside import told
 from conformance.toolchains.detection import ToolchainUnavailableError, detect
 from conformance.toolchains.dumps import fewer_dumps
@@ -102,16 +103,26 @@ class Runtime:
                     pypto_impl.SetVerifyData(entry._pto_to_tensor_data(tensors), [], _pto_verify_datas.get_data())
 
             self._wrapper._setup_verify_data = staticmethod(hand_over_arguments)
+        #: How often PyPTO compiled a kernel in this process.
+        self.compiles = 0
+        compile_kernel = self._wrapper.compile
+
+        def count_and_compile(jit: Any, *arguments: Any, **keywords: Any) -> None:
+            self.compiles += 1
+            compile_kernel(jit, *arguments, **keywords)
+
+        self._wrapper.compile = count_and_compile
+
+    def take_workspace_from(self, allocate: Callable[[int], int]) -> None:
+        """Let ``allocate(bytes)`` give the address of the memory that a launch on a card works in.
+
+        PyPTO asks for it once before each launch, after compiling. Its own is ``torch.empty``, given back before the launch.
+        """
+        self._wrapper.alloc = staticmethod(allocate)
 
     def logged_errors(self, since: datetime.datetime) -> list[str]:
         """What PyPTO's native side logged as errors since then, oldest first: the cause that its exception leaves out."""
-        found: list[str] = []
-        for path in sorted(self._logs.glob(f"**/*-{os.getpid()}_*.log")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                match = _LOGGED.match(line)
-                if match and match[1] >= f"{since:%Y-%m-%d %H:%M:%S}":
-                    found.append(match[2].strip())
-        return found
+        return errors_in(self._logs, since)
 
     def require_space(self) -> None:
         """Raise ``ToolchainUnavailableError`` where nothing can be written: what went wrong then is no finding about a kernel."""
@@ -138,6 +149,17 @@ class Runtime:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    @contextmanager
+    def kept_folder(self, folder: Path) -> Iterator[None]:
+        """A folder for what one compile writes, which stays until ``MOST_BUILDS`` others are newer."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        others = sorted(folder.parent.iterdir(), key=lambda one: one.stat().st_mtime)
+        for old in others[:-MOST_BUILDS]:
+            shutil.rmtree(old, ignore_errors=True)
+        os.environ["TILE_FWK_OUTPUT_DIR"] = str(folder / "output")
+        yield
+
     def call(
         self,
         jit: Any,
@@ -147,8 +169,12 @@ class Runtime:
         run_mode: str = "SIM",
         golden: Sequence[torch.Tensor | None] | None = None,
         verify: dict[str, Any] | None = None,
+        keep: bool = False,
     ) -> None:
-        """Compile the kernel for these arguments up to ``stage`` and, if ``verify`` is given, interpret it."""
+        """Compile the kernel for these arguments up to ``stage`` and, if ``verify`` is given, interpret it.
+
+        With ``run_mode="NPU"`` PyPTO launches it too; with ``keep`` what was built is used again by the next call.
+        """
         pypto = self.pypto
         # The kernel may set options of its own; these decide the lane.
         jit._runtime_options = {**(jit._runtime_options or {}), "run_mode": getattr(pypto.RunMode, run_mode).value}
@@ -161,9 +187,10 @@ class Runtime:
         try:
             jit(*arguments)
         finally:
-            # PyPTO forgets these only after a success, and its module cache would keep every kernel ever built.
+            # PyPTO forgets these only after a success, and its module cache keeps every kernel ever built.
             self._golden.reset()
-            self._wrapper._kernel_module_cache.clear()
+            if not keep:
+                self._wrapper._kernel_module_cache.clear()
             # The native side keeps its tables in C buffers.
             ctypes.CDLL(None).fflush(None)
 
@@ -186,9 +213,10 @@ def prepare(folder: Path) -> None:
 class Builds:
     """The jit objects of one kernel, built and checked once per dimensions."""
 
-    def __init__(self, runtime: Runtime, kernel: Kernel) -> None:
+    def __init__(self, runtime: Runtime, kernel: Kernel, most: int = KEPT_BUILDS) -> None:
         self._runtime = runtime
         self._kernel = kernel
+        self._most = most
         self._kept: dict[Dims, Any] = {}
 
     def __getitem__(self, dims: Dims) -> Any:
@@ -196,7 +224,7 @@ class Builds:
         if key not in self._kept:
             jit = self._kernel.build(dims)
             require_agreement(jit, self._kernel, key, self._runtime.pypto)
-            while len(self._kept) >= KEPT_BUILDS:
+            while len(self._kept) >= self._most:
                 del self._kept[next(iter(self._kept))]
             self._kept[key] = jit
         require_one_program(self._kept[key], self._kernel, key, dims)
@@ -258,7 +286,19 @@ def require_one_program(jit: Any, kernel: Kernel, built: Dims, dims: Dims) -> No
                 )
 
 
-_LOGGED = re.compile(r"\[ERROR\] [^:]*:(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\S* (?:\[[^\]]*\][: ]?)*(.*)")
+def errors_in(logs: Path, since: datetime.datetime) -> list[str]:
+    """What this process's logs below a folder have as errors since then, by file, oldest first."""
+    found: list[str] = []
+    for path in sorted(logs.glob(f"**/*-{os.getpid()}_*.log")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            match = _LOGGED.match(line)
+            if match and f"{match[1]} {match[2]}" >= f"{since:%Y-%m-%d %H:%M:%S}":
+                found.append(match[3].strip())
+    return found
+
+
+#: A line of a log: PyPTO's has a space between date and time, CANN's a hyphen (``2025-12-22-19:40:01.123.456``).
+_LOGGED = re.compile(r"\[ERROR\] [^:]*:(\d{4}-\d\d-\d\d)[ -](\d\d:\d\d:\d\d)\S* (?:\[[^\]]*\][: ]?)*(.*)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from conformance.errors import UsageError
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import Guarded
 from conformance.lanes.messages import Passes, RunRequest
-from conformance.lanes.pypto.runtime import Builds, FirstCause, Runtime, explain, prepare
+from conformance.lanes.pypto.runtime import KEPT_BUILDS, Builds, FirstCause, Runtime, explain, prepare
 from conformance.lanes.worker import Start
 from conformance.toolchains.detection import ToolchainUnavailableError
 
@@ -40,31 +40,43 @@ class Build:
     dims: Dims
 
 
-def serve(kernel: Kernel, start: Start, run: Callable[[Build, Passes, dict[str, Guarded]], Outcome]) -> RunRequest:
-    """A lane of PyPTO: builds the kernel, lets ``run`` do the lane's own part, and explains what goes wrong.
+class Server:
+    """A kernel in a lane of PyPTO: builds it, lets the lane do its own part, and explains what goes wrong."""
 
-    ``run`` gets the build, which compiler passes to compare, and the arguments of the case by name.
-    """
-    runtime = Runtime(start.folder, start.scratch, start.calculator)
-    builds = Builds(runtime, kernel)
+    def __init__(self, kernel: Kernel, start: Start, most_builds: int = KEPT_BUILDS) -> None:
+        self.runtime = Runtime(start.folder, start.scratch, start.calculator)
+        self._kernel = kernel
+        self._builds = Builds(self.runtime, kernel, most_builds)
 
-    def run_request(dims: Dims, passes: Passes, arguments: dict[str, Guarded]) -> Outcome:
+    def run(self, dims: Dims, part: Callable[[Build], Outcome]) -> Outcome:
+        """What ``part`` makes of the kernel's build for these dimensions."""
         logging.getLogger().setLevel(logging.ERROR)
         began = datetime.datetime.now()
         jit = None
         with FirstCause().listening() as first:
             try:
-                jit = builds[dims]
-                return run(Build(runtime, jit, kernel.stage, dims), passes, arguments)
+                jit = self._builds[dims]
+                return part(Build(self.runtime, jit, self._kernel.stage, dims))
             except (UsageError, ToolchainUnavailableError, KeyboardInterrupt):
                 raise
             except BaseException as error:
                 # SystemExit too: a kernel that calls sys.exit has not done its work.
-                runtime.require_space()
+                self.runtime.require_space()
                 explanation = explain(
-                    error, jit if jit is not None else _Builder(kernel), first.error, runtime.logged_errors(began)
+                    error, jit if jit is not None else _Builder(self._kernel), first.error, self.runtime.logged_errors(began)
                 )
                 return Outcome("raised", message=explanation.message, location=explanation.location)
+
+
+def serve(kernel: Kernel, start: Start, run: Callable[[Build, Passes, dict[str, Guarded]], Outcome]) -> RunRequest:
+    """What a lane of PyPTO does with a request.
+
+    ``run`` gets the build, which compiler passes to compare, and the arguments of the case by name.
+    """
+    server = Server(kernel, start)
+
+    def run_request(dims: Dims, passes: Passes, arguments: dict[str, Guarded]) -> Outcome:
+        return server.run(dims, lambda build: run(build, passes, arguments))
 
     return run_request
 

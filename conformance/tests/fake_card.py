@@ -1,0 +1,255 @@
+"""A fake driver underneath PyPTO's own Python: ``torch.npu``, ``torch_npu`` and the native launch, with a script of faults.
+
+The launch does what the one of PyPTO 0.2.0 does, as its source says: it looks for a program in the kernel's module by the shapes
+of its arguments, with wildcards where an axis is dynamic; lets the kernel's object compile if there is none; asks it for a
+workspace; and launches. Errors that a card finds out later are raised when somebody waits for it. Once there was one, every call
+of the process fails.
+
+``CONFORMANCE_FAKE_CARDS`` names a folder with ``script.json``. What happens is appended to ``events.jsonl`` there:
+
+``cards``    by number the fault of a card: ``wedged``, ``hangs``, ``gone``, ``old_driver``; ``after`` so many launches
+``kernels``  by name the fault of a kernel, with ``at``: only at these launches of it, counted from 1
+``compile``  ``real`` to let PyPTO compile, which takes half a second; otherwise compiling is only counted
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import time
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conformance.lanes.buffers import poisoned
+from conformance.lanes.cards import Card
+from conformance.lanes.pypto.device import NpuCard
+from conformance.lanes.pypto.runtime import Runtime
+
+FOLDER = "CONFORMANCE_FAKE_CARDS"
+CARD = f"{__name__}:FakeCard"
+#: Bytes of a launch's workspace.
+WORKSPACE = 1 << 12
+OTHER_VERSION = "Get KFC DynTileFwkKernelServer api success, but func is nullptr: (null)"
+AICORE = "there is an aivec error exception, core id is 12, errorStr: The DDR address of the MTE instruction is out of range"
+
+
+class FakeCard(NpuCard):
+    """The lane's own card on the fake driver; its memory is the host's."""
+
+    def __init__(self, runtime: Runtime, card: Card, folder: Path) -> None:
+        self._fake = FakeDriver(runtime, card.number, Path(os.environ[FOLDER]))
+        super().__init__(runtime, card, folder)
+
+    def place(self, storage: torch.Tensor) -> torch.Tensor:
+        """Remembered, to see later what is left there."""
+        placed = super().place(storage)
+        self._fake.placed.append(placed)
+        return placed
+
+    def driver(self) -> Any:
+        """The fake one, installed."""
+        from pypto import pypto_impl
+
+        sys.modules["torch_npu"] = types.ModuleType("torch_npu")
+        torch.npu = self._fake  # type: ignore[attr-defined]
+        pypto_impl.LaunchKernelTorch = self._fake.launch
+        return self._fake
+
+    def device(self, index: int) -> torch.device:
+        """The host."""
+        return torch.device("cpu")
+
+
+class FakeDriver:
+    """``torch.npu`` and the native launch of one process."""
+
+    def __init__(self, runtime: Runtime, index: int, folder: Path) -> None:
+        self._runtime, self._index, self._folder = runtime, index, folder
+        self._script = json.loads((folder / "script.json").read_text())
+        #: The programs of each kernel module, by the shapes that they take.
+        self._programs: list[tuple[Any, list[tuple[int, ...]]]] = []
+        self.placed: list[torch.Tensor] = []
+        self._pending = ""
+        self._dead = False
+
+    def tell(self, event: str, **details: Any) -> None:
+        """Append an event."""
+        line = json.dumps({"event": event, "card": self._index, "process": os.getpid(), **details})
+        with (self._folder / "events.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    # torch.npu
+
+    def set_device(self, index: int) -> None:
+        self._require_alive()
+        if self._fault() == "gone":
+            self._fail("SetDevice: error code is 107001 (invalid device id)")
+
+    def get_device_name(self, index: int) -> str:
+        return "Ascend910B4 (fake)"
+
+    def synchronize(self) -> None:
+        self.tell("synchronize")
+        if self._pending == "hang":
+            time.sleep(60)
+        if self._pending:
+            self._fail(self._pending)
+        self._require_alive()
+
+    def current_stream(self) -> Any:
+        return types.SimpleNamespace(npu_stream=7)
+
+    class Event:
+        """An event of a clock that stands still."""
+
+        def __init__(self, enable_timing: bool = False) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        def elapsed_time(self, other: object) -> float:
+            return 2.5
+
+    # pypto_impl.LaunchKernelTorch
+
+    def launch(self, jit: Any, stream: int, tensors: Sequence[torch.Tensor], definitions: Sequence[Any]) -> None:
+        """Compile if need be, and launch."""
+        import pypto
+        from pypto import pypto_impl
+
+        self._require_alive()
+        name = jit.__name__
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if not any(module is jit.kmodule and _match(known, shapes) for module, known in self._programs):
+            self.tell("compile", kernel=name, shapes=shapes)
+            if self._script.get("compile") == "real":
+                asked = jit._host_options
+                # What follows needs the device's compiler.
+                jit._host_options = {**asked, "compile_stage": pypto.CompStage.EXECUTE_GRAPH}
+                with pypto.options("jit_scope"):
+                    pypto_impl.Reset()
+                    jit.compile(tensors, definitions)
+                jit._host_options = asked
+            else:
+                self._runtime.compiles += 1
+            takes = [_wildcards(definition, shape) for definition, shape in zip(definitions, shapes, strict=True)]
+            self._programs.append((jit.kmodule, takes))
+        workspace = jit.alloc(WORKSPACE)
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        used = [one for one in self.placed if any(0 <= at - one.data_ptr() < one.nbytes for at in pointers)]
+        left = [one for one in self.placed if not any(one is other for other in used)]
+        readable = sum(not bool(poisoned(one).all()) for one in left)
+        self.tell(
+            "launch",
+            kernel=name,
+            stream=stream,
+            pointers=pointers,
+            workspace=workspace,
+            shapes=shapes,
+            placed=len(self.placed),
+            readable=readable,
+        )
+        self._run(name, [_bound(address, tensor) for address, tensor in zip(pointers, tensors, strict=True)], workspace)
+
+    def _run(self, name: str, tensors: Sequence[torch.Tensor], workspace: int) -> None:
+        *inputs, out = tensors
+        fault, count = self._fault(), self._launches(name)
+        if fault in ("wedged", "hangs"):
+            self._pending = "hang" if fault == "hangs" else "synchronize: error code is 507018"
+            return
+        if fault == "old_driver":
+            print(
+                "[ERROR] CCECPU(1,aicpu_scheduler): Get KFC DynTileFwkKernelServer api success, but func is nullptr: (null)",
+                flush=True,
+            )
+            self._fail("launch aicpu failed: 507018")
+        own = self._script.get("kernels", {}).get(name, {})
+        fault = own.get("fault", "") if count in own.get("at", [count]) else ""
+        if fault == "at_launch":
+            print(f"[ERROR] {AICORE}; retcode: 507015", flush=True)
+            self._fail("launch aicore failed: 507015")
+        if fault == "at_synchronize":
+            self._pending = "synchronize: NPU function error, error code is 507018"
+            return
+        if fault == "hang":
+            self._pending = "hang"
+            return
+        if fault == "sticky":
+            self._fail("synchronize: error code is 507899")
+        if fault == "out_of_memory":
+            self._fail("NPU out of memory: error code is 207001")
+        if fault == "wedges":
+            (self._folder / f"wedged-{self._index}").touch()
+            self._pending = "synchronize: error code is 507018"
+            return
+        out.copy_(_right(name, inputs))
+        if fault == "wrong":
+            out.view(-1)[5] += 1.0
+        if fault == "overrun":
+            torch.frombuffer(_memory(out.data_ptr() + out.nbytes, 40_000), dtype=out.dtype).fill_(1.0)
+        if fault == "stale_workspace":
+            # What a kernel does that sums up in its workspace and never cleared it.
+            stale = torch.frombuffer(_memory(workspace, 16), dtype=torch.bfloat16)
+            out.view(-1)[:8] += stale
+
+    def _fault(self) -> str:
+        if (self._folder / f"wedged-{self._index}").exists():
+            return "wedged"
+        own = self._script.get("cards", {}).get(str(self._index), {})
+        return str(own.get("fault", "")) if self._launches(card=self._index) > own.get("after", 0) else ""
+
+    def _launches(self, kernel: str = "", card: int | None = None) -> int:
+        path = self._folder / "events.jsonl"
+        events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        launched = [event for event in events if event["event"] == "launch"]
+        return sum((not kernel or one["kernel"] == kernel) and card in (None, one["card"]) for one in launched) or (not kernel)
+
+    def _require_alive(self) -> None:
+        if self._dead:
+            raise RuntimeError("NPU function error, error code is 507899")
+
+    def _fail(self, message: str) -> None:
+        self._dead, self._pending = True, ""
+        raise RuntimeError(message)
+
+
+def _wildcards(definition: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size if isinstance(axis, int) else -1 for axis, size in zip(definition.shape, shape, strict=True))
+
+
+def _match(known: list[tuple[int, ...]], shapes: list[tuple[int, ...]]) -> bool:
+    return all(
+        len(one) == len(shape) and all(axis in (-1, size) for axis, size in zip(one, shape, strict=True))
+        for one, shape in zip(known, shapes, strict=True)
+    )
+
+
+def _right(name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    first, second = (tensor.float() for tensor in inputs)
+    if name == "conformance_probe":
+        return first @ second + 1
+    return first / ((first * first * (1.0 / first.shape[1])).sum(-1, keepdim=True) + 1e-6).sqrt() * second
+
+
+def _memory(address: int, size: int) -> Any:
+    return (ctypes.c_char * size).from_address(address)
+
+
+def _bound(address: int, like: torch.Tensor) -> torch.Tensor:
+    """What the native side makes of an argument: its address and its shape, nothing else."""
+    return torch.frombuffer(_memory(address, like.nbytes), dtype=like.dtype).view(like.shape)
+
+
+def events(folder: Path, event: str | None, **details: Any) -> list[dict[str, Any]]:
+    """The events of one kind, or of all, in their order, of which all ``details`` are as given."""
+    path = folder / "events.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    of_kind = [one for one in found if event in (None, one["event"])]
+    return [one for one in of_kind if all(one.get(name) == value for name, value in details.items())]

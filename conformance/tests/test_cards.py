@@ -1,0 +1,340 @@
+"""The device lane on fake cards: PyPTO's own Python above a fake driver, and a card that fails in each way that cards do."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from conformance.cases.case import Case, make_case
+from conformance.cases.key import CaseKey
+from conformance.contract.kernel import Kernel
+from conformance.contract.loading import load_module
+from conformance.judge.judgement import judge
+from conformance.lanes import card_pool as card_pool_module
+from conformance.lanes.base import Outcome
+from conformance.lanes.buffers import GUARD_BYTES
+from conformance.lanes.card_pool import CardPool
+from conformance.lanes.cards import LOCK_FOLDER_VARIABLE, Card, CardLock
+from conformance.lanes.device import CARD_VARIABLE
+from conformance.lanes.device_errors import device_error
+from conformance.lanes.process import KernelProcess, Limits
+from conformance.lanes.pypto.runtime import errors_in
+from conformance.running.check import Plans, judged_runs
+from conformance.running.records import Record, read_run
+from conformance.suites import judging
+from conformance.tests.fake_card import CARD, FOLDER, events
+from conformance.tests.kernels_under_test.on_fake_cards import NAMES
+from conformance.tests.test_plugin import run_pytest
+from conformance.toolchains import detect
+from conformance.toolchains.machine import ROOT_VARIABLE
+
+KERNELS = Path(__file__).parent / "kernels_under_test" / "on_fake_cards.py"
+LIMITS = Limits(launch_seconds=2.0, probe_seconds=2.0)
+
+pytestmark = pytest.mark.skipif(not detect().supported, reason=detect().message)
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes the script of the fake cards and selects them."""
+
+    def write(**content: Any) -> Path:
+        folder = tmp_path / "cards"
+        folder.mkdir(exist_ok=True)
+        (folder / "script.json").write_text(json.dumps(content))
+        monkeypatch.setenv(CARD_VARIABLE, CARD)
+        monkeypatch.setenv(LOCK_FOLDER_VARIABLE, str(folder))
+        monkeypatch.setenv(FOLDER, str(folder))
+        return folder
+
+    return write
+
+
+def cards(*numbers: int) -> list[Card]:
+    return [Card(number, number, wait_seconds=0.3) for number in numbers]
+
+
+def named(name: str = "k00") -> Kernel:
+    found = vars(load_module(KERNELS))[name]
+    assert isinstance(found, Kernel)
+    return found
+
+
+def case_of(B: int = 3, seed: int = 7) -> Case:
+    return make_case(CaseKey("rms_norm", "tiny", "normal", seed, (("B", B),), ()))
+
+
+def run_cases(
+    kernel: Kernel, *cases: Case, pool: CardPool | None = None, limits: Limits = LIMITS, folder: Path | None = None
+) -> list[Outcome]:
+    with KernelProcess(kernel, "device", pool=pool or CardPool(cards(0)), limits=limits, folder=folder) as process:
+        return [process.run(case) for case in cases]
+
+
+def detectors(case: Case, outcome: Outcome) -> list[str]:
+    return [finding.detector for finding in judge(case, outcome).findings]
+
+
+# PyPTO's own Python, down to the last call
+
+
+def test_a_case_is_compiled_before_it_is_launched_and_waited_for(script: Callable[..., Path]) -> None:
+    folder = script(compile="real")
+    cases = [case_of(B, seed) for B, seed in ((3, 1), (5, 1), (3, 2), (5, 2))]
+    held: list[int] = []
+
+    @contextlib.contextmanager
+    def lock(card: Card) -> Iterator[None]:
+        held.append(len(events(folder, "compile", kernel="k00")))
+        launches = len(events(folder, "launch", kernel="k00"))
+        yield
+        assert len(events(folder, "launch", kernel="k00")) <= launches + 1
+        assert len(events(folder, "compile", kernel="k00")) == held[-1], "compiled while the card was held"
+
+    outcomes = run_cases(named(), *cases, pool=CardPool(cards(2), lock))
+    assert [(outcome.status, outcome.message, outcome.card) for outcome in outcomes] == [("ok", "", 2)] * 4
+    assert [detectors(case, outcome) for case, outcome in zip(cases, outcomes, strict=True)] == [[]] * 4
+    # A program for each dimensions, and the cache serves what follows; the first that takes the card is the probe.
+    assert [outcome.compiles for outcome in outcomes] == [1, 1, 0, 0]
+    assert len(events(folder, "compile", kernel="k00")) == 2
+    assert held == [0, 1, 2, 2, 2]
+    launches = events(folder, "launch", kernel="k00")
+    assert [launch["shapes"][0][0] for launch in launches] == [3, 5, 3, 5]
+    assert {launch["stream"] for launch in launches} == {7}
+    assert {outcome.device_seconds for outcome in outcomes} == {0.0025}
+    # Whoever asks for a workspace has waited for its stamp; after each launch somebody waits for that.
+    kinds = [event["event"] for event in events(folder, None, process=launches[0]["process"])]
+    assert all(kinds[at - 1] == kinds[at + 1] == "synchronize" for at, kind in enumerate(kinds) if kind == "launch")
+
+
+def test_one_program_serves_every_batch_where_an_axis_is_dynamic(script: Callable[..., Path]) -> None:
+    folder = script()
+    cases = [case_of(B) for B in (3, 5, 1)]
+    outcomes = run_cases(named("any_batch"), *cases)
+    assert [detectors(case, outcome) for case, outcome in zip(cases, outcomes, strict=True)] == [[]] * 3
+    assert [outcome.compiles for outcome in outcomes] == [1, 0, 0]
+    assert len(events(folder, "launch", kernel="rms_norm")) == 3
+
+
+def test_inputs_stay_on_the_card_while_they_are_the_same_and_nothing_else_does(script: Callable[..., Path]) -> None:
+    folder = script()
+    one, other = case_of(seed=1), case_of(seed=2)
+    same_weight = dataclasses.replace(other, inputs={**other.inputs, "weight": one.inputs["weight"]})
+    with KernelProcess(named(), "device", pool=CardPool(cards(0)), limits=LIMITS) as process:
+        for case in (one, one, same_weight):
+            assert detectors(case, process.run(case)) == []
+        one.inputs["weight"].mul_(2)
+        assert detectors(same_weight, process.run(same_weight)) == []
+    launches = events(folder, "launch", kernel="k00")
+    assert [launch["placed"] for launch in launches] == [3, 4, 6, 8]
+    first, again, weight, _ = (launch["pointers"] for launch in launches)
+    assert first[:2] == again[:2]
+    assert again[1] == weight[1]
+    # What a case leaves on the card is overwritten before the next one can find it.
+    assert [launch["readable"] for launch in launches] == [0] * 4
+
+
+# What goes wrong, and whose it is
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "message"),
+    [
+        ("at_launch", "crashed", "the card reported error 507015 .AICORE_EXCEPTION: an exception on an AI core.: .*errorStr"),
+        ("at_synchronize", "crashed", "the card reported error 507018 .AICPU_EXCEPTION"),
+        ("hang", "timed_out", "the launch did not end within its limit of 2 s"),
+        ("out_of_memory", "unavailable", "card 0: the card reported error 207001 .MEMORY_ALLOCATION"),
+    ],
+)
+def test_a_failure_on_a_card_that_is_well(script: Callable[..., Path], fault: str, status: str, message: str) -> None:
+    script(kernels={"k00": {"fault": fault, "at": [2]}})
+    pool = CardPool(cards(0))
+    before, failed, after = run_cases(named(), *[case_of(seed=seed) for seed in range(3)], pool=pool)
+    assert (before.status, failed.status, after.status) == ("ok", status, "ok")
+    assert re.match(message, failed.message)
+    assert pool.quarantined == {}
+
+
+def test_a_process_whose_context_is_lost_is_replaced_and_the_case_run_once_more(script: Callable[..., Path]) -> None:
+    folder = script(kernels={"k00": {"fault": "sticky", "at": [1]}, "k01": {"fault": "sticky"}})
+    (outcome,) = run_cases(named(), case_of())
+    assert outcome.status == "ok"
+    assert outcome.message.startswith("run once more in another process: the card reported error 507899")
+    assert detectors(case_of(), outcome) == []
+    # Where it comes again in a process that is new, on a card that is well, it is the kernel's.
+    (outcome,) = run_cases(named("k01"), case_of())
+    assert outcome.status == "crashed"
+    assert len(events(folder, "launch", kernel="k01")) == 2
+
+
+def test_what_values_and_guards_tell_of_a_card(script: Callable[..., Path]) -> None:
+    script(kernels={"k00": {"fault": "overrun"}, "k01": {"fault": "stale_workspace"}})
+    case = case_of()
+    (overrun,) = run_cases(named(), case)
+    assert detectors(case, overrun) == ["out_of_bounds"]
+    assert f"{GUARD_BYTES // 2} elements past" not in overrun.guard_damage["out"]
+    assert "20000 elements past the end" in overrun.guard_damage["out"]
+    (stale,) = run_cases(named("k01"), case)
+    assert "not_finite" in detectors(case, stale)
+
+
+def test_a_race_is_told_as_k_of_n(script: Callable[..., Path]) -> None:
+    folder = script(kernels={"k00": {"fault": "wrong", "at": [13]}})
+    key = case_of().key
+    plan = Plans("device", named().stage).following(key)
+    with KernelProcess(named(), "device", pool=CardPool(cards(0)), limits=LIMITS) as process:
+        example, repeat = judged_runs(named(), key, process.run, plan)
+    assert example.verdict.ok
+    told = [finding for finding in repeat.verdict.findings if finding.detector == "nondeterministic"]
+    assert [finding.message for finding in told] == [
+        "1 of 20 further runs on the same inputs gave other bits than the first: run 12 of them in 1 of 768 elements of out, "
+        "the first at [0, 5]"
+    ]
+    assert len(events(folder, "launch", kernel="k00")) == 21
+    assert len(events(folder, "compile", kernel="k00")) == 1
+
+
+def test_a_card_that_is_gone_hands_its_work_to_the_others(script: Callable[..., Path]) -> None:
+    folder = script(cards={"0": {"fault": "gone"}})
+    pool = CardPool(cards(0, 1))
+    outcomes = run_cases(named(), case_of(), case_of(5), pool=pool)
+    assert [(outcome.status, outcome.card) for outcome in outcomes] == [("ok", 1)] * 2
+    assert "error 107001" in pool.quarantined[0]
+    assert events(folder, "launch", card=0) == []
+    assert len(events(folder, "compile", kernel="k00")) == 2
+
+
+def test_where_no_card_is_left_the_rest_ends_at_once(script: Callable[..., Path]) -> None:
+    script(cards={"0": {"fault": "old_driver"}, "1": {"fault": "wedged"}})
+    pool = CardPool(cards(0, 1))
+    with KernelProcess(named(), "device", pool=pool, limits=LIMITS) as process:
+        outcome = process.run(case_of())
+        assert outcome.status == "unavailable"
+        assert "card 0: driver and CANN do not fit together: " in outcome.message
+        assert "card 1: the card reported error 507018" in outcome.message
+        assert process.run(case_of(5)).message == outcome.message
+        assert process.starts == 0
+
+
+def test_a_kernel_after_which_two_cards_are_wedged_gets_no_third(script: Callable[..., Path]) -> None:
+    folder = script(kernels={"k00": {"fault": "wedges"}})
+    pool = CardPool(cards(0, 1, 2))
+    first, second = run_cases(named(), case_of(), case_of(5), pool=pool)
+    assert first.status == second.status == "crashed"
+    assert first.message.endswith("; after it card 0 and card 1 could not be used")
+    assert set(pool.quarantined) == {0, 1}
+    assert events(folder, "launch", kernel="k00", card=2) == []
+    (other,) = run_cases(named("k01"), case_of(), pool=pool)
+    assert (other.status, other.card) == ("ok", 2)
+
+
+def test_a_card_that_stays_busy_is_unavailable(script: Callable[..., Path]) -> None:
+    folder = script()
+    with CardLock(*cards(0)):
+        (outcome,) = run_cases(named(), case_of())
+        assert outcome.status == "unavailable"
+        assert outcome.message.startswith("card 0 was busy for 0.3 s: process ")
+        assert events(folder, "launch") == []
+    (outcome,) = run_cases(named(), case_of())
+    assert outcome.status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("texts", "code", "blame"),
+    [
+        (["synchronize: error code is 507015[PID: 1]"], 507015, "kernel"),
+        (["ret=507899", "taskid: 0, retcode: 507018"], 507018, "kernel"),
+        (["error code is 507899"], 507899, "process"),
+        (["launch aicore failed: 507777"], 507777, "process"),
+        (["argument x: expected shape [507777, 16]"], None, None),
+        (["NPU out of memory. 207001"], 207001, "machine"),
+        (["error code is 507054"], 507054, "card"),
+        (["the launch number 1507015 of 5070150", "Expected 3 tensors"], None, None),
+    ],
+)
+def test_the_cause_is_taken_from_what_is_said(texts: list[str], code: int | None, blame: str | None) -> None:
+    found = device_error(texts)
+    assert (found and found.code, found and found.blame) == (code, blame)
+
+
+def test_lines_of_cann_and_of_pypto_are_read_from_the_logs(tmp_path: Path) -> None:
+    log = tmp_path / "debug" / "device-0" / f"device-{os.getpid()}_20251222194004973.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(
+        "[ERROR] CCECPU(5670,aicpu_scheduler):2025-12-22-19:40:01.899.541 [kfc.cpp:105][Call][tid:5680][AICPU] old\n"
+        "[ERROR] CCECPU(5670,aicpu_scheduler):2025-12-22-19:40:03.123.456 [kfc.cpp:105][Call][tid:5680][AICPU] of CANN\n"
+        "[ERROR] PYPTO(12,python):2025-12-22 19:40:03.123 [pass.cpp:7][Run] of PyPTO\n"
+        "[INFO] PYPTO(12,python):2025-12-22 19:40:03.123 [pass.cpp:7][Run] no error\n"
+    )
+    assert errors_in(tmp_path, datetime.datetime(2025, 12, 22, 19, 40, 2)) == ["of CANN", "of PyPTO"]
+
+
+# A night
+
+
+@pytest.mark.slow
+def test_a_night_on_three_cards_of_which_one_wedges_and_one_hangs(
+    script: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = script(
+        cards={"0": {"fault": "wedged", "after": 60}, "1": {"fault": "hangs", "after": 150}},
+        kernels={"k03": {"fault": "wrong", "at": [15, 65]}, "k07": {"fault": "overrun"}},
+    )
+    nodes = tmp_path / "machine" / "dev"
+    nodes.mkdir(parents=True)
+    for number in range(3):
+        (nodes / f"davinci{number}").touch()
+    monkeypatch.setenv(ROOT_VARIABLE, str(nodes.parent))
+    monkeypatch.setattr(card_pool_module, "_POOLS", {})
+    monkeypatch.setattr(judging, "Limits", functools.partial(Limits, launch_seconds=2.0, probe_seconds=2.0))
+    only = ("--conformance-only-user-kernels", "--conformance-kernels", str(KERNELS), "--conformance-presets", "tiny")
+    done = run_pytest(tmp_path, "-m", "device", "-k", "k0 or k1", "--conformance-profile", "dev", *only)
+    records = read_run(tmp_path / "run")
+    cases = list(records.of("case"))
+
+    def records_of(kernel: str) -> list[Record]:
+        return [record for record in cases if record.kernel == kernel]
+
+    found: dict[str, set[str]] = {record.kernel: set() for record in cases}
+    for record in cases:
+        found[record.kernel] |= {finding.detector for finding in record.findings}
+    assert {name for name, told in found.items() if told} == {"k03", "k07"}
+    assert {"nondeterministic", "element"} <= found["k03"]
+    assert found["k07"] == {"out_of_bounds"}
+    assert set(found) == {*NAMES}
+    assert list(records.of("error")) == []
+    assert "2 failed, 16 passed" in done.stdout
+    raced, overran = (tmp_path / "run" / "evidence" / f"{name}-tiny-device-1" for name in ("k03", "k07"))
+    tensors = load_file(raced / "outputs.safetensors")
+    assert int((tensors["first.out"] != tensors["out"]).sum()) == 1
+    key = json.loads((raced / "findings.json").read_text())["case"]
+    assert (raced / "command.txt").read_text().endswith(f"{KERNELS.name}:k03 --lane device --case {key}\n")
+    about = json.loads((overran / "environment.json").read_text())
+    assert (about["chip"], about["card"]) == ("Ascend910B4 (fake)", records_of("k07")[0].details["card"])
+    assert about["versions"]["pypto"] == detect().version
+    assert (overran / "builds").is_dir()
+    assert (overran / "logs" / "stderr.log").is_file()
+    # Everybody's work was done: as many cases of each, but of those that stop at a finding.
+    counts = Counter(record.kernel for record in cases if record.check == "example")
+    assert len({counts[name] for name in NAMES}) == 1
+    used = {record.details["card"] for record in cases}
+    assert used == {0, 1, 2}
+    # What was being run when a card was lost is compiled once more, in another process; nothing else is.
+    compiles = [(event["kernel"], str(event["shapes"])) for event in events(folder, "compile") if event["kernel"] in NAMES]
+    again = Counter(compiles) - Counter(set(compiles))
+    moved = [record for record in records.of("skip") if record.reason.startswith("run again: card ")]
+    assert {record.reason.split()[3] for record in moved} == {"0", "1"}
+    assert {kernel for kernel, _ in again} <= {record.kernel for record in moved}
+    assert sum(record.details["compiles"] for record in cases) == len(compiles)
