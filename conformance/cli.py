@@ -397,9 +397,12 @@ def _summaries(
 @click.option("--stage", default=None, help="only the kernels of this stage")
 @click.option("--lane", default=None, metavar="LANE", help="only kernels that this lane shows")
 @click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
+@click.option("--precision", default="contract", show_default=True, metavar="POLICY", help="what every kernel declares")
 @click.option("--processes", type=int, default=None, metavar="N", help="as many as there are cores by default")
 @click.option("--out", type=FilePath(), default=None, metavar="DIR", help="write exam.json and exam.html here")
-def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: int | None, out: Path | None) -> None:
+def exam(
+    full: bool, stage: str | None, lane: str | None, seed: int, precision: str, processes: int | None, out: Path | None
+) -> None:
     """Ask how good a judge the harness is: known faults and legal variants, by our rule and by those in use elsewhere.
 
     Exit code 1 if our rule rejected a legal kernel, missed a fault of a single stage, or more than 3% of those of layers; with
@@ -453,6 +456,7 @@ def exam(full: bool, stage: str | None, lane: str | None, seed: int, processes: 
                     seed=seed,
                     stage=stage,
                     lane=lane,
+                    precision=precision,
                     processes=processes,
                     progress=show,
                     keep=keep_meanwhile,

@@ -11,6 +11,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 
+from conformance.contract.precision import CONTRACT
 from conformance.contract.registry import stage_named, stages
 from conformance.exam.known_kernels import KINDS
 from conformance.exam.results import COMPOSITE_TARGET, OURS, Exam, KernelResult, Score
@@ -112,6 +113,8 @@ def command(exam: Exam) -> str:
     ):
         if len(found) == 1:
             words += [option, text.one_line(found.pop(), 80)]
+    if exam.precision != CONTRACT:
+        words += ["--precision", exam.precision]
     return shlex.join([*words, "--seed", str(exam.seed), "--out", "exam"])
 
 

@@ -122,6 +122,7 @@ def render(exam: Exam) -> str:
             rejected=[one for one in variants if one.caught_by(OURS)],
             rejecting=lambda one: rejecting_rules(one, lines),
             bound=bound_on_false_alarms(exam.score(OURS)),
+            made_legal=in_order(exam, exam.made_legal),
             hidden=in_order(exam, exam.hidden),
             errors=in_order(exam, exam.errors),
             percent=percent,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from conformance.contract.precision import CONTRACT
 from conformance.contract.registry import stages
 from conformance.exam.results import CONFIDENCE, OURS, Exam, KernelResult
 from conformance.reports import text
@@ -42,9 +43,10 @@ def render(exam: Exam, width: int = 100, *, colour: bool = False) -> str:
     """What came of the exam as text, ``width`` columns wide, with ANSI colours if asked for; the verdict is its last line."""
     page = TextPage(max(width, _NARROWEST))
     page.line(("The harness judged: ", "bold"), subjects_in_words(exam))
+    precision = "" if exam.precision == CONTRACT else f", precision {text.one_line(exam.precision, 40)}"
     page.wrapped(
-        f"effort {text.one_line(exam.effort.name, 40)}, seed {exam.seed}, {text.number(trial_count(exam), 'trial')} in "
-        f"{text.seconds(exam.seconds)}. {examples_in_words(exam)}"
+        f"effort {text.one_line(exam.effort.name, 40)}{precision}, seed {exam.seed}, "
+        f"{text.number(trial_count(exam), 'trial')} in {text.seconds(exam.seconds)}. {examples_in_words(exam)}"
     )
     page.blank()
     _rules(page, exam)
@@ -60,6 +62,12 @@ def render(exam: Exam, width: int = 100, *, colour: bool = False) -> str:
             f"{one.summary}; {one.rejected[OURS]:,} of {text.number(one.trials, 'run')}",
             *(text.one_line(found, 600) for found in one.rejections),
         ),
+    )
+    _listed(
+        page,
+        f"Faults that precision {exam.precision} makes legal",
+        in_order(exam, exam.made_legal),
+        lambda one: (f"{one.made_legal}: {one.summary}",),
     )
     _listed(
         page,

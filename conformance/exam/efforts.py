@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 
 from conformance.contract.loading import load_module
+from conformance.contract.precision import CONTRACT
 from conformance.contract.registry import model_named, models, short_name, stage_named
 from conformance.contract.stage import Stage
 from conformance.errors import UsageError
@@ -124,15 +125,21 @@ def random_variant(stage: str, index: int, seed: int) -> KnownKernel:
     return dataclasses.replace(make(stage_named(stage).name, index, seed), stage=stage)
 
 
-def chosen_subjects(effort: Effort, stage: str | None = None, lane: str | None = None) -> list[KnownKernel]:
+def chosen_subjects(
+    effort: Effort, stage: str | None = None, lane: str | None = None, precision: str = CONTRACT
+) -> list[KnownKernel]:
     """The kernels that an exam judges, of one stage or one lane only; raises ``UsageError`` if there are none.
+
+    Under a policy of ``precision`` they are those of the stages that know it.
 
     Where a fault is sampled, its stage follows from its name, so that all stages come up.
     """
     wanted = None if stage is None else short_name(stage_named(stage))
     found = [one for one in catalogue() if wanted in (None, one.stage) and lane in (None, one.lane)]
+    found = [one.under(precision) for one in found if precision in (CONTRACT, *stage_named(one.stage).policies)]
     if not found:
-        raise UsageError(f"the exam has no kernel of stage {stage or 'any'} in lane {lane or 'any'}")
+        under = "" if precision == CONTRACT else f" under precision {precision}"
+        raise UsageError(f"the exam has no kernel of stage {stage or 'any'} in lane {lane or 'any'}{under}")
     if not effort.sample or stage is not None:
         return found
     alike: dict[tuple[str, str, bool], list[KnownKernel]] = collections.defaultdict(list)

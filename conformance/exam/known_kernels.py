@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from conformance.contract.kernel import Kernel
+from conformance.contract.precision import CONTRACT, declared_names
+from conformance.contract.registry import stage_named
 from conformance.lanes import lane_named
 from conformance.lanes.eager import EAGER
 
@@ -41,7 +43,7 @@ class Fault:
     ``hook`` is where it is woven into a right kernel, and ``function`` what stands there in the place of the right thing; what
     hooks there are is the model's affair. ``detectors`` are those that name the fault: where any of them fires, a finding says
     what is wrong. ``dims`` overrides the dimensions, and ``choices`` a right kernel's choices, where the fault shows at
-    others only.
+    others only. ``rounds`` names the roundings that it is: it is none where the kernel declares one of them.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Fault:
     detectors: tuple[str, ...] = WRONG_VALUE
     dims: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rounds: tuple[str, ...] = ()
 
 
 class Faults:
@@ -73,14 +76,15 @@ class Faults:
         summary: str = "",
         detectors: tuple[str, ...] = (),
         dims: Mapping[str, Any] | None = None,
+        rounds: tuple[str, ...] = (),
         **choices: Any,
     ) -> Callable[[Function], Function]:
         """Make the function below a fault of these stages.
 
         Its name is the fault's, and its docstring, one line, the summary, unless they are given. A fault that is woven in at
         another place in other stages is declared once more, without a kind: it is the same fault, and has the kind, the summary
-        and, unless given, the detectors of the first. So has one that was declared, under the same name, in the faults that these
-        are ``like``.
+        and, unless given, the detectors and roundings of the first. So has one that was declared, under the same name, in the
+        faults that these are ``like``.
 
         Raises ``ValueError`` for a fault that a stage has already, of an unknown kind or of no stage, or that does not say in one
         line what the engineer did.
@@ -95,17 +99,17 @@ class Faults:
             if kind is None:
                 known = self.named(called)
                 about = known.kind, known.summary
-                named_by = detectors or known.detectors
+                named_by, made = detectors or known.detectors, rounds or known.rounds
             else:
                 if kind not in KINDS:
                     raise ValueError(f"fault {called!r}: expected a kind of {', '.join(KINDS)}, found {kind!r}")
                 if called in self._by_name:
                     raise ValueError(f"fault {called!r} is declared already: its kind is given once")
                 about = kind, summary or as_clause(function.__doc__ or "")
-                named_by = detectors or WRONG_VALUE
+                named_by, made = detectors or WRONG_VALUE, rounds
             if not about[1] or "\n" in about[1]:
                 raise ValueError(f"fault {called!r} must say in one line what the engineer did, found {about[1]!r}")
-            found = Fault(called, *about, stages, hook, function, named_by, dict(dims or {}), choices)
+            found = Fault(called, *about, stages, hook, function, named_by, dict(dims or {}), choices, made)
             self._by_name.setdefault(called, found)
             for stage in stages:
                 self.by_stage.setdefault(stage, {})[called] = found
@@ -140,7 +144,9 @@ class KnownKernel:
     ``kind`` is the class of its fault, ``None`` for a legal variant; ``summary`` is one line that says what an engineer did.
     ``make`` gives the kernel anew, since one may remember its calls. ``dims`` overrides the exam's dimensions where the kernel
     shows at others only. ``hidden`` says why a lane cannot show the fault by its nature, if so; the kernel is then listed and
-    not counted as missed. ``detectors`` are those that name the fault; a legal variant has none.
+    not counted as missed. ``detectors`` are those that name the fault; a legal variant has none. ``rounds`` names roundings that
+    are the whole fault; ``precision`` is the policy under which the kernel is judged, and ``made_legal`` the kind of a fault that
+    is none under it.
     """
 
     stage: str
@@ -152,6 +158,16 @@ class KnownKernel:
     dims: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     hidden: str = ""
     detectors: tuple[str, ...] = ()
+    rounds: tuple[str, ...] = ()
+    precision: str = CONTRACT
+    made_legal: Kind | None = None
+
+    def under(self, precision: str) -> KnownKernel:
+        """The same kernel as a policy has it: with another verdict, where the policy declares what the fault rounds."""
+        declared = declared_names(stage_named(self.stage), (), precision)
+        if self.kind is None or set(self.rounds).isdisjoint(declared):
+            return dataclasses.replace(self, precision=precision)
+        return dataclasses.replace(self, precision=precision, kind=None, made_legal=self.kind, detectors=(), hidden="")
 
     @property
     def id(self) -> str:

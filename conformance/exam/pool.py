@@ -18,6 +18,7 @@ import torch
 
 from conformance.cases.key import CaseKey
 from conformance.cases.space import Space, stratified_keys
+from conformance.contract.precision import CONTRACT
 from conformance.contract.registry import stage_named, stages
 from conformance.exam import efforts
 from conformance.exam.efforts import Effort, chosen_subjects, number_of, random_variant, random_variants
@@ -36,11 +37,12 @@ def take(
     seed: int = 0,
     stage: str | None = None,
     lane: str | None = None,
+    precision: str = CONTRACT,
     processes: int | None = None,
     progress: Callable[[int, int, int], None] | None = None,
     keep: Callable[[Exam], None] | None = None,
 ) -> Exam:
-    """Judge the catalogue; what comes of it follows from ``seed``.
+    """Judge the catalogue, its kernels under a policy of ``precision``; what comes of it follows from ``seed``.
 
     ``progress`` is told how many tasks are done, of how many, and how many kernels were judged wrongly. ``keep`` is given the
     exam so far as a task ends, if it was not for ``KEPT_EVERY`` seconds. An exam that is interrupted (``KeyboardInterrupt``), or
@@ -49,9 +51,8 @@ def take(
     """
     began = kept = time.monotonic()
     # Those of layers first, which are the longest, so that no process ends alone with one.
-    tasks = sorted(
-        _tasks(chosen_subjects(effort, stage, lane), effort, seed), key=lambda task: not stage_named(task.stage).composite
-    )
+    chosen = chosen_subjects(effort, stage, lane, precision)
+    tasks = sorted(_tasks(chosen, effort, seed, precision), key=lambda task: not stage_named(task.stage).composite)
     workers = min(processes or os.cpu_count() or 1, len(tasks))
     results: dict[int, _Result] = {}
 
@@ -68,7 +69,7 @@ def take(
                     standings[one.id] = copy.deepcopy(one)  # others are added to it, at every time that the exam is kept
             for name, cost in result.costs.items():
                 costs[name].add(cost)
-        return Exam(effort, seed, list(standings.values()), dict(costs), time.monotonic() - began)
+        return Exam(effort, seed, list(standings.values()), dict(costs), time.monotonic() - began, precision)
 
     missing = ""
     try:
@@ -101,6 +102,7 @@ class _Task:
     ids: tuple[str, ...] = ()
     first: int = 0
     last: int = 0
+    precision: str = CONTRACT
 
 
 @dataclasses.dataclass
@@ -113,7 +115,7 @@ class _Result:
 _COMBINATIONS_PER_TASK = 250
 
 
-def _tasks(chosen: Sequence[KnownKernel], effort: Effort, seed: int) -> Iterator[_Task]:
+def _tasks(chosen: Sequence[KnownKernel], effort: Effort, seed: int, precision: str = CONTRACT) -> Iterator[_Task]:
     def alike(one: KnownKernel) -> tuple[bool, str, str, str]:
         return lane_named(one.lane).in_process, one.stage, one.lane, str(sorted(one.dims.items()))
 
@@ -121,11 +123,12 @@ def _tasks(chosen: Sequence[KnownKernel], effort: Effort, seed: int) -> Iterator
         size = effort.together if in_process else 1
         ids = [one.id for one in group]
         for start in range(0, len(ids), size):
-            yield _Task(stage, effort, seed, tuple(ids[start : start + size]))
+            yield _Task(stage, effort, seed, tuple(ids[start : start + size]), precision=precision)
     for stage in dict.fromkeys(one.stage for one in chosen if lane_named(one.lane).in_process):
         count = effort.random(stage_named(stage)) if random_variants(stage) else 0
         for start in range(0, count, _COMBINATIONS_PER_TASK):
-            yield _Task(stage, effort, seed, first=start, last=min(start + _COMBINATIONS_PER_TASK, count))
+            last = min(start + _COMBINATIONS_PER_TASK, count)
+            yield _Task(stage, effort, seed, first=start, last=last, precision=precision)
 
 
 def _results(tasks: Sequence[_Task], workers: int) -> Iterator[tuple[int, _Result]]:
@@ -171,15 +174,20 @@ def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
 
 def _not_judged(task: _Task, why: str) -> _Result:
     """The subjects of a task that was not performed, as errors."""
-    known = {one.id: one for one in efforts.catalogue()}
+    known = _known(task)
     chosen = [known[name] for name in task.ids] or [random_variant(task.stage, task.first, task.seed)]
     return _Result([KernelResult.of(one, why) for one in chosen], {})
+
+
+def _known(task: _Task) -> dict[str, KnownKernel]:
+    """The kernels of a task's stage by their ids, as its policy has them."""
+    return {one.id: one.under(task.precision) for one in efforts.catalogue() if one.stage == task.stage}
 
 
 def _perform(task: _Task) -> _Result:
     if not task.ids:
         return _random_combinations(task)
-    known = {one.id: one for one in efforts.catalogue()}
+    known = _known(task)
     group = [known[name] for name in task.ids]
     space = Space.of(stage_named(task.stage), dict(group[0].dims))
     cases = task.effort.cases(group[0])
@@ -214,7 +222,7 @@ def _random_combinations(task: _Task) -> _Result:
     # So that a few of each stage do not all have the first kinds of data.
     skipped = number_of(f"random/{task.stage}/{task.seed}") % len(stage_named(task.stage).regimes)
     for index in range(task.first, task.last):
-        variant = random_variant(task.stage, index, task.seed)
+        variant = random_variant(task.stage, index, task.seed).under(task.precision)
         space = Space.of(stage_named(task.stage), dict(variant.dims))
         if space not in keys:
             # Another sequence of cases than that of the named variants, and one for each geometry.

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from conformance.contract.precision import CONTRACT
 from conformance.contract.registry import stage_named
 from conformance.errors import UsageError
 from conformance.exam.efforts import Cases, Effort
@@ -67,12 +68,14 @@ class KernelResult:
     rejections: list[str] = dataclasses.field(default_factory=list)
     #: Why the subject could not be judged, if so.
     error: str = ""
+    #: The kind of a fault that the exam's policy of precision makes legal, if it is one.
+    made_legal: str | None = None
 
     @classmethod
     def of(cls, subject: KnownKernel, error: str = "") -> KernelResult:
         """That of a subject before its first trial."""
         about = subject.id, subject.stage, subject.name, subject.lane, subject.kind, subject.summary, subject.hidden
-        return cls(*about, naming=list(subject.detectors), error=error)
+        return cls(*about, naming=list(subject.detectors), error=error, made_legal=subject.made_legal)
 
     @property
     def legal(self) -> bool:
@@ -124,6 +127,8 @@ class Exam:
     standings: list[KernelResult]
     costs: dict[str, Cost]
     seconds: float = 0.0
+    #: The policy of precision that every kernel declared.
+    precision: str = CONTRACT
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -139,6 +144,11 @@ class Exam:
     def variants(self) -> list[KernelResult]:
         """Legal kernels that were judged, if not all to their end: a rejection counts whatever came after it."""
         return [one for one in self.standings if one.legal and one.trials]
+
+    @property
+    def made_legal(self) -> list[KernelResult]:
+        """Faults of the catalogue that the policy of precision makes legal: they are among the legal kernels."""
+        return [one for one in self.standings if one.made_legal]
 
     @property
     def hidden(self) -> list[KernelResult]:
@@ -229,6 +239,7 @@ class Exam:
             "effort": dataclasses.asdict(self.effort),
             "seed": self.seed,
             "seconds": round(self.seconds, 1),
+            "precision": self.precision,
             "costs": {name: dataclasses.asdict(cost) for name, cost in self.costs.items()},
             "standings": [dataclasses.asdict(one) for one in self.standings],
         }
@@ -243,6 +254,7 @@ class Exam:
             [KernelResult(**one) for one in data["standings"]],
             {name: Cost(**cost) for name, cost in data["costs"].items()},
             data["seconds"],
+            data.get("precision", CONTRACT),
         )
 
 

@@ -147,6 +147,7 @@ def _judge_trials(
     # A torch kernel runs here: none of the catalogue takes its process down, and a process each would take an hour.
     in_process = lane_named(subject.lane).in_process
     runner = eager_runner(kernel) if in_process else worker_runner(kernel, subject.lane)
+    kernel = kernel.declaring(precision=subject.precision)
     lost, plans = 0, Plans(subject.lane, kernel.stage, first)
     judged: list[Judged] = []
     with runner as run:

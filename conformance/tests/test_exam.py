@@ -751,3 +751,26 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pa
     done = CliRunner().invoke(main, ["exam", "--stage", "greedy_sample", "--out", str(tmp_path / "file")])
     assert done.exit_code == 2
     assert "cannot write to" in done.output
+
+
+def test_a_policy_makes_faults_legal_that_are_what_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded_tables = next(one for one in efforts.catalogue() if one.id == "rope/bf16_tables")
+    theta = next(one for one in efforts.catalogue() if one.id == "rope/theta_1e4")
+    effort = dataclasses.replace(SHORT, single=Cases(3, 3, 9), random_single=2)
+    monkeypatch.setattr(efforts, "catalogue", lambda: [rounded_tables, theta])
+    under, as_usual = (take(effort, precision=policy, processes=1) for policy in ("torch_bf16", "contract"))
+    assert [one.name for one in as_usual.faults] == ["bf16_tables", "theta_1e4"]
+    assert not as_usual.made_legal
+    assert as_usual.passed
+    # Judged like any legal kernel: a policy that did not cover what it does would fail the exam.
+    assert [one.name for one in under.made_legal] == ["bf16_tables"]
+    assert [one.name for one in under.faults] == ["theta_1e4"]
+    assert under.passed
+    again = Exam.from_json(json.loads(json.dumps(under.to_json())))
+    assert (again.precision, again.made_legal) == ("torch_bf16", under.made_legal)
+    told = " ".join(exam_table.render(under).split())
+    assert "Faults that precision torch_bf16 makes legal: 1 rope bf16_tables: precision: RoPE tables are kept in bf16" in told
+    assert "Faults that this precision makes legal" in exam_page.render(under)
+    assert "--precision torch_bf16" in exam_page.render(under)
+    with pytest.raises(UsageError, match="no kernel of stage any in lane any under precision bf16"):
+        take(effort, precision="bf16", processes=1)

@@ -179,6 +179,7 @@ class Collection:
                 lane=lane,
                 dims=SMALL[kernel.stage.name] if dims is None else dims,
                 detectors=fault.detectors if fault else (),
+                rounds=fault.rounds if fault else (),
             )
             self.known.append(known)
             if not lane_named(lane).executes:

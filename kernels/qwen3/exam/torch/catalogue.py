@@ -219,6 +219,7 @@ def _faulty(stage: str, fault: Fault) -> KnownKernel:
         functools.partial(torch_kernel, stage, fault=fault.name),
         dims=types.MappingProxyType(dims_of(stage, fault.name)),
         detectors=fault.detectors,
+        rounds=fault.rounds,
     )
 
 

@@ -372,7 +372,7 @@ def scale_missing(dims: Dims) -> float:
     return 1.0
 
 
-@fault("scores", "precision", "attention", *ALL_LAYERS, detectors=("element", *SIGNATURES))
+@fault("scores", "precision", "attention", *ALL_LAYERS, detectors=("element", *SIGNATURES), rounds=("scores",))
 def bf16_scores(z: Tensor) -> Tensor:
     """Attention scores are rounded to bf16."""
     return rounded(z, BF16)

@@ -196,7 +196,7 @@ def gamma_twice(normalised: Tensor, weight: Tensor) -> Tensor:
     return normalised * weight * weight
 
 
-@fault("gamma", "precision", *NORMS[:3], *ALL_LAYERS, detectors=("element", *SIGNATURES))
+@fault("gamma", "precision", *NORMS[:3], *ALL_LAYERS, detectors=("element", *SIGNATURES), rounds=("norm weights",))
 def gamma_in_bf16(normalised: Tensor, weight: Tensor) -> Tensor:
     """The norm's weight was converted to bf16."""
     return normalised * rounded(weight, BF16)
@@ -270,9 +270,15 @@ def _in_bf16(of: str) -> Any:
 
 for _name in ("input_rms_weight", "q_norm_weight", "k_norm_weight", "post_rms_weight"):
     _says = f"{_name} was converted to bf16"
-    fault("weight", "precision", *LAYERS_OF_EACH_KIND, name=f"{_name}_in_bf16", summary=_says, detectors=SIGNATURES)(
-        _in_bf16(_name)
-    )
+    fault(
+        "weight",
+        "precision",
+        *LAYERS_OF_EACH_KIND,
+        name=f"{_name}_in_bf16",
+        summary=_says,
+        detectors=SIGNATURES,
+        rounds=("norm weights",),
+    )(_in_bf16(_name))
 
 
 @fault("statistic", "value", *NORMS, "decode_fwd_layers")

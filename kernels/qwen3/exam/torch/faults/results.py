@@ -53,7 +53,16 @@ def gain(value: Tensor) -> Tensor:
     return value * 1.005
 
 
-@fault("result", "precision", "qkv_proj", "o_proj", "lm_head", *TO_LOGITS, detectors=("element", *SIGNATURES))
+@fault(
+    "result",
+    "precision",
+    "qkv_proj",
+    "o_proj",
+    "lm_head",
+    *TO_LOGITS,
+    detectors=("element", *SIGNATURES),
+    rounds=("projection", "result", "logits"),
+)
 def bf16_result(value: Tensor) -> Tensor:
     """An fp32 result is rounded to bf16."""
     return rounded(value, BF16)

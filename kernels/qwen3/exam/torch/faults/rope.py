@@ -137,7 +137,7 @@ def sine_added_in_both(low: Tensor, high: Tensor, c: Tensor, s: Tensor) -> tuple
     return low * c[..., :half] + high * s[..., :half], high * c[..., half:] + low * s[..., half:]
 
 
-@fault("rotation", "precision", "rope")
+@fault("rotation", "precision", "rope", rounds=("rotation products",))
 def rotation_in_bf16(low: Tensor, high: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """The four products of the rotation are rounded to bf16."""
     half = low.shape[-1]
@@ -189,7 +189,7 @@ def wrong_sign(cos: Tensor, sin: Tensor, row: int) -> tuple[Tensor, Tensor]:
     return cos[row], -sin[row]
 
 
-@fault("rope_tables", "precision", "rope", *ALL_LAYERS, detectors=("element", *SIGNATURES))
+@fault("rope_tables", "precision", "rope", *ALL_LAYERS, detectors=("element", *SIGNATURES), rounds=("rope tables",))
 def bf16_tables(cos: Tensor, sin: Tensor, row: int) -> tuple[Tensor, Tensor]:
     """RoPE tables are kept in bf16."""
     return rounded(cos[row], BF16), rounded(sin[row], BF16)
