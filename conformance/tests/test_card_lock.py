@@ -17,6 +17,8 @@ import pytest
 from conformance.cases.case import make_case
 from conformance.cases.key import CaseKey
 from conformance.errors import UsageError
+from conformance.lanes.base import Outcome
+from conformance.lanes.card_pool import CardPool
 from conformance.lanes.cards import Card, CardChoice, CardLock, CardUnavailableError, parse_cards
 from conformance.lanes.eager import EAGER
 from conformance.lanes.listing import kernels_of
@@ -103,7 +105,9 @@ def test_a_workers_process_is_told_its_card_as_torch_counts_it(tmp_path: Path, m
     monkeypatch.setattr(type(EAGER), "takes_card", lambda lane, executor: True)
     (tmp_path / "mine.py").write_text(KERNEL)
     (kernel,) = kernels_of(str(tmp_path / "mine.py"))
-    with KernelProcess(kernel, "eager", cards=CardChoice((2,))) as process:
+    pool = CardPool(CardChoice((2,)).in_turn(), proven={2})
+    with KernelProcess(kernel, "eager", pool=pool) as process:
+        monkeypatch.setattr(process, "_compile_for", lambda dims: Outcome("ok"))
         outcome = process.run(make_case(CaseKey("rms_norm", "tiny", "normal", 7, (("B", 1),), ())))
     assert outcome.status == "ok", outcome
     assert set(outcome.outputs["out"].flatten().tolist()) == {1.0}
@@ -121,6 +125,8 @@ def test_each_process_of_xdist_is_another_worker() -> None:
 RUN = """
 import sys, time
 from pathlib import Path
+from conformance.lanes.base import Outcome
+from conformance.lanes.card_pool import CardPool
 from conformance.lanes.cards import Card, CardLock
 from conformance.toolchains.machine import Machine
 
