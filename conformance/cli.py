@@ -391,9 +391,7 @@ def _summaries(
 
 
 @main.command()
-@click.option(
-    "--full", is_flag=True, help="many examples, 10,000 random legal runs of each single stage: hours; writes JSON and a page"
-)
+@click.option("--full", is_flag=True, help="many examples, and 10,000 random legal runs a single stage: hours; keeps a page")
 @click.option("--stage", default=None, help="only the kernels of this stage")
 @click.option("--lane", default=None, metavar="LANE", help="only kernels that this lane shows")
 @click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
