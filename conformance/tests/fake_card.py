@@ -88,6 +88,7 @@ class FakeDriver:
 
     def set_device(self, index: int) -> None:
         self._require_alive()
+        self.tell("set_device", index=index, variable=os.environ["TILE_FWK_DEVICE_ID"])
         if self._fault() == "gone":
             self._fail("SetDevice: error code is 107001 (invalid device id)")
 

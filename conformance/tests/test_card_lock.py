@@ -14,15 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from conformance.cases.case import make_case
-from conformance.cases.key import CaseKey
 from conformance.errors import UsageError
-from conformance.lanes.base import Outcome
-from conformance.lanes.card_pool import CardPool
 from conformance.lanes.cards import Card, CardChoice, CardLock, CardUnavailableError, parse_cards
-from conformance.lanes.eager import EAGER
-from conformance.lanes.listing import kernels_of
-from conformance.lanes.process import KernelProcess
 from conformance.suites.state import PluginState
 from conformance.tests.fake_machine import SMI_BUSY, SMI_IDLE, FakeMachine
 
@@ -88,31 +81,6 @@ def test_a_card_that_may_not_be_used_is_left_out_unless_it_is_asked_for(fake: Fa
         CardChoice((0,)).cards(machine)
 
 
-KERNEL = """
-import os
-import conformance
-
-@conformance.kernel("rms_norm")
-def tells_its_card(x, weight, out):
-    out.fill_(float(os.environ["TILE_FWK_DEVICE_ID"]))
-"""
-
-
-def test_a_workers_process_is_told_its_card_as_torch_counts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeMachine(tmp_path / "machine", cards=3)
-    monkeypatch.setenv("CONFORMANCE_MACHINE_ROOT", str(fake.root))
-    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,2")
-    monkeypatch.setattr(type(EAGER), "takes_card", lambda lane, executor: True)
-    (tmp_path / "mine.py").write_text(KERNEL)
-    (kernel,) = kernels_of(str(tmp_path / "mine.py"))
-    pool = CardPool(CardChoice((2,)).in_turn(), proven={2})
-    with KernelProcess(kernel, "eager", pool=pool) as process:
-        monkeypatch.setattr(process, "_compile_for", lambda dims: Outcome("ok"))
-        outcome = process.run(make_case(CaseKey("rms_norm", "tiny", "normal", 7, (("B", 1),), ())))
-    assert outcome.status == "ok", outcome
-    assert set(outcome.outputs["out"].flatten().tolist()) == {1.0}
-
-
 def test_each_process_of_xdist_is_another_worker() -> None:
     option = SimpleNamespace(conformance_device="4-6", conformance_device_wait=None)
     for inputs, worker in (({}, 0), ({"workerinput": {"workerid": "gw0"}}, 0), ({"workerinput": {"workerid": "gw2"}}, 2)):
@@ -125,8 +93,6 @@ def test_each_process_of_xdist_is_another_worker() -> None:
 RUN = """
 import sys, time
 from pathlib import Path
-from conformance.lanes.base import Outcome
-from conformance.lanes.card_pool import CardPool
 from conformance.lanes.cards import Card, CardLock
 from conformance.toolchains.machine import Machine
 

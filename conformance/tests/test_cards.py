@@ -146,6 +146,14 @@ def test_inputs_stay_on_the_card_while_they_are_the_same_and_nothing_else_does(s
     assert [launch["readable"] for launch in launches] == [0] * 4
 
 
+def test_a_card_is_used_by_its_position_and_named_by_its_number(script: Callable[..., Path]) -> None:
+    folder = script()
+    (outcome,) = run_cases(named(), case_of(), pool=CardPool([Card(5, 1)]))
+    assert (outcome.status, outcome.card) == ("ok", 5)
+    told = events(folder, "set_device")
+    assert {(event["card"], event["index"], event["variable"]) for event in told} == {(5, 1, "1")}
+
+
 # What goes wrong, and whose it is
 
 
