@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conformance.command import COULD_NOT_RUN, FINDINGS, PASSED, USAGE, FilePath, Group, say
+from conformance.command import COULD_NOT_RUN, FINDINGS, PASSED, USAGE, FilePath, Group, say, shown_path
 from conformance.errors import UnavailableError, UsageError
 from conformance.lanes import LANES, find_lane
 from conformance.outside import require_path
@@ -183,7 +183,7 @@ def check(
             try:
                 built = reports.build(folder, ("html", "markdown", "junit"), unwritten=lost)
                 kept = [path.name for path in built.values() if isinstance(path, Path)]
-                told += [f"kept in {_short(folder)}: {', '.join(kept)}"] if kept else []
+                told += [f"kept in {shown_path(folder)}: {', '.join(kept)}"] if kept else []
             except UsageError as error:  # there are no records
                 lost.append(str(error))
     say("\n".join(told)) if told else None
@@ -245,11 +245,12 @@ def _judge(
     from conformance.reports.progress import LiveProgress
     from conformance.reports.text import number
     from conformance.running.check import capability_runs, case_runs
-    from conformance.running.runners import worker_runner
+    from conformance.running.evidence import runner_with_evidence
 
     live = LiveProgress(f"{subject.kernel.name} {subject.lane}", len(keys), "cases")
-    with interrupted_once() as interrupts, live, worker_runner(subject.kernel, subject.lane, timeout, cards) as run:
-        cases = case_runs(subject.kernel, keys, run, subject.lane, plan)
+    runner = runner_with_evidence(log.folder, subject, timeout, cards)
+    with interrupted_once() as interrupts, live, runner as (run, keep):
+        cases = case_runs(subject.kernel, keys, run, subject.lane, plan, keep)
         proofs = capability_runs(subject.kernel, space, run, subject.lane, runs) if plan is None else iter(())
         for judged in itertools.chain(cases, proofs):
             runs.append(judged)
@@ -259,13 +260,6 @@ def _judge(
                 number(sum(len(one.verdict.findings) for one in runs), "finding"),
             )
             interrupts.raise_pending()
-
-
-def _short(folder: Path) -> str:
-    try:
-        return str(folder.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(folder)
 
 
 def _kernel(stage: str, target: str | None) -> Declaration:
@@ -489,7 +483,7 @@ def report(folder: Path) -> None:
     say(built["terminal"], coloured=True)
     for name, path in built.items():
         if isinstance(path, Path):
-            say(f"{name}: {_short(path)}")
+            say(f"{name}: {shown_path(path)}")
     for line in lost:
         say(f"conformance: {line}", err=True)
     sys.exit(COULD_NOT_RUN if lost else PASSED)

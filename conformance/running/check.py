@@ -254,12 +254,15 @@ def chosen_keys(
 
 
 def case_runs(
-    kernel: Declaration, keys: Iterable[CaseKey], run: Runner, lane: str, plan: RunPlan | None = None
+    kernel: Declaration, keys: Iterable[CaseKey], run: Runner, lane: str, plan: RunPlan | None = None, keep: Keep | None = None
 ) -> Iterator[Judged]:
-    """Judge case by case, with the lane's own plan unless one is given, then all together; end early if too many are lost."""
+    """Judge case by case, with the lane's own plan unless one is given, then all together; end early if too many are lost.
+
+    ``keep``: as for ``judged_runs``.
+    """
     lost, runs, plans, explainer = 0, list[Judged](), Plans(lane, kernel.stage), Explainer(kernel.judged_by)
     for key in keys:
-        for judged in judged_runs(kernel, key, run, plan or plans.following(key), explainer=explainer):
+        for judged in judged_runs(kernel, key, run, plan or plans.following(key), explainer=explainer, keep=keep):
             lost += is_lost(judged)
             runs.append(judged)
             yield judged

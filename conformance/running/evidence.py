@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,13 @@ import torch
 from safetensors.torch import save_file
 
 from conformance.contract.registry import short_name
+from conformance.lanes import lane_named
 from conformance.lanes.card_files import BUILDS, CARD_FILE, build_folder
+from conformance.lanes.cards import CardChoice
+from conformance.lanes.device import NPU
 from conformance.reports.text import replay_command
-from conformance.running.runs import Judged
+from conformance.running.runners import worker_runner
+from conformance.running.runs import Judged, Keep, Runner
 from conformance.running.session import Subject, machine_details, relative_source, versions
 
 FOLDER = "evidence"
@@ -35,6 +41,7 @@ def keep_evidence(folder: Path, subject: Subject, run: Judged, tensors: Mapping[
     ``tensors`` are outputs, ``worker`` is the folder of the worker's logs. ``None`` where enough of the subject is kept already,
     or the disk does not take it.
     """
+    subject = dataclasses.replace(subject, preset=run.case.preset)
     name = re.sub(r"[^\w.=-]", "_", f"{subject.id}-{subject.lane}")
     kept = next(
         (
@@ -52,6 +59,25 @@ def keep_evidence(folder: Path, subject: Subject, run: Judged, tensors: Mapping[
     except OSError:
         return None
     return kept
+
+
+@contextlib.contextmanager
+def runner_with_evidence(
+    folder: Path, subject: Subject, timeout: float | None, cards: CardChoice
+) -> Iterator[tuple[Runner, Keep | None]]:
+    """Runs cases of a subject in a worker, and what keeps its failures on a card below a run's ``folder``."""
+    if not lane_named(subject.lane).takes_card(NPU):
+        with worker_runner(subject.kernel, subject.lane, timeout, cards) as run:
+            yield run, None
+        return
+    with tempfile.TemporaryDirectory(prefix="conformance-") as temporary:
+        worker = Path(temporary)
+
+        def keep(run: Judged, tensors: Mapping[str, torch.Tensor]) -> None:
+            keep_evidence(folder, subject, run, tensors, worker)
+
+        with worker_runner(subject.kernel, subject.lane, timeout, cards, worker) as run:
+            yield run, keep
 
 
 def _write(kept: Path, subject: Subject, run: Judged, tensors: Mapping[str, torch.Tensor], worker: Path) -> None:

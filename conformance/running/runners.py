@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from conformance.cases.case import Case
 from conformance.contract.kernel import Declaration, Kernel
@@ -27,13 +28,20 @@ def eager_runner(kernel: Kernel) -> Iterator[Runner]:
 
 @contextlib.contextmanager
 def worker_runner(
-    kernel: Declaration, lane: str, timeout: float | None = None, cards: CardChoice | None = None
+    kernel: Declaration,
+    lane: str,
+    timeout: float | None = None,
+    cards: CardChoice | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Runner]:
-    """Runs cases in a worker process of the kernel's own, each within ``timeout`` seconds, in a lane of cards on one of these."""
+    """Runs cases in a worker process of the kernel's own, each within ``timeout`` seconds, in a lane of cards on one of these.
+
+    ``folder`` takes the worker's logs.
+    """
     from conformance.lanes.process import KernelProcess, Limits
 
     limits = Limits() if timeout is None else Limits(seconds=timeout, launch_seconds=timeout)
-    with KernelProcess(kernel, lane, limits=limits, cards=cards) as process:
+    with KernelProcess(kernel, lane, limits=limits, cards=cards, folder=folder) as process:
 
         def compiled(case: Case, passes: Passes = "none") -> Outcome:
             return process.compile(case.dims)

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey
+from conformance.cli import main
 from conformance.contract.kernel import Kernel
 from conformance.contract.loading import load_module
 from conformance.judge.judgement import judge
@@ -64,6 +66,16 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pat
 
 def cards(*numbers: int) -> list[Card]:
     return [Card(number, number, wait_seconds=0.3) for number in numbers]
+
+
+def fake_nodes(folder: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """A machine that has so many cards."""
+    nodes = folder / "machine" / "dev"
+    nodes.mkdir(parents=True)
+    for number in range(count):
+        (nodes / f"davinci{number}").touch()
+    monkeypatch.setenv(ROOT_VARIABLE, str(nodes.parent))
+    monkeypatch.setattr(card_pool_module, "_POOLS", {})
 
 
 def named(name: str = "k00") -> Kernel:
@@ -289,6 +301,23 @@ def test_lines_of_cann_and_of_pypto_are_read_from_the_logs(tmp_path: Path) -> No
     assert errors_in(tmp_path, datetime.datetime(2025, 12, 22, 19, 40, 2)) == ["of CANN", "of PyPTO"]
 
 
+def test_check_keeps_evidence_of_what_a_card_reported(
+    script: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(kernels={"k00": {"fault": "at_launch"}})
+    fake_nodes(tmp_path, monkeypatch, 1)
+    monkeypatch.chdir(tmp_path)
+    command = ["check", "rms_norm", f"{KERNELS}:k00", "--lane", "device", "--dims", "tiny", "--examples", "3", "--out", "kept"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 1, done.output
+    assert "crashed" in done.stdout
+    assert "the card reported error 507015" in done.stdout
+    kept = tmp_path / "kept" / "evidence" / "k00-tiny-device-1"
+    assert "retcode: 507015" in (kept / "logs" / "stdout.log").read_text()
+    assert json.loads((kept / "findings.json").read_text())["findings"][0]["detector"] == "crashed"
+    assert not (kept / "outputs.safetensors").exists()
+
+
 # A night
 
 
@@ -300,12 +329,7 @@ def test_a_night_on_three_cards_of_which_one_wedges_and_one_hangs(
         cards={"0": {"fault": "wedged", "after": 60}, "1": {"fault": "hangs", "after": 150}},
         kernels={"k03": {"fault": "wrong", "at": [15, 65]}, "k07": {"fault": "overrun"}},
     )
-    nodes = tmp_path / "machine" / "dev"
-    nodes.mkdir(parents=True)
-    for number in range(3):
-        (nodes / f"davinci{number}").touch()
-    monkeypatch.setenv(ROOT_VARIABLE, str(nodes.parent))
-    monkeypatch.setattr(card_pool_module, "_POOLS", {})
+    fake_nodes(tmp_path, monkeypatch, 3)
     monkeypatch.setattr(judging, "Limits", functools.partial(Limits, launch_seconds=2.0, probe_seconds=2.0))
     only = ("--conformance-only-user-kernels", "--conformance-kernels", str(KERNELS), "--conformance-presets", "tiny")
     done = run_pytest(tmp_path, "-m", "device", "-k", "k0 or k1", "--conformance-profile", "dev", *only)
