@@ -53,7 +53,7 @@ class Explainer:
         if not names:
             return verdict
         self._known[place] = names
-        told = _in_words(case.stage, names)
+        told = _in_words(case.stage, names, self._declared["rounds"])
         with_it = tuple(dataclasses.replace(finding, message=f"{finding.message}; {told}") for finding in findings)
         return dataclasses.replace(verdict, findings=with_it)
 
@@ -67,8 +67,9 @@ class Explainer:
         return next((some for some in fewer if passes(some)), tuple(names))
 
 
-def _in_words(stage: Stage, names: tuple[str, ...]) -> str:
+def _in_words(stage: Stage, names: tuple[str, ...], declared: Sequence[str]) -> str:
     policy = next((policy for policy, covered in stage.policies.items() if set(names) <= set(covered)), None)
     if len(names) > 2 and policy is not None:
         return f"every error is explained by what {policy} rounds; if that is meant, declare precision={policy!r}"
-    return f"every error is explained by {' and '.join(names)} rounded to bf16; if that is meant, declare rounds={names!r}"
+    what = " and ".join(names)
+    return f"every error is explained by {what} rounded to bf16; if that is meant, declare rounds={(*declared, *names)!r}"

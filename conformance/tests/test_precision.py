@@ -25,6 +25,7 @@ from conformance.kernels.qwen3.exam.torch.choices import Choices
 from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 from conformance.lanes.eager import run_eager
 from conformance.numerics.arithmetic import Arithmetic
+from conformance.reports.text import replay_command
 from conformance.tests.transformers_kernels import transformers_kernel
 
 #: Norm weights that bf16 cannot hold.
@@ -194,12 +195,16 @@ def test_unknown_names_are_an_error_that_lists_the_stages_own() -> None:
     assert declared_names(stage_named("rope"), (), "torch_bf16") == ("rope tables", "rotation products")
 
 
-def test_the_command_lists_the_names_and_takes_them(tmp_path: Any) -> None:
+def test_the_command_lists_the_names_and_takes_them() -> None:
     listed = CliRunner().invoke(main, ["list"]).output
     assert "may be declared: rope tables, rotation products, precision=torch_bf16" in listed
     assert "may be declared: ties=any" in listed
     told = CliRunner().invoke(main, ["check", "rope", "--rounds", "tables"])
     assert told.exit_code == 2
+    options = {"rounds": "rope tables", "precision": "torch_bf16", "ties": "any"}
+    again = replay_command("rope", "mine.py", "mine", "rope:tiny:B=1,seq_lens=1:normal:1", options=options)
+    assert again is not None
+    assert "'--rounds=rope tables' --precision=torch_bf16 --ties=any" in again
     assert "it has rope tables, rotation products" in told.output
 
 
@@ -244,6 +249,11 @@ def test_two_roundings_explain_together_what_neither_does_alone() -> None:
         "declare rounds=('rope tables', 'rotation products')"
     )
     assert conformance.check("rope", both, examples=2, precision="torch_bf16").ok
+    # What it declares already is part of what it has to declare.
+    (first, *_) = conformance.check("rope", both, examples=2, rounds=("rotation products",)).findings
+    assert first.finding.message.endswith(
+        "explained by rope tables rounded to bf16; if that is meant, declare rounds=('rotation products', 'rope tables')"
+    )
 
 
 # -- ties ------------------------------------------------------------------------------------------------------------------------
