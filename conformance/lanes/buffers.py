@@ -147,7 +147,12 @@ def lay_out(memory: Memory, stage: Stage, dims: Dims) -> dict[str, Guarded]:
     for argument in stage.arguments:
         size = guarded_bytes(argument.size(dims), argument.dtype)
         storage = memory.view(offset, argument.dtype, size // argument.dtype.itemsize)
-        found[argument.name] = Guarded.over(storage, argument.size(dims))
+        guarded = Guarded.over(storage, argument.size(dims))
+        if argument.access == "in" and guarded.tensor.numel():
+            # A view by itself, which ends where the input does: torch refuses to read past it, which would show in no output.
+            exact = memory.view(offset + GUARD_BYTES, argument.dtype, guarded.tensor.numel())
+            guarded = Guarded(storage, exact.view(guarded.tensor.shape))
+        found[argument.name] = guarded
         offset += size
     return found
 
