@@ -336,6 +336,7 @@ def test_an_order_of_cases_loses_none() -> None:
         assert len({tuple(map(trials.index, order)) for order in orders}) == max(1, min(count, 9) - 1)
 
 
+@pytest.mark.slow
 def test_parallel_processes_give_the_same_standings() -> None:
     def plain(found: Exam) -> list[dict[str, Any]]:
         return sorted((dataclasses.asdict(one) for one in found.standings), key=lambda one: str(one["id"]))

@@ -299,6 +299,7 @@ LOGITS_KEY = "lm_head:tiny:B=16,V=151936,NH=1,NKV=1,D=2:normal:1"
 LAYER_KEY = f"decode_layer:tiny:B=16,NH=2,NKV=2,D=64,I=64,S=1024,seq_lens={'+'.join(['9'] * 16)}:normal:1"
 
 
+@pytest.mark.slow
 def test_of_right_logits_few_blocks_are_looked_at_closely(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where an element may use more of its allowance than those before: about as often as a record is broken."""
     case = make_case(CaseKey.parse(LOGITS_KEY))

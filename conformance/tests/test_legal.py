@@ -41,7 +41,11 @@ def keys_of(stage: str, dims: str | Mapping[str, Any], count: int, seed: int) ->
     return list(itertools.islice(stratified_keys(Space.of(stage_named(stage), dims), seed), count))
 
 
-@pytest.mark.parametrize("stage", SINGLE_STAGES)
+@pytest.mark.parametrize(
+    # Over pages attention is the same arithmetic: by night.
+    "stage",
+    [pytest.param(stage, marks=pytest.mark.slow) if stage == "paged_attention" else stage for stage in SINGLE_STAGES],
+)
 def test_each_choice_by_itself_passes_in_every_regime(stage: str) -> None:
     for index, choices in enumerate(single_choices(stage)):
         keys = keys_of(stage, "awkward" if index % 2 else "tiny", len(stage_named(stage).regimes), seed=index)

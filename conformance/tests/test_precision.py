@@ -101,7 +101,7 @@ DECLARED = {
     "scores": [("attention", "bf16_scores"), ("decode_layer", "bf16_scores")],
     "projection": [("qkv_proj", "bf16_result")],
     "result": [("o_proj", "bf16_result")],
-    "logits": [("lm_head", "bf16_result"), ("decode_fwd", "bf16_result")],
+    "logits": [("lm_head", "bf16_result")],
 }
 
 
@@ -124,7 +124,7 @@ def test_another_mistake_is_found_beside_what_is_declared() -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize(("stage", "count"), [("decode_layer", 5), ("decode_fwd", 3)])
+@pytest.mark.parametrize(("stage", "count"), [("decode_layer", 3), ("decode_fwd", 2)])
 def test_transformers_in_bf16_passes_under_its_policy_and_under_no_less(stage: str, count: int, attention: str) -> None:
     dims = {"S": 48, "L": 2} if stage == "decode_fwd" else {"S": 48}
     kernel = transformers_kernel(stage, attention, precision="torch_bf16")
