@@ -326,6 +326,8 @@ class WorkerProcess:
         try:
             self._kill()
         finally:
+            if self._process is not None:
+                self.trim_logs(RUNNING_LOG_LIMIT)  # what it printed between the last look and its end
             self._process = None
             if self._channel is not None:
                 self._channel.close()
