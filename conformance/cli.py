@@ -7,7 +7,6 @@ Exit codes: 0 everything that had to run ran and passed; 1 findings; 2 usage; 3 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import re
 import shutil
@@ -242,23 +241,16 @@ def _judge(
     runs: list[Judged],
 ) -> None:
     """Judge the cases, each recorded and added to ``runs`` as it ends."""
-    from conformance.reports.progress import LiveProgress
-    from conformance.reports.text import number
-    from conformance.running.check import capability_runs, case_runs
+    from conformance.running.check import runs_of, told_to
     from conformance.running.evidence import runner_with_evidence
 
-    live = LiveProgress(f"{subject.kernel.name} {subject.lane}", len(keys), "cases")
+    told = told_to(True, f"{subject.kernel.name} {subject.lane}", len(keys))
     runner = runner_with_evidence(log.folder, subject, timeout, cards)
-    with interrupted_once() as interrupts, live, runner as (run, keep):
-        cases = case_runs(subject.kernel, keys, run, subject.lane, plan, keep)
-        proofs = capability_runs(subject.kernel, space, run, subject.lane, runs) if plan is None else iter(())
-        for judged in itertools.chain(cases, proofs):
+    with interrupted_once() as interrupts, told as tell, runner as (run, keep):
+        for judged in runs_of(subject.kernel, keys, space, run, subject.lane, plan, keep):
             runs.append(judged)
             log.judged(subject, judged)
-            live.update(
-                sum(one.check == "example" for one in runs),
-                number(sum(len(one.verdict.findings) for one in runs), "finding"),
-            )
+            tell(runs)
             interrupts.raise_pending()
 
 

@@ -147,6 +147,11 @@ class Dims:
         """Pages that a sequence can have."""
         return -(-self.length // self.page_size)
 
+    @property
+    def sizes(self) -> dict[str, int | float]:
+        """Every dimension by name, constants included: what the class is called with to have the same again."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     def replace(self: Self, **changes: Any) -> Self:
         """A copy with some dimensions changed; raises ``UsageError`` for a name that is not a dimension."""
         known = {field.name for field in dataclasses.fields(self)}

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
+
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import TOOLCHAINS, Declaration, require_name
 from conformance.contract.loading import digest_of, require_file
@@ -68,8 +70,7 @@ class Listing:
         """Why a kernel does not take these dimensions, or ``None``; raises ``UsageError`` if it cannot say."""
         key = kernel.module, kernel.attribute, dims
         if key not in self._reasons:
-            sizes = {field.name: getattr(dims, field.name) for field in dataclasses.fields(dims)}
-            request = AskAccepts(kernel.module, kernel.attribute, kernel.stage_name, (sizes,))
+            request = AskAccepts(kernel.module, kernel.attribute, kernel.stage_name, (dims.sizes,))
             answer = self._ask(request, ANSWER_SECONDS, f"accepts of kernel {kernel.name}:")
             if not isinstance(answer, Reasons) or len(answer.reasons) != 1:
                 raise UsageError(f"accepts of kernel {kernel.name} was not answered")
@@ -94,7 +95,8 @@ class Listing:
 
     def _checked(self, declared: Declared, file: str) -> ListedKernel:
         """What was declared, if it can be so: the process that says it is one in which the file's code runs."""
-        stage = stage_named(declared.stage)
+        name = require_name(declared.name)
+        stage = stage_named(declared.stage_name)
         model = model_named(stage.model)
         if (
             declared.toolchain not in TOOLCHAINS
@@ -102,28 +104,12 @@ class Listing:
             or declared.profile not in (None, *(profile.name for profile in stage.profiles))
             or not 1 <= declared.capacity <= model.largest_batch
         ):
-            raise UsageError(f"{file}: kernel {require_name(declared.name)} declares what no kernel can")
+            raise UsageError(f"{file}: kernel {name} declares what no kernel can")
         declared_names(stage, declared.rounds, declared.precision)
         require_ties(stage, declared.ties)
-        return ListedKernel(
-            stage_name=declared.stage,
-            name=require_name(declared.name),
-            toolchain=declared.toolchain,
-            capabilities=declared.capabilities,
-            profile=declared.profile,
-            rounds=declared.rounds,
-            precision=declared.precision,
-            ties=declared.ties,
-            capacity=declared.capacity,
-            source=Path(one_line(declared.source, MOST_TEXT)),
-            summary=one_line(declared.summary, 200),
-            digest=declared.digest,
-            reorders_sums=declared.reorders_sums,
-            module=declared.module,
-            attribute=declared.attribute,
-            chooses=declared.chooses,
-            listing=self,
-        )
+        fields = msgspec.structs.asdict(declared)
+        fields |= {"source": Path(one_line(declared.source, MOST_TEXT)), "summary": one_line(declared.summary, 200)}
+        return ListedKernel(listing=self, **fields)
 
     def _ask(self, request: Message, seconds: float, what: str) -> object:
         for _ in range(2):

@@ -143,11 +143,12 @@ class Refused(Message):
 
 
 class Declared(Message):
-    """What a kernel declares; ``digest`` is the SHA-256 of the file that defines it."""
+    """Where a kernel is found, whether it chooses its dimensions, and the fields of its ``Declaration`` by their names."""
 
     module: str
     attribute: str
-    stage: str
+    chooses: bool
+    stage_name: str
     name: str
     toolchain: str
     capabilities: tuple[str, ...]
@@ -156,11 +157,10 @@ class Declared(Message):
     precision: str
     ties: str
     capacity: int
-    chooses: bool
+    reorders_sums: bool
     source: str
     summary: str
     digest: str
-    reorders_sums: bool = False
 
 
 class Listed(Message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 import time
@@ -21,7 +20,7 @@ from conformance.lanes.card_pool import CardPool, card_pool
 from conformance.lanes.cards import Card, CardChoice
 from conformance.lanes.device import DEVICE_EXECUTORS
 from conformance.lanes.listing import ListedKernel
-from conformance.lanes.messages import Compile, OpenLane, Passes, Probe, Result, Run, Sizes, outcome_of
+from conformance.lanes.messages import Compile, OpenLane, Passes, Probe, Result, Run, outcome_of
 from conformance.lanes.on_card import CardRuns
 from conformance.lanes.worker_process import Limits, UnknownEndError, WorkerError, WorkerProcess
 from conformance.outside import one_line
@@ -121,7 +120,7 @@ class KernelProcess:
             assert arena is not None
             arena.reach(case_bytes(case.stage, case.dims))
             fill(lay_out(arena, case.stage, case.dims), case.stage, case.inputs)
-            return Run(_sizes(case.dims), passes, self._unchanged(case) if self._on_card is not None else ())
+            return Run(case.dims.sizes, passes, self._unchanged(case) if self._on_card is not None else ())
 
         if self._on_card is None or self._lacks_lane():
             outcome = self._ask(request, self.limits.seconds, "the run")
@@ -138,7 +137,7 @@ class KernelProcess:
         """Compile the kernel for these dimensions; no input is needed and nothing is executed."""
         if self._lane.executes:
             raise UsageError(f"the {self.lane} lane runs cases: use run(case)")
-        return self._ask(lambda: Run(_sizes(dims), "none"), self.limits.seconds, "the run")
+        return self._ask(lambda: Run(dims.sizes, "none"), self.limits.seconds, "the run")
 
     def _unchanged(self, case: Case) -> tuple[str, ...]:
         """The inputs that are the very tensors of the run before, which nobody has changed since."""
@@ -168,7 +167,7 @@ class KernelProcess:
         build = self.kernel.built_for(dims)
         if self.pid is not None and build in self._compiled:
             return Outcome("ok")
-        outcome = self._ask(lambda: Compile(_sizes(dims)), self.limits.compile_seconds, "compiling")
+        outcome = self._ask(lambda: Compile(dims.sizes), self.limits.compile_seconds, "compiling")
         if outcome.status == "ok":
             self._compiled.add(build)
         return outcome
@@ -264,10 +263,6 @@ class KernelProcess:
 
 #: What a worker may say of a run; that it crashed, timed out or is unavailable is for its owner to say.
 _STATUSES = ("ok", "raised")
-
-
-def _sizes(dims: Dims) -> Sizes:
-    return {field.name: getattr(dims, field.name) for field in dataclasses.fields(dims)}
 
 
 def address_of(kernel: Declaration) -> tuple[str, str]:

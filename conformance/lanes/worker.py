@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from conformance.contract.dims import Dims
-from conformance.contract.kernel import Kernel, as_kernel, require_name
+from conformance.contract.kernel import Declaration, Kernel, as_kernel
 from conformance.contract.loading import digest_of, file_of, import_anew, kernels_in, load_module
 from conformance.contract.registry import model_named, stage_named
 from conformance.contract.stage import Stage
@@ -148,7 +148,9 @@ class Worker:
         self._lane = lane_named(request.lane)
         kernel = find(request.module, request.attribute, request.stage)
         if request.digest and request.digest != digest_of(request.module):
-            raise UsageError(f"{_file_name(request.module)} was changed after it had been read for this run: start the run anew")
+            raise UsageError(
+                f"{file_of(request.module).name} was changed after it had been read for this run: start the run anew"
+            )
         if request.module.endswith(".py"):
             # A builder may import what lies beside its file when it is called, long after the file itself was imported.
             sys.path.append(str(Path(request.module).parent))
@@ -241,33 +243,14 @@ def named_in(module: str, name: str, stage: str | None) -> Declared:
 
 
 def _declared(kernel: Kernel, module: str, attribute: str) -> Declared:
-    return Declared(
-        module,
-        attribute,
-        kernel.stage_name,
-        require_name(kernel.name),
-        kernel.toolchain,
-        kernel.capabilities,
-        kernel.profile,
-        kernel.rounds,
-        kernel.precision,
-        kernel.ties,
-        kernel.capacity,
-        kernel.accepts is not None,
-        one_line(kernel.source, MOST_TEXT),
-        kernel.summary,
-        digest_of(module),
-        kernel.reorders_sums,
-    )
+    fields = {field.name: getattr(kernel, field.name) for field in dataclasses.fields(Declaration)}
+    fields |= {"source": one_line(kernel.source, MOST_TEXT), "digest": digest_of(module)}
+    return Declared(module=module, attribute=attribute, chooses=kernel.accepts is not None, **fields)
 
 
 def _reason(kernel: Kernel, dims: Dims) -> str | None:
     reason = kernel.asked(dims)
     return None if reason is None else one_line(reason, 500)
-
-
-def _file_name(module: str) -> str:
-    return file_of(module).name
 
 
 def _end_with_owner(lifeline: int) -> None:

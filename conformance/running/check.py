@@ -182,30 +182,34 @@ def check(
         return Report(stage, called, chosen, tuple(runs), planned=len(keys), refused=refused if case is None else {})
 
     try:
-        with _told_to(progress, f"{called} {chosen}", len(keys)) as tell, runner as run:
-            cases = case_runs(kernel, keys, run, chosen, replay)
-            proofs = capability_runs(kernel, spaces[0], run, chosen, runs) if case is None else iter(())
-            for judged in itertools.chain(cases, proofs):
+        with told_to(progress, f"{called} {chosen}", len(keys)) as tell, runner as run:
+            for judged in runs_of(kernel, keys, spaces[0], run, chosen, replay):
                 runs.append(judged)
-                tell(sum(one.check == "example" for one in runs), len(keys), sum(len(one.verdict.findings) for one in runs))
+                tell(runs)
     except KeyboardInterrupt as error:
         raise InterruptedCheck(report()) from error
     return report()
 
 
 @contextlib.contextmanager
-def _told_to(progress: bool | Callable[[int, int, int], object], title: str, planned: int) -> Iterator[Callable[..., object]]:
-    """What is told how far a check is: the caller's function, a live line, or nobody."""
+def told_to(
+    progress: bool | Callable[[int, int, int], object], title: str, planned: int
+) -> Iterator[Callable[[Sequence[Judged]], object]]:
+    """What is called with all runs so far after each, and tells the caller's function, a live line, or nobody."""
+
+    def counted(tell: Callable[[int, int], object]) -> Callable[[Sequence[Judged]], object]:
+        return lambda runs: tell(sum(one.check == "example" for one in runs), sum(len(one.verdict.findings) for one in runs))
+
     if not isinstance(progress, bool):
-        yield progress
+        yield counted(lambda done, findings: progress(done, planned, findings))
     elif not progress:
-        yield lambda *_: None
+        yield lambda runs: None
     else:
         from conformance.reports.progress import LiveProgress
         from conformance.reports.text import number
 
         with LiveProgress(title, planned, "cases") as live:
-            yield lambda done, _, findings: live.update(done, number(findings, "finding"))
+            yield counted(lambda done, findings: live.update(done, number(findings, "finding")))
 
 
 def declaration_of(stage: str, function: Callable[..., Any] | Declaration) -> Declaration:
@@ -269,6 +273,27 @@ def case_runs(
         if lost >= MOST_LOST:
             return
     yield from pooled_run(runs)
+
+
+def runs_of(
+    kernel: Declaration,
+    keys: Iterable[CaseKey],
+    space: Space,
+    run: Runner,
+    lane: str,
+    plan: RunPlan | None = None,
+    keep: Keep | None = None,
+) -> Iterator[Judged]:
+    """Every run of a check: its cases, then what the kernel declares that it serves; with a ``plan`` the cases alone.
+
+    ``keep``: as for ``judged_runs``.
+    """
+    runs: list[Judged] = []
+    for judged in case_runs(kernel, keys, run, lane, plan, keep):
+        runs.append(judged)
+        yield judged
+    if plan is None:
+        yield from capability_runs(kernel, space, run, lane, runs)
 
 
 def pooled_run(runs: Iterable[Judged]) -> Iterator[Judged]:

@@ -126,14 +126,11 @@ class PluginState:
     @property
     def cards(self) -> CardChoice:
         """The cards to run on, and which of them is this process's; raises ``pytest.UsageError`` for options that name none."""
-        from conformance.errors import UsageError
         from conformance.lanes.cards import choice_of
 
         options, process = self.config.option, getattr(self.config, "workerinput", {}).get("workerid", "gw0")
-        try:
+        with usage_errors():
             return choice_of(options.conformance_device, options.conformance_device_wait, int(process.removeprefix("gw")))
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
 
     def begin_judging(self) -> None:
         """From here on a signal that ends the process ends the run in order, with what was judged."""

@@ -27,7 +27,7 @@ from conformance.kernels.qwen3.generation.checkpoint import (
     random_checkpoint,
 )
 from conformance.numerics.ulp import rounded
-from conformance.tests.transformers_models import qwen3_model
+from conformance.tests.transformers_models import LAYER_MODULES, qwen3_model
 
 Tensor = torch.Tensor
 
@@ -90,20 +90,9 @@ def test_every_tensor_is_where_the_contract_wants_it(
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.dims == DIMS
     state = qwen3_model(DIMS, tied=tied, dtype=dtype).state_dict()
-    paths = {
-        "input_rms_weight": "input_layernorm",
-        "wq": "self_attn.q_proj",
-        "wk": "self_attn.k_proj",
-        "wv": "self_attn.v_proj",
-        "q_norm_weight": "self_attn.q_norm",
-        "k_norm_weight": "self_attn.k_norm",
-        "wo": "self_attn.o_proj",
-        "w_gate": "mlp.gate_proj",
-        "w_up": "mlp.up_proj",
-        "w_down": "mlp.down_proj",
-        "post_rms_weight": "post_attention_layernorm",
+    exact = {
+        name: [state[f"model.layers.{layer}.{path}.weight"] for layer in range(DIMS.L)] for name, path in LAYER_MODULES.items()
     }
-    exact = {name: [state[f"model.layers.{layer}.{path}.weight"] for layer in range(DIMS.L)] for name, path in paths.items()}
     wide = {name: torch.cat([part.T if part.dim() == 2 else part[None] for part in parts]) for name, parts in exact.items()}
     wide["final_norm_weight"] = state["model.norm.weight"][None]
     wide["lm_head_weight"] = state[HEAD]

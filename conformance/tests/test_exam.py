@@ -40,6 +40,7 @@ from conformance.exam.trials import Trial
 from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 from conformance.lanes.base import Outcome
 from conformance.reports import exam_figures, exam_page, exam_table
+from conformance.tests.processes import alive
 
 #: A few cases of each kind.
 SHORT = Effort(
@@ -624,19 +625,11 @@ def test_workers_of_an_exam_that_was_killed_end(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     assert len(workers) == 2
     for _ in range(300):
-        running = [number for number in workers if _is_running(number)]
+        running = [number for number in workers if alive(number)]
         if not running:
             return
         time.sleep(0.1)
     pytest.fail(f"still running after 30 s: {running}")
-
-
-def _is_running(number: int) -> bool:
-    try:
-        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 def test_an_exam_that_cannot_be_kept_meanwhile_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from conformance.lanes.process import KernelProcess, Limits
 from conformance.lanes.pypto.device import run_on_card
 from conformance.lanes.pypto.passes import compare_passes
 from conformance.lanes.scratch import ScratchFolder, remove_abandoned
+from conformance.tests.processes import alive
 from conformance.toolchains import detect, find_npu
 
 KERNELS = Path(__file__).parent / "kernels_under_test"
@@ -63,13 +64,6 @@ def expected_rms_norm(case: Case) -> torch.Tensor:
 
 def line_of(path: Path, text: str) -> int:
     return 1 + next(number for number, line in enumerate(path.read_text().splitlines()) if text in line)
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 # A right kernel

@@ -27,6 +27,7 @@ from conformance.lanes.base import Outcome
 from conformance.lanes.listing import ListedKernel, bundled_kernels, kernel_named, kernels_of
 from conformance.lanes.process import KernelProcess, Limits
 from conformance.running.check import check
+from conformance.tests.processes import alive
 
 pytestmark = pytest.mark.hostile
 
@@ -43,13 +44,6 @@ def judged(kernel: ListedKernel, limits: Limits | None = None, case: Case = CASE
     with KernelProcess(kernel, "eager", limits=limits) as process:
         outcome = process.run(case)
         return outcome, judge(case, outcome)
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize(

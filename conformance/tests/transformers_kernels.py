@@ -9,24 +9,9 @@ import torch
 
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel, kernel
-from conformance.tests.transformers_models import qwen3_model
+from conformance.tests.transformers_models import LAYER_MODULES, qwen3_model
 
 Tensor = torch.Tensor
-
-#: What the modules call a layer's weights, by the contract's names.
-_PARAMETERS = {
-    "input_rms_weight": "input_layernorm",
-    "wq": "self_attn.q_proj",
-    "wk": "self_attn.k_proj",
-    "wv": "self_attn.v_proj",
-    "q_norm_weight": "self_attn.q_norm",
-    "k_norm_weight": "self_attn.k_norm",
-    "wo": "self_attn.o_proj",
-    "post_rms_weight": "post_attention_layernorm",
-    "w_gate": "mlp.gate_proj",
-    "w_up": "mlp.up_proj",
-    "w_down": "mlp.down_proj",
-}
 
 
 def _model(t: dict[str, Tensor], dims: Dims, attention: str, frequencies_in_bf16: bool) -> Any:
@@ -38,7 +23,7 @@ def _model(t: dict[str, Tensor], dims: Dims, attention: str, frequencies_in_bf16
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     with torch.no_grad():
         for index, layer in enumerate(model.model.layers):
-            for name, module in _PARAMETERS.items():
+            for name, module in LAYER_MODULES.items():
                 weight = t[name].view(dims.L, -1, t[name].shape[-1])[index]
                 layer.get_submodule(module).weight.copy_(weight.T if weight.shape[0] > 1 else weight[0])
         if "final_norm_weight" in t:

@@ -16,6 +16,21 @@ from conformance.contract.dims import Dims
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 
+#: What the modules call a layer's weights, by the contract's names.
+LAYER_MODULES = {
+    "input_rms_weight": "input_layernorm",
+    "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj",
+    "wv": "self_attn.v_proj",
+    "q_norm_weight": "self_attn.q_norm",
+    "k_norm_weight": "self_attn.k_norm",
+    "wo": "self_attn.o_proj",
+    "post_rms_weight": "post_attention_layernorm",
+    "w_gate": "mlp.gate_proj",
+    "w_up": "mlp.up_proj",
+    "w_down": "mlp.down_proj",
+}
+
 
 def qwen3_model(dims: Dims, *, tied: bool = False, dtype: torch.dtype = torch.float64) -> Any:
     """A ``Qwen3ForCausalLM`` of these dimensions, ready to be called, with weights that make every part of it matter.
