@@ -24,22 +24,15 @@ from conformance.judge.statistics import Statistics
 from conformance.judge.structure import degenerate_outputs, structural_findings
 from conformance.judge.verdict import Finding, Verdict, worst_first
 from conformance.lanes.base import Outcome
+from conformance.lanes.buffers import one_thread
 from conformance.numerics.bounds import Bounds, Profile
 
 
 @contextlib.contextmanager
 def _own_settings() -> Iterator[None]:
-    """Whatever the caller or the kernel set: one thread, and gradients, which the correlation of errors is told by.
-
-    Small operators lose time in a thread pool, and beside a busy worker process its threads spin: 22 s for 4 s of work.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_num_threads(before)
+    """Whatever the caller or the kernel set: one thread, and gradients, which the correlation of errors is told by."""
+    with one_thread(), torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @_own_settings()
