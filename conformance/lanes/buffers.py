@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -152,14 +153,20 @@ def case_bytes(stage: Stage, dims: Dims) -> int:
     return sum(guarded_bytes(argument.size(dims), argument.dtype) for argument in stage.arguments)
 
 
+def places(stage: Stage, dims: Dims) -> dict[str, int]:
+    """Where each argument of a case begins with its guards, in bytes."""
+    sizes = [guarded_bytes(argument.size(dims), argument.dtype) for argument in stage.arguments]
+    starts = itertools.accumulate(sizes, initial=0)
+    return {argument.name: start for argument, start in zip(stage.arguments, starts, strict=False)}
+
+
 def lay_out(memory: Memory, stage: Stage, dims: Dims) -> dict[str, Guarded]:
     """The arguments of a case in memory of ``case_bytes`` bytes, one after another, each between guards; nothing is written.
 
     The process that judges and the one that runs the kernel both find them so.
     """
     found: dict[str, Guarded] = {}
-    offset = 0
-    for argument in stage.arguments:
+    for argument, offset in zip(stage.arguments, places(stage, dims).values(), strict=True):
         size = guarded_bytes(argument.size(dims), argument.dtype)
         storage = memory.view(offset, argument.dtype, size // argument.dtype.itemsize)
         guarded = Guarded.over(storage, argument.size(dims))
@@ -168,7 +175,6 @@ def lay_out(memory: Memory, stage: Stage, dims: Dims) -> dict[str, Guarded]:
             exact = memory.view(offset + GUARD_BYTES, argument.dtype, guarded.tensor.numel())
             guarded = Guarded(storage, exact.view(guarded.tensor.shape))
         found[argument.name] = guarded
-        offset += size
     return found
 
 
@@ -185,9 +191,14 @@ class Contents:
 
 
 @one_thread()
-def fill(arguments: Mapping[str, Guarded], stage: Stage, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Put a case's inputs where its arguments lie, and poison into everything else: outputs and guards."""
+def fill(arguments: Mapping[str, Guarded], stage: Stage, inputs: Mapping[str, torch.Tensor], held: Collection[str] = ()) -> None:
+    """Put a case's inputs where its arguments lie, and poison into everything else: outputs and guards.
+
+    ``held`` names the arguments that lie there already, between guards that nobody has overwritten.
+    """
     for argument in stage.arguments:
+        if argument.name in held:
+            continue
         guarded = arguments[argument.name]
         if argument.access == "out":
             poison(guarded.storage)

@@ -15,7 +15,7 @@ from conformance.contract.kernel import Declaration, Kernel, unbound
 from conformance.errors import UsageError
 from conformance.lanes import lane_named, lanes_of
 from conformance.lanes.base import Outcome
-from conformance.lanes.buffers import case_bytes, contents, fill, lay_out
+from conformance.lanes.buffers import case_bytes, contents, fill, lay_out, places
 from conformance.lanes.card_pool import CardPool, card_pool
 from conformance.lanes.cards import Card, CardChoice
 from conformance.lanes.device import DEVICE_EXECUTORS
@@ -83,6 +83,8 @@ class KernelProcess:
         #: What the worker has compiled for, and the inputs that it had last, each with the count of its changes.
         self._compiled: set[Dims] = set()
         self._last: dict[str, tuple[weakref.ref[torch.Tensor], int]] = {}
+        #: Where in the arena the arguments of the run before lie, of those that were found to be as they were put there.
+        self._intact: dict[str, int] = {}
 
     def __enter__(self) -> KernelProcess:
         return self
@@ -119,8 +121,12 @@ class KernelProcess:
             arena = self._worker.arena
             assert arena is not None
             arena.reach(case_bytes(case.stage, case.dims))
-            fill(lay_out(arena, case.stage, case.dims), case.stage, case.inputs)
-            return Run(case.dims.sizes, passes, self._unchanged(case) if self._on_card is not None else ())
+            unchanged = self._unchanged(case) if self._on_card is not None else ()
+            where = places(case.stage, case.dims)
+            held = [name for name in unchanged if self._intact.get(name) == where[name]]
+            self._intact = {}
+            fill(lay_out(arena, case.stage, case.dims), case.stage, case.inputs, held)
+            return Run(case.dims.sizes, passes, unchanged)
 
         if self._on_card is None or self._lacks_lane():
             outcome = self._ask(request, self.limits.seconds, "the run")
@@ -131,6 +137,8 @@ class KernelProcess:
             assert self._worker.arena is not None
             left = contents(lay_out(self._worker.arena, case.stage, case.dims), case.stage, case.inputs)
             outcome.outputs, outcome.changed_inputs, outcome.guard_damage = left.outputs, left.changed_inputs, left.guard_damage
+            damaged = left.changed_inputs.keys() | left.guard_damage.keys()
+            self._intact = {name: at for name, at in places(case.stage, case.dims).items() if name not in damaged}
         return outcome
 
     def compile(self, dims: Dims) -> Outcome:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from conformance.errors import UsageError
 from conformance.lanes.arena import Arena
 from conformance.lanes.buffers import GUARD_ALIGNMENT, bits, case_bytes, contents, fill, lay_out, poisoned, same_bits
 from conformance.lanes.process import KernelProcess, Limits
-from conformance.lanes.pypto.device import run_on_card
+from conformance.lanes.pypto.device import Placed, run_on_card
 from conformance.lanes.pypto.passes import compare_passes
 from conformance.lanes.scratch import ScratchFolder, remove_abandoned
 from conformance.tests.processes import alive
@@ -483,12 +483,77 @@ def test_what_a_card_writes_beside_its_outputs_is_found() -> None:
     arena.reach(case_bytes(case.stage, case.dims))
     arguments = lay_out(arena, case.stage, case.dims)
     fill(arguments, case.stage, case.inputs)
-    assert run_on_card(StrayCard(), None, arguments).status == "ok"
+    assert run_on_card(StrayCard(), case.stage, None, arguments).status == "ok"
     left = contents(arguments, case.stage, case.inputs)
     assert same_bits(left.outputs["out"], case.inputs["x"])
     assert list(left.guard_damage) == ["out"]
     assert f"{case.dims.H} elements past the end" in left.guard_damage["out"]
     assert left.changed_inputs == {"weight": 1}
+    arena.close()
+
+
+class HostCard:
+    """A card in the host's memory, which remembers of what size it was asked to place and to read back."""
+
+    device_seconds: float | None = None
+
+    def __init__(self) -> None:
+        self.placed: list[int] = []
+        self.read: list[int] = []
+        self.spoil: Callable[[torch.Tensor], object] = lambda weights: None
+
+    def place(self, storage: torch.Tensor) -> torch.Tensor:
+        self.placed.append(storage.numel())
+        return storage.clone()
+
+    def launch(self, jit: Any, arguments: Sequence[torch.Tensor]) -> None:
+        *_, weights, _, out = arguments
+        out.zero_()
+        self.spoil(weights)
+
+    def read_back(self, storage: torch.Tensor) -> torch.Tensor:
+        self.read.append(storage.numel())
+        return storage.clone()
+
+
+def one_element(weights: torch.Tensor) -> None:
+    bits(weights)[-1, -1] ^= 1
+
+
+def two_exchanged(weights: torch.Tensor) -> None:
+    weights[7, 40:44] = weights[7, 40:44].flip(0)
+
+
+def past_the_end(weights: torch.Tensor) -> None:
+    torch.as_strided(weights, (1,), (1,), weights.storage_offset() + weights.numel() + 9).fill_(1.0)
+
+
+@pytest.mark.parametrize("spoil", [one_element, two_exchanged, past_the_end])
+def test_weights_are_placed_once_and_read_back_where_their_checksum_changed(spoil: Callable[[torch.Tensor], None]) -> None:
+    case = make_case(CaseKey("o_proj", "qwen3_0_6b", "normal", 1, (("B", 2),)))
+    arena = Arena()
+    arena.reach(case_bytes(case.stage, case.dims))
+    arguments = lay_out(arena, case.stage, case.dims)
+    card, placed, weights = HostCard(), dict[str, Placed](), arguments["wo"].storage.numel()
+
+    def found() -> tuple[bool, bool]:
+        fill(arguments, case.stage, case.inputs)
+        kept = {name: one for name, one in placed.items() if name == "wo"}
+        placed.clear()
+        placed.update(kept)
+        run_on_card(card, case.stage, None, arguments, placed)
+        left = contents(arguments, case.stage, case.inputs)
+        return "wo" in left.changed_inputs, "wo" in left.guard_damage
+
+    assert found() == found() == (False, False)
+    assert (card.placed.count(weights), card.read.count(weights)) == (1, 0)
+    card.spoil = spoil
+    assert found() == (spoil is not past_the_end, spoil is past_the_end)
+    assert card.read.count(weights) == 1
+    # What was spoiled is placed anew, and the next run is blamed for nothing.
+    card.spoil = lambda weights: None
+    assert found() == (False, False)
+    assert (card.placed.count(weights), card.read.count(weights)) == (2, 1)
     arena.close()
 
 

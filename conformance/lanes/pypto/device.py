@@ -6,6 +6,7 @@ poison, limits and verdicts are the same, so that all of it is tested where ther
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib
 import json
@@ -17,10 +18,12 @@ from typing import Any, Protocol
 
 import torch
 
+from conformance.contract.arguments import Argument
 from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
+from conformance.contract.stage import Stage
 from conformance.lanes.base import Outcome
-from conformance.lanes.buffers import Guarded, poison
+from conformance.lanes.buffers import Guarded, poison, same_bits
 from conformance.lanes.card_files import CARD_FILE, build_folder
 from conformance.lanes.cards import Card
 from conformance.lanes.device import CARD_VARIABLE, STAND_INS
@@ -35,6 +38,10 @@ from conformance.toolchains.detection import ToolchainUnavailableError
 
 #: Builds that are kept on a card's side: each is compiled once, for all cases of its dimensions.
 KEPT_BUILDS = 256
+#: From so many bytes on, an argument that is only read is read back only if its checksum has changed: weights, and large caches.
+LEAST_SUMMED = 1 << 20
+#: Words of a row of a checksum, and rows that are summed at a time: 64 MiB.
+SUMMED_COLUMNS, SUMMED_ROWS = 4096, 4096
 #: What a workspace holds before a launch: NaN as bf16 and as fp32, and no index as an integer.
 WORKSPACE_STAMP = 0x7FD57FD5
 
@@ -168,18 +175,63 @@ class InterpreterCard:
         return storage.clone()
 
 
-def run_on_card(card: Device, jit: Any, arguments: Mapping[str, Guarded], placed: dict[str, Guarded] | None = None) -> Outcome:
-    """Place the arguments of a case in the order of the contract, launch, and read every one back with its guards.
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """An argument on a card; of a large one that a kernel only reads, the checksum that it had before any launch."""
 
-    What ``placed`` has lies on the card already; what this places is added to it.
+    guarded: Guarded
+    checksum: torch.Tensor | None
+
+    @classmethod
+    def on(cls, card: Device, host: Guarded, argument: Argument) -> Placed:
+        """A copy of an argument and its guards."""
+        guarded = Guarded.over(card.place(host.storage), tuple(host.tensor.shape))
+        summed = argument.access == "in" and guarded.storage.nbytes >= LEAST_SUMMED
+        return cls(guarded, checksum(guarded.storage) if summed else None)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether its memory, guards included, is known to hold what it held: no byte of it need be read back."""
+        return self.checksum is not None and torch.equal(self.checksum, checksum(self.guarded.storage))
+
+
+def checksum(storage: torch.Tensor) -> torch.Tensor:
+    """Sums of one-dimensional memory of whole words, computed where it lies: int32 words as rows, by row and by column, in int64.
+
+    One word that differs changes two of the sums; two that change places change sums of columns or of rows. That the differences
+    of several words cancel in all of them takes an accident of some 2**-32.
+    """
+    words = storage.view(torch.int32)
+    whole = words.numel() // SUMMED_COLUMNS * SUMMED_COLUMNS
+    columns = torch.zeros(SUMMED_COLUMNS, dtype=torch.int64, device=storage.device)
+    sums = []
+    # In parts: a sum may make a copy of what it sums as int64.
+    for part in words[:whole].view(-1, SUMMED_COLUMNS).split(SUMMED_ROWS):
+        sums.append(part.sum(1, dtype=torch.int64))
+        columns += part.sum(0, dtype=torch.int64)
+    return torch.cat([columns, *sums, words[whole:].to(torch.int64)])
+
+
+def run_on_card(
+    card: Device, stage: Stage, jit: Any, arguments: Mapping[str, Guarded], placed: dict[str, Placed] | None = None
+) -> Outcome:
+    """Place the arguments of a case in the order of the contract, launch, and read back what the launch may have changed.
+
+    What ``placed`` has lies on the card already; what this places is added to it, and what the kernel must not change and did is
+    taken out. An argument that is only read, and whose checksum is what it was, is not read back: the host's copy of it stands.
     """
     placed = {} if placed is None else placed
     for name, host in arguments.items():
         if name not in placed:
-            placed[name] = Guarded.over(card.place(host.storage), tuple(host.tensor.shape))
-    card.launch(jit, [placed[name].tensor for name in arguments])
+            placed[name] = Placed.on(card, host, stage.argument(name))
+    card.launch(jit, [placed[name].guarded.tensor for name in arguments])
     for name, host in arguments.items():
-        host.storage.copy_(card.read_back(placed[name].storage))
+        if placed[name].unchanged:
+            continue
+        found = card.read_back(placed[name].guarded.storage)
+        if stage.argument(name).access == "in" and not same_bits(found, host.storage):
+            del placed[name]
+        host.storage.copy_(found)
     return Outcome("ok", device_seconds=card.device_seconds)
 
 
@@ -189,7 +241,7 @@ def open_lane(kernel: Kernel, start: Start) -> RunRequest | CompilingRun:
         return CardRun(kernel, start)
 
     def run(build: Build, passes: Passes, arguments: dict[str, Guarded]) -> Outcome:
-        return run_on_card(InterpreterCard(build.runtime), build.jit, arguments)
+        return run_on_card(InterpreterCard(build.runtime), build.stage, build.jit, arguments)
 
     return serve(kernel, start, run)
 
@@ -228,7 +280,7 @@ class CardRun:
         self._kernel = kernel
         self._card: NpuCard | None = None
         #: Where the arguments of the case before lie.
-        self._placed: dict[str, Guarded] = {}
+        self._placed: dict[str, Placed] = {}
 
     @property
     def _runtime(self) -> Runtime:
@@ -247,13 +299,13 @@ class CardRun:
         """Run; ``unchanged`` arguments are those of the run before, which lie on the card."""
         before, self._placed = self._placed, {}
         for name, old in before.items():
-            if name in unchanged and old.storage.shape == arguments[name].storage.shape:
+            if name in unchanged and old.guarded.storage.shape == arguments[name].storage.shape:
                 self._placed[name] = old
             else:
                 # The memory is given out again: the next case must not find there what this one left.
-                poison(old.storage)
+                poison(old.guarded.storage)
         del before
-        return self._counted(dims, lambda build: run_on_card(self._on_card(), build.jit, arguments, self._placed))
+        return self._counted(dims, lambda build: run_on_card(self._on_card(), build.stage, build.jit, arguments, self._placed))
 
     def _on_card(self) -> NpuCard:
         if self._card is None:
