@@ -9,7 +9,7 @@ import os
 import torch
 
 from conformance.cases.key import CaseKey
-from conformance.cases.source import Source
+from conformance.cases.source import SharedDraws, Source
 from conformance.contract.dims import Dims
 from conformance.contract.registry import stage_named
 from conformance.contract.stage import Stage
@@ -26,8 +26,11 @@ class Case:
     inputs: dict[str, torch.Tensor]
 
 
-def make_case(key: CaseKey) -> Case:
-    """The case of a key; raises ``UsageError`` for a key that does not fit its stage."""
+def make_case(key: CaseKey, shared: SharedDraws | None = None) -> Case:
+    """The case of a key, which has the tensors of the one before that it would draw again if they are ``shared``.
+
+    Raises ``UsageError`` for a key that does not fit its stage.
+    """
     stage, dims = stage_named(key.stage), key.dims
     batch = dims.symbol("batch")
     if key.regime not in stage.regimes:
@@ -53,7 +56,9 @@ def make_case(key: CaseKey) -> Case:
         if needed > dims.pages:
             found = f"{dims.symbol('pages')}={dims.pages}"
             raise UsageError(f"case key {key}: {needed} pages are needed (one more than are in use), found {found}")
-    case = Case(key, stage, dims, make_inputs(stage, key, dims))
+    case = Case(key, stage, dims, make_inputs(stage, key, dims, shared))
+    if shared is not None:
+        shared.keep(case.inputs.values())
     return _with_rows(case, key.rows) if key.rows else case
 
 
@@ -66,13 +71,13 @@ def require_room(size: int, what: str) -> None:
         )
 
 
-def make_inputs(stage: Stage, key: CaseKey, dims: Dims) -> dict[str, torch.Tensor]:
+def make_inputs(stage: Stage, key: CaseKey, dims: Dims, shared: SharedDraws | None = None) -> dict[str, torch.Tensor]:
     """The inputs of a stage for a key, at dimensions that may be other than the key's (more layers)."""
     sizes = (math.prod(argument.size(dims)) * argument.dtype.itemsize for argument in stage.inputs)
     require_room(sum(sizes), f"case key {key}: the data")
     with torch.inference_mode(False):  # whatever mode the caller is in: tensors made in it can never be differentiated
         chunks = {"chunk_lens": key.chunk_lens} if stage.has_chunks else {}
-        source = Source(f"{stage.name}/{key.regime}/{key.seed}", key.seed)
+        source = Source(f"{stage.name}/{key.regime}/{key.seed}", key.seed, shared)
         inputs = stage.make_inputs(dims, key.seq_lens, key.regime, source, **chunks)
     for argument in stage.inputs:
         expected, found = (argument.dtype, argument.size(dims)), inputs.get(argument.name)

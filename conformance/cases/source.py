@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -19,14 +19,38 @@ GRID_STD = 2.0 / math.sqrt(3.0)
 _CHUNK = 1 << 22  # values made at a time: bounds the memory beside the tensor itself
 
 
+class SharedDraws:
+    """What one case drew and the next draws as well, such as the weights of a large model: the very same tensors.
+
+    It keeps the tensors of the last case alive. One that somebody has changed since is drawn anew.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, ...], tuple[torch.Tensor, int]] = {}
+
+    def draw(self, key: tuple[object, ...], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The tensor of a key, which says all that it depends on."""
+        tensor, changes = self._kept.get(key, (None, -1))
+        if tensor is None or tensor._version != changes:
+            tensor = make()
+            self._kept[key] = tensor, tensor._version
+        return tensor
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Forget what is none of these."""
+        found = {id(tensor) for tensor in tensors}
+        self._kept = {key: (tensor, changes) for key, (tensor, changes) in self._kept.items() if id(tensor) in found}
+
+
 class Source:
     """Draws tensors by name. The same ``key`` and name give the same values whatever else was drawn before.
 
-    ``seed`` is that of a case, for what only some of the cases have.
+    ``seed`` is that of a case, for what only some of the cases have. ``shared``: where several cases share their large tensors.
     """
 
-    def __init__(self, key: str, seed: int = 0) -> None:
+    def __init__(self, key: str, seed: int = 0, shared: SharedDraws | None = None) -> None:
         self.key, self.seed = key, seed
+        self._shared = shared
 
     def _generator(self, name: str) -> np.random.Philox:
         digest = hashlib.blake2b(f"{self.key}/{name}".encode(), digest_size=16).digest()
@@ -45,6 +69,11 @@ class Source:
         Sums of their products are exact in float64, in any order, so that data computed from them (a residual that cancels a
         projection) is the same everywhere too. ``scale`` is rounded to the nearest power of two.
         """
+        if self._shared is not None:
+            return self._shared.draw((self.key, name, tuple(shape), scale), lambda: self._grid(name, shape, scale))
+        return self._grid(name, shape, scale)
+
+    def _grid(self, name: str, shape: Sequence[int], scale: float) -> torch.Tensor:
         factor = 2.0 ** (round(math.log2(scale)) - 7)
         count = math.prod(shape)
         generator = self._generator(name)

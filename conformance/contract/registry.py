@@ -36,13 +36,15 @@ class FullSize:
     """How the suites judge kernels at a model's real size, on a machine that has ``memory`` bytes for it.
 
     ``executed(stage)`` and ``compiled(stage)`` give the overrides of ``preset`` with which kernels of a stage are executed, and
-    compiled only: once with each, not at all with none. What an interpreter would copy for hours can still be compiled.
+    compiled only: once with each, not at all with none. What an interpreter would copy for hours can still be compiled, and
+    executed on a card: ``on_card(stage)`` gives the overrides there.
     """
 
     preset: str
     memory: int
     executed: Callable[[Stage], Sequence[Mapping[str, int]]]
     compiled: Callable[[Stage], Sequence[Mapping[str, int]]]
+    on_card: Callable[[Stage], Sequence[Mapping[str, int]]] = lambda stage: ()
 
 
 @dataclasses.dataclass(frozen=True)

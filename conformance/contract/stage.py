@@ -51,6 +51,9 @@ class Stage:
     capabilities: tuple[str, ...] = ()
     #: The input and the output by which one call's result is the next one's start, if layers can be run one after another.
     chain: tuple[str, str] | None = None
+    #: ``following(inputs, outputs, dims)`` gives the inputs of the step after one that left ``outputs``, if a call is a step that
+    #: others follow; ``None`` where it was the last that is possible.
+    following: Callable[[Tensors, Tensors, Dims], dict[str, torch.Tensor] | None] | None = None
     #: A layer or a chain of layers: judged with every optional rounding modelled, and localised.
     composite: bool = False
     #: So many stratified cases show every fault of the exam's catalogue with 99.9%: the default number of examples, which the

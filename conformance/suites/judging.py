@@ -29,12 +29,13 @@ from conformance.reports.text import number
 from conformance.running.capabilities import prove
 from conformance.running.check import Plans, Report, RunPlan, judged_runs, pooled_run
 from conformance.running.evidence import keep_evidence
+from conformance.running.real_size import runs_at_real_size
 from conformance.running.runs import MOST_LOST, Judged, is_lost
 from conformance.running.session import RunLog, Subject
 from conformance.suites.state import fail_for_lack
 
 #: The dearest real-size kernel runs in about a minute and 11.5 GB; a slow machine gets ten times that.
-FULL_SIZE_LIMITS = Limits(seconds=900, memory_bytes=14 << 30)
+FULL_SIZE_LIMITS = Limits(seconds=900, memory_bytes=14 << 30, compile_seconds=1800)
 #: Where the stratified keys of the suites start.
 SEED = 0
 
@@ -145,15 +146,29 @@ class SubjectJudging:
         self._conclude()
 
     def full_size(self) -> None:
-        """Judge the kernel on one case at real geometry; compiler passes are not compared, which would take minutes."""
-        space = self._space()
+        """Judge the kernel at real geometry: on a card several cases and what follows from them, elsewhere one.
+
+        Compiler passes are not compared, which would take minutes.
+        """
+        space, kernel = self._space(), self.subject.kernel
         key = space.with_longest(next(iter(stratified_keys(space, SEED))))
         with self.usage_errors():
             self._require_accepted([key])
-            with self._process(FULL_SIZE_LIMITS) as process:
-                for run in judged_runs(self.subject.kernel, key, process.run, RunPlan(passes="none"), keep=self._evidence):
+            with self._process(self._full_size_limits()) as process:
+                if self._on_card:
+                    repeats, _ = lane_named(self.subject.lane).repeats
+                    runs = runs_at_real_size(kernel, space, process.run, repeats, self._evidence)
+                else:
+                    runs = judged_runs(kernel, key, process.run, RunPlan(passes="none"), keep=self._evidence)
+                for run in runs:
                     self._keep(run)
         self._conclude()
+
+    def _full_size_limits(self) -> Limits:
+        if not self._on_card:
+            return FULL_SIZE_LIMITS
+        # What a worker has of a case: the shared memory, and copies on their way to the card and back.
+        return dataclasses.replace(FULL_SIZE_LIMITS, memory_bytes=FULL_SIZE_LIMITS.memory_bytes + self.subject.memory)
 
     def _space(self) -> Space:
         dims: dict[str, Any] = {"preset": self.subject.preset, **dict(self.subject.overrides)}

@@ -302,25 +302,33 @@ class PluginState:
         return [subject for subject in subjects if first[subject.name] is subject]
 
     def full_size_subjects(self, executes: bool) -> list[Subject]:
-        """Every kernel of a compiler at the model's real size: the fused loops only compile there, all others execute."""
+        """Every kernel of a compiler at the model's real size.
+
+        On a card all execute; elsewhere the fused loops only compile, and all others execute.
+        """
+        from conformance.cases.space import Space
         from conformance.contract.registry import model_named
+        from conformance.running.real_size import host_bytes
         from conformance.running.session import Subject
 
-        subjects = []
+        subjects: list[Subject] = []
         for kernel in self.kernels():
             full_size = model_named(kernel.stage.model).full_size
             usual = default_lane(kernel.toolchain)
             if full_size is None or usual.in_process:
                 continue
-            lanes = [usual] if executes else [lane for lane in lanes_of(kernel.toolchain) if not lane.executes]
-            sizes = full_size.executed if executes else full_size.compiled
-            subjects += [
-                Subject(
-                    kernel, full_size.preset, lane.name, tuple(overrides.items()), full_size.memory, self.kernel_names[kernel.id]
-                )
-                for lane in lanes
-                for overrides in sizes(kernel.stage)
-            ]
+            for lane in lanes_of(kernel.toolchain):
+                on_card = lane.takes_card(self.config.option.conformance_device_executor)
+                if lane.executes != executes or (executes and not on_card and lane is not usual):
+                    continue
+                sizes = full_size.on_card if on_card else full_size.executed if executes else full_size.compiled
+                for overrides in sizes(kernel.stage):
+                    memory = full_size.memory
+                    if on_card:
+                        memory = host_bytes(kernel.stage, Space.of(kernel.stage, {"preset": full_size.preset, **overrides}).limit)
+                    given = tuple(overrides.items())
+                    called = self.kernel_names[kernel.id]
+                    subjects.append(Subject(kernel, full_size.preset, lane.name, given, memory, called))
         return subjects
 
     def show_progress(self, planned: int) -> None:

@@ -28,6 +28,7 @@ def test_holds_what_it_declares(subject: Any, judging: Any) -> None:
 @pytest.mark.full_size
 @pytest.mark.conformance("values")
 def test_agrees_at_full_size(subject: Any, judging: Any) -> None:
+    require_lane(judging)
     require_memory(judging, subject.memory)
     judging.full_size()
 

@@ -15,7 +15,7 @@ from conformance.contract.arguments import Argument, read, update, write
 from conformance.contract.dims import Dims
 from conformance.contract.registry import FullSize, Model
 from conformance.contract.stage import Stage, Tensors
-from conformance.kernels.qwen3 import error_model, inputs, localise, reference
+from conformance.kernels.qwen3 import error_model, inputs, localise, reference, steps
 from conformance.kernels.qwen3.capabilities import CAPABILITIES
 from conformance.kernels.qwen3.config import PRESETS
 from conformance.kernels.qwen3.layout import Layout
@@ -363,6 +363,7 @@ def _layers(name: str, summary: str, arguments: tuple[Argument, ...], *drawn: st
         localise=localise.layers,
         capabilities=tuple(name for name, shown in can_show.items() if shown),
         chain=None if ends_in_logits else ("hidden_states", "out"),
+        following=steps.following if ends_in_logits and not prefill else None,
     )
 
 
@@ -441,18 +442,24 @@ def _compiled_at_full_size(stage: Stage) -> tuple[dict[str, int], ...]:
     return _FULL_DEPTHS if "chain" in stage.tags else ()
 
 
+def _on_card_at_full_size(stage: Stage) -> tuple[dict[str, int], ...]:
+    """The whole batch; every layer of a chain, on caches that PyPTO can write. One pool of pages serves all batches."""
+    sizes = {**_FULL_DEPTHS[-1]} if "chain" in stage.tags else {"B": 16, "S": 4096}
+    return ({**sizes, "NB": sizes["B"] * sizes["S"] // 128 + 8} if "paged" in stage.tags else sizes,)
+
+
 MODEL = Model(
     "qwen3",
     STAGES,
     PRESETS,
     kernel_modules=tuple(f"conformance.kernels.qwen3.{stage.name}" for stage in STAGES),
     reference_modules=tuple(
-        f"conformance.kernels.qwen3.{name}" for name in ("reference", "error_model", "inputs", "localise", "mistakes")
+        f"conformance.kernels.qwen3.{name}" for name in ("reference", "error_model", "inputs", "steps", "localise", "mistakes")
     ),
     exam_modules=("conformance.kernels.qwen3.exam",),
     random_variants="conformance.kernels.qwen3.exam.torch.catalogue:random_variant",
     suite_presets=("tiny", "narrow"),
     check_presets=("tiny", "awkward"),
     capabilities=CAPABILITIES,
-    full_size=FullSize("qwen3_14b", FULL_SIZE_BYTES, _executed_at_full_size, _compiled_at_full_size),
+    full_size=FullSize("qwen3_14b", FULL_SIZE_BYTES, _executed_at_full_size, _compiled_at_full_size, _on_card_at_full_size),
 )

@@ -206,7 +206,7 @@ def checksum(storage: torch.Tensor) -> torch.Tensor:
     columns = torch.zeros(SUMMED_COLUMNS, dtype=torch.int64, device=storage.device)
     sums = []
     # In parts: a sum may make a copy of what it sums as int64.
-    for part in words[:whole].view(-1, SUMMED_COLUMNS).split(SUMMED_ROWS):
+    for part in torch.split(words[:whole].view(-1, SUMMED_COLUMNS), SUMMED_ROWS):
         sums.append(part.sum(1, dtype=torch.int64))
         columns += part.sum(0, dtype=torch.int64)
     return torch.cat([columns, *sums, words[whole:].to(torch.int64)])
