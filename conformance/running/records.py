@@ -47,8 +47,8 @@ class Record:
     #: The preset's name, of a case that of its key, and the file the kernel is from, relative to where the run began.
     preset: str = ""
     source: str = ""
-    #: What was checked: ``example``, ``repeat``, ``permuted_rows``, ``lone_row``, ``all_passes``, ``compile``,
-    #: or ``pooled``: all cases together, of which ``case`` is the one that tells most.
+    #: What was checked: ``example``, ``repeat``, ``permuted_rows``, ``lone_row``, ``all_passes``, ``compile``, ``step``
+    #: (one that goes on from the case), or ``pooled``: all cases together, of which ``case`` is the one that tells most.
     check: str = ""
     case: str = ""
     status: str = ""  # "passed" or "failed" for a case; the lane's status otherwise
@@ -60,7 +60,7 @@ class Record:
     reason: str = ""
     #: Everything else of an event: versions, machine, options, plan, exit code; of a case that was compiled and not executed
     #: ``compile``, which is ``host compile`` without the kernels of the cores, or ``device compile``; of a case on a card which
-    #: one, compiles, and seconds by its clock.
+    #: one, compiles, and seconds by its clock, of repeats the median.
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: Seconds since the epoch.
     time: float = 0.0

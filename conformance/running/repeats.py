@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,10 +62,12 @@ def run_again(
     telling: Outcome | None = None
     verdicts: list[Verdict] = []
     seconds, compiles, done = 0.0, 0, 0
+    by_card: list[float] = []
     again = first
     for number in range(1, count + 1):
         again = run(case, "none")  # what the passes do to the same case has been seen
         seconds, compiles, done = seconds + again.seconds, compiles + again.compiles, number
+        by_card += [] if again.device_seconds is None else [again.device_seconds]
         ended = again.status == "ok"
         differs = ended and _compare(first, again, number, differences)
         if differs or not ended or _conduct(again) != _conduct(first):
@@ -81,7 +84,8 @@ def run_again(
                 new.setdefault(_told(finding), finding)
     findings = [*new.values(), *_nondeterministic(kernel, case, differences, done)]
     kept = {name: difference.tensor for name, difference in differences.items()}
-    outcome = dataclasses.replace(telling or again, seconds=seconds, compiles=compiles)
+    usual = statistics.median(by_card) if by_card else None
+    outcome = dataclasses.replace(telling or again, seconds=seconds, compiles=compiles, device_seconds=usual)
     told = verdicts[0] if verdicts else verdict
     return Repeated(dataclasses.replace(told, findings=worst_first(findings)), outcome, kept)
 
