@@ -9,27 +9,33 @@ of the process fails.
 
 ``cards``    by number the fault of a card: ``wedged``, ``hangs``, ``gone``, ``old_driver``; ``after`` so many launches
 ``kernels``  by name the fault of a kernel, with ``at``: only at these launches of it, counted from 1
+``compute``  by name what a kernel of the user's computes, ``module:function``, called with the arguments and ``dims``; a kernel
+             that is not named computes what the exam's torch kernel of its stage does
 ``compile``  ``real`` to let PyPTO compile, which takes half a second; otherwise compiling is only counted
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from conformance.contract.dims import Dims, Role
+from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 from conformance.lanes.buffers import poisoned
 from conformance.lanes.cards import Card
 from conformance.lanes.pypto.device import NpuCard
 from conformance.lanes.pypto.runtime import Runtime
+from conformance.lanes.pypto.serve import Build
 
 FOLDER = "CONFORMANCE_FAKE_CARDS"
 CARD = f"{__name__}:FakeCard"
@@ -51,6 +57,11 @@ class FakeCard(NpuCard):
         placed = super().place(storage)
         self._fake.placed.append(placed)
         return placed
+
+    def compile(self, build: Build, kept: Path) -> None:
+        """Remembered: what is launched later says nothing of its stage and little of its dimensions."""
+        self._fake.builds[id(build.jit)] = build
+        super().compile(build, kept)
 
     def driver(self) -> Any:
         """The fake one, installed."""
@@ -75,6 +86,8 @@ class FakeDriver:
         #: The programs of each kernel module, by the shapes that they take.
         self._programs: list[tuple[Any, list[tuple[int, ...]]]] = []
         self.placed: list[torch.Tensor] = []
+        self.builds: dict[int, Build] = {}
+        self._computes: dict[str, Callable[..., Any]] = {}
         self._pending = ""
         self._dead = False
 
@@ -157,10 +170,10 @@ class FakeDriver:
             placed=len(self.placed),
             readable=readable,
         )
-        self._run(name, [_bound(address, tensor) for address, tensor in zip(pointers, tensors, strict=True)], workspace)
+        bound = [_bound(address, tensor) for address, tensor in zip(pointers, tensors, strict=True)]
+        self._run(name, self.builds.get(id(jit)), bound, workspace)
 
-    def _run(self, name: str, tensors: Sequence[torch.Tensor], workspace: int) -> None:
-        *inputs, out = tensors
+    def _run(self, name: str, build: Build | None, tensors: Sequence[torch.Tensor], workspace: int) -> None:
         fault, count = self._fault(), self._launches(name)
         if fault in ("wedged", "hangs"):
             self._pending = "hang" if fault == "hangs" else "synchronize: error code is 507018"
@@ -190,15 +203,29 @@ class FakeDriver:
             (self._folder / f"wedged-{self._index}").touch()
             self._pending = "synchronize: error code is 507018"
             return
-        out.copy_(_right(name, inputs))
+        if build is None:
+            assert name == "conformance_probe"
+            a, b, out = tensors
+            out.copy_(a.float() @ b.float() + 1)
+            return
+        self._compute(name, build)(*tensors, dims=_dims_of(build, tensors))
+        out = [tensor for tensor, argument in zip(tensors, build.stage.arguments, strict=True) if argument.access != "in"][-1]
         if fault == "wrong":
-            out.view(-1)[5] += 1.0
+            out.view(-1)[5] += 1
         if fault == "overrun":
             torch.frombuffer(_memory(out.data_ptr() + out.nbytes, 40_000), dtype=out.dtype).fill_(1.0)
         if fault == "stale_workspace":
             # What a kernel does that sums up in its workspace and never cleared it.
             stale = torch.frombuffer(_memory(workspace, 16), dtype=torch.bfloat16)
             out.view(-1)[:8] += stale
+
+    def _compute(self, name: str, build: Build) -> Callable[..., Any]:
+        """What a kernel does with its arguments: it writes all that are outputs."""
+        if name not in self._computes:
+            module, _, attribute = self._script.get("compute", {}).get(name, "").partition(":")
+            own = getattr(importlib.import_module(module), attribute) if module else torch_kernel(build.stage.name)
+            self._computes[name] = own
+        return self._computes[name]
 
     def _fault(self) -> str:
         if (self._folder / f"wedged-{self._index}").exists():
@@ -232,11 +259,16 @@ def _match(known: list[tuple[int, ...]], shapes: list[tuple[int, ...]]) -> bool:
     )
 
 
-def _right(name: str, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    first, second = (tensor.float() for tensor in inputs)
-    if name == "conformance_probe":
-        return first @ second + 1
-    return first / ((first * first * (1.0 / first.shape[1])).sum(-1, keepdim=True) + 1e-6).sqrt() * second
+def _dims_of(build: Build, tensors: Sequence[torch.Tensor]) -> Dims:
+    """The dimensions of a launch: those of the build, but for the axes that one build serves at any size."""
+    found: dict[str, int] = {}
+    roles: tuple[Role, ...] = ("batch", "tokens")
+    for role in roles:
+        symbol = build.dims.symbol(role)
+        for argument, tensor in zip(build.stage.arguments, tensors, strict=True):
+            if (symbol,) in argument.axes:
+                found[role] = tensor.shape[argument.axes.index((symbol,))]
+    return build.dims.resized(**found)
 
 
 def _memory(address: int, size: int) -> Any:

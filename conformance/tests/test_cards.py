@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey
+from conformance.cases.space import Space
 from conformance.cli import main
-from conformance.contract.kernel import Kernel
+from conformance.contract.kernel import Declaration, Kernel
 from conformance.contract.loading import load_module
 from conformance.judge.judgement import judge
 from conformance.lanes import card_pool as card_pool_module
@@ -31,9 +32,10 @@ from conformance.lanes.card_pool import CardPool
 from conformance.lanes.cards import LOCK_FOLDER_VARIABLE, Card, CardLock
 from conformance.lanes.device import CARD_VARIABLE
 from conformance.lanes.device_errors import device_error
+from conformance.lanes.listing import bundled_kernels
 from conformance.lanes.process import KernelProcess, Limits
 from conformance.lanes.pypto.runtime import errors_in
-from conformance.running.check import Plans, judged_runs
+from conformance.running.check import Plans, chosen_keys, judged_runs
 from conformance.running.records import Record, read_run
 from conformance.suites import judging
 from conformance.tests.fake_card import CARD, FOLDER, events
@@ -89,7 +91,7 @@ def case_of(B: int = 3, seed: int = 7) -> Case:
 
 
 def run_cases(
-    kernel: Kernel, *cases: Case, pool: CardPool | None = None, limits: Limits = LIMITS, folder: Path | None = None
+    kernel: Declaration, *cases: Case, pool: CardPool | None = None, limits: Limits = LIMITS, folder: Path | None = None
 ) -> list[Outcome]:
     with KernelProcess(kernel, "device", pool=pool or CardPool(cards(0)), limits=limits, folder=folder) as process:
         return [process.run(case) for case in cases]
@@ -138,6 +140,16 @@ def test_one_program_serves_every_batch_where_an_axis_is_dynamic(script: Callabl
     assert [detectors(case, outcome) for case, outcome in zip(cases, outcomes, strict=True)] == [[]] * 3
     assert [outcome.compiles for outcome in outcomes] == [1, 0, 0]
     assert len(events(folder, "launch", kernel="rms_norm")) == 3
+
+
+@pytest.mark.parametrize("stage", ["qkv_proj", "kv_write", "paged_decode_fwd", "prefill_layer", "greedy_sample"])
+def test_a_fake_card_computes_every_output_of_a_bundled_kernel(script: Callable[..., Path], stage: str) -> None:
+    script()
+    (kernel,) = (one for one in bundled_kernels() if one.stage.name == stage)
+    cases = [make_case(key) for key in chosen_keys(kernel, [Space.of(kernel.stage)], "device", 2, 0, None)]
+    outcomes = run_cases(kernel, *cases)
+    assert [(outcome.status, outcome.message) for outcome in outcomes] == [("ok", "")] * 2
+    assert [detectors(case, outcome) for case, outcome in zip(cases, outcomes, strict=True)] == [[]] * 2
 
 
 def test_inputs_stay_on_the_card_while_they_are_the_same_and_nothing_else_does(script: Callable[..., Path]) -> None:
