@@ -18,6 +18,7 @@ from conformance.lanes import LANES, default_lane, lane_named, lanes_of
 if TYPE_CHECKING:
     from conformance.cases.profiles import SuiteProfile
     from conformance.contract.kernel import Declaration
+    from conformance.lanes import Lane
     from conformance.lanes.cards import CardChoice
     from conformance.running.interrupts import Interrupts
     from conformance.running.session import ExpectedFailures, RunLog, Subject
@@ -292,14 +293,20 @@ class PluginState:
         ]
 
     def declaring_subjects(self) -> list[Subject]:
-        """Every kernel that declares a capability, at the first preset: what a kernel serves does not depend on its sizes."""
+        """Every kernel that declares a capability, in its usual lane and on a card.
+
+        At the first preset: what a kernel serves does not depend on its sizes.
+        """
+        executor = self.config.option.conformance_device_executor
+
+        def shown(lane: Lane) -> bool:
+            return lane.default or lane.takes_card(executor)
+
         subjects = [
-            subject
-            for subject in self.subjects(executes=True)
-            if subject.kernel.capabilities and lane_named(subject.lane).default
+            subject for subject in self.subjects(executes=True) if subject.kernel.capabilities and shown(lane_named(subject.lane))
         ]
-        first = {subject.name: subject for subject in reversed(subjects)}
-        return [subject for subject in subjects if first[subject.name] is subject]
+        first = {(subject.name, subject.lane): subject for subject in reversed(subjects)}
+        return [subject for subject in subjects if first[subject.name, subject.lane] is subject]
 
     def full_size_subjects(self, executes: bool) -> list[Subject]:
         """Every kernel of a compiler at the model's real size.

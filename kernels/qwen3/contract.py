@@ -444,8 +444,9 @@ def _compiled_at_full_size(stage: Stage) -> tuple[dict[str, int], ...]:
 
 def _on_card_at_full_size(stage: Stage) -> tuple[dict[str, int], ...]:
     """The whole batch; every layer of a chain, on caches that PyPTO can write. One pool of pages serves all batches."""
-    sizes = {**_FULL_DEPTHS[-1]} if "chain" in stage.tags else {"B": 16, "S": 4096}
-    return ({**sizes, "NB": sizes["B"] * sizes["S"] // 128 + 8} if "paged" in stage.tags else sizes,)
+    sizes = _FULL_DEPTHS[-1] if "chain" in stage.tags else {"B": 16}
+    published = PRESETS["qwen3_14b"].replace(**sizes)
+    return ({**sizes, "NB": published.B * published.MB + 8} if "paged" in stage.tags else sizes,)
 
 
 MODEL = Model(
