@@ -64,8 +64,8 @@ class Card:
 class CardChoice:
     """The cards that a run may use, and which of them is this process's.
 
-    ``asked`` are the numbers that the user gave. Without them ``TASK_DEVICE`` names the cards, or ``TILE_FWK_DEVICE_ID``, and
-    without these every card of the machine that may be used. ``worker`` counts the processes of a run: each takes the next card,
+    ``asked`` are the numbers that the user gave. Without them ``TASK_DEVICE`` names the cards, or ``TILE_FWK_DEVICE_ID``, which
+    counts those that torch sees, and without these every card of the machine that may be used. ``worker`` counts the processes of a run: each takes the next card,
     in turn; where they are more than cards they share by the lock.
     """
 
@@ -103,10 +103,17 @@ class CardChoice:
         """The numbers that somebody named, and who; nobody is an empty text."""
         if self.asked:
             return self.asked, "--device"
-        for variable in (TASK_VARIABLE, DEVICE_VARIABLE):
-            text = machine.variable(variable)
-            if text:
-                return parse_cards(text, variable), variable
+        if task := machine.variable(TASK_VARIABLE):
+            return parse_cards(task, TASK_VARIABLE), TASK_VARIABLE
+        if text := machine.variable(DEVICE_VARIABLE):
+            # PyPTO's programs give it to torch.npu.set_device: it counts the cards that this process sees.
+            seen = {node.position: node.number for node in machine.card_nodes()}
+            positions = parse_cards(text, DEVICE_VARIABLE)
+            for position in positions:
+                if position not in seen:
+                    there = ", ".join(f"{place} (card {number})" for place, number in seen.items()) or "none"
+                    raise CardUnavailableError(f"{DEVICE_VARIABLE}={one_line(text, 60)}: there is no {position}; there are {there}")
+            return tuple(seen[position] for position in positions), DEVICE_VARIABLE
         return (), ""
 
 

@@ -72,6 +72,15 @@ DEVICE_ERRORS: dict[int, DeviceError] = {fields[0]: DeviceError(*fields) for fie
 _CODE = re.compile(r"(?<!\d)(?:107|207|507)\d{3}(?!\d)")
 #: One that the table does not have is taken for a code only where it is called one.
 _TOLD = re.compile(r"(?:error code is|ret(?:code)?\s*[:=]|failed:)\s*(507\d{3})(?!\d)", re.IGNORECASE)
+#: What torch_npu says instead of a code, or of its own memory's end: its allocator and its queue of operators name none.
+_WORDS = (
+    ("NPU out of memory", 207001),
+    ("FORCE STOP", 107022),
+    ("UCE ERROR", 507053),
+    ("HBM MULTI BIT ECC ERROR", 507054),
+    ("SUSPECT MEM ERROR", 507055),
+    ("HCCS LINK ERROR", 507056),
+)
 #: Said by the device's log where driver and CANN are of versions that do not fit (PyPTO's FAQ), and by PyPTO and CANN of an old
 #: driver. The code that comes with it is 507018.
 _OTHER_VERSION = re.compile(
@@ -95,6 +104,7 @@ def device_error(texts: Sequence[str]) -> DeviceError | None:
     have counts as one of the runtime (``process``).
     """
     found = [int(code) for text in texts for code in _CODE.findall(text)]
+    found += [code for text in texts for words, code in _WORDS if words in text]
     errors = [DEVICE_ERRORS[code] for code in found if code in DEVICE_ERRORS]
     causes = [error for error in errors if error.blame != "process"]
     if causes or errors:

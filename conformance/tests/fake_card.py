@@ -198,7 +198,7 @@ class FakeDriver:
         if fault == "sticky":
             self._fail("synchronize: error code is 507899")
         if fault == "out_of_memory":
-            self._fail("NPU out of memory: error code is 207001")
+            self._fail("NPU out of memory. Tried to allocate 2.00 GiB (NPU 0; 60.97 GiB total capacity)[ERROR] ERR00006")
         if fault == "wedges":
             (self._folder / f"wedged-{self._index}").touch()
             self._pending = "synchronize: error code is 507018"

@@ -66,6 +66,15 @@ def test_a_card_is_named_by_its_node_and_used_by_its_place(fake: FakeMachine) ->
         CardChoice((0,)).card(fake.machine)
 
 
+def test_pyptos_variable_counts_the_cards_that_torch_sees(tmp_path: Path) -> None:
+    fake = FakeMachine(tmp_path, cards=4)
+    fake.environment |= {"ASCEND_RT_VISIBLE_DEVICES": "2,3", "TILE_FWK_DEVICE_ID": "1"}
+    assert CardChoice(wait_seconds=7).cards(fake.machine) == (Card(3, 1, 7),)
+    fake.environment["TILE_FWK_DEVICE_ID"] = "2"
+    with pytest.raises(CardUnavailableError, match=r"^TILE_FWK_DEVICE_ID=2: there is no 2; there are 0 \(card 2\), 1 \(card 3\)$"):
+        CardChoice().cards(fake.machine)
+
+
 def test_a_card_that_is_not_there_is_one_line(fake: FakeMachine) -> None:
     with pytest.raises(CardUnavailableError) as raised:
         CardChoice((0, 7)).cards(fake.machine)

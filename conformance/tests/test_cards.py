@@ -31,7 +31,7 @@ from conformance.lanes.buffers import GUARD_BYTES
 from conformance.lanes.card_pool import CardPool
 from conformance.lanes.cards import LOCK_FOLDER_VARIABLE, Card, CardLock
 from conformance.lanes.device import CARD_VARIABLE
-from conformance.lanes.device_errors import device_error
+from conformance.lanes.device_errors import device_error, of_another_version
 from conformance.lanes.listing import bundled_kernels
 from conformance.lanes.process import KernelProcess, Limits
 from conformance.lanes.pypto.runtime import errors_in
@@ -291,7 +291,8 @@ def test_a_card_that_stays_busy_is_unavailable(script: Callable[..., Path]) -> N
         (["error code is 507899"], 507899, "process"),
         (["launch aicore failed: 507777"], 507777, "process"),
         (["argument x: expected shape [507777, 16]"], None, None),
-        (["NPU out of memory. 207001"], 207001, "machine"),
+        (["NPU out of memory. Tried to allocate 2.00 GiB (NPU 0; 60.97 GiB total capacity)[ERROR] ERR00006"], 207001, "machine"),
+        (["current working operator name is aclnnCopy: HBM MULTI BIT ECC ERROR"], 507054, "card"),
         (["error code is 507054"], 507054, "card"),
         (["the launch number 1507015 of 5070150", "Expected 3 tensors"], None, None),
     ],
@@ -311,6 +312,18 @@ def test_lines_of_cann_and_of_pypto_are_read_from_the_logs(tmp_path: Path) -> No
         "[INFO] PYPTO(12,python):2025-12-22 19:40:03.123 [pass.cpp:7][Run] no error\n"
     )
     assert errors_in(tmp_path, datetime.datetime(2025, 12, 22, 19, 40, 2)) == ["of CANN", "of PyPTO"]
+
+
+@pytest.mark.parametrize(
+    ("text", "mismatch"),
+    [
+        # What PyPTO of CANN 9.1 says before a launch, and what is no word on the driver.
+        ("Ascend driver package version 25.2.0 is not supported for onboard (need >= 25.5).", True),
+        ("argument x: version 25.2.0 is not supported", False),
+    ],
+)
+def test_a_driver_that_is_too_old_for_pypto_is_told(text: str, mismatch: bool) -> None:
+    assert (of_another_version(["INFO: driver found", text]) == text) is mismatch
 
 
 def test_check_keeps_evidence_of_what_a_card_reported(

@@ -56,6 +56,7 @@ def remove(fake: FakeMachine, *paths: str) -> None:
         (lambda fake: fake.environment.update(ASCEND_HOME_PATH="/nowhere"), "ASCEND_HOME_PATH is /nowhere, which is no folder"),
         (lambda fake: fake.cann_says("8.0.RC3"), "CANN 8.0.RC3 in"),
         (lambda fake: remove(fake, "cann/bin/bisheng"), "bisheng not found on PATH"),
+        (lambda fake: remove(fake, "cann/toolkit/toolchain/hcc"), "hcc not found: "),
         (lambda fake: remove(fake, "cann/include/pto"), "pto-isa not found: ASCEND_HOME_PATH has no"),
         (
             lambda fake: fake.environment.update(PTO_TILE_LIB_CODE_PATH="/nowhere"),
@@ -123,6 +124,9 @@ def test_the_visible_cards_are_counted_as_torch_counts_them(fake: FakeMachine) -
     # CANN reads the list up to what is no number.
     fake.environment["ASCEND_RT_VISIBLE_DEVICES"] = "1,3, 2"
     assert [(node.number, node.position) for node in fake.machine.card_nodes()] == [(1, 0), (3, 1)]
+    for text, numbers in (("1,3x", [1, 3]), ("3,1", []), ("1,1", []), ("1,9,2", [1]), ("", []), ("-1", [])):
+        fake.environment["ASCEND_RT_VISIBLE_DEVICES"] = text
+        assert [node.number for node in fake.machine.card_nodes()] == numbers, text
 
 
 def test_the_tables_of_npu_smi_are_read_on_both_kinds_of_cards() -> None:

@@ -30,6 +30,13 @@ class JitCallableWrapper:
         self._cached_non_tensor_defaults: dict = {}
 
     @staticmethod
+    def alloc(size):
+        pass
+
+    def compile(self, tensors, tensor_defs=None):
+        pass
+
+    @staticmethod
     def _setup_verify_data(tensors):
         pass
 
@@ -102,6 +109,13 @@ def test_a_version_that_moved_what_every_lane_uses_is_named_with_it(tmp_path: Pa
     for lane in ("compile_only", "device"):
         with pytest.raises(ToolchainUnavailableError, match=rf"pypto 0\.4\.0 lacks what the {lane} lane uses .*_host_options"):
             found.require(lane)
+
+
+def test_a_version_that_asks_for_no_workspace_cannot_be_stopped_before_a_launch(tmp_path: Path) -> None:
+    found = package(tmp_path, ENTRY.replace("def alloc", "def allocate"), "0.4.0")
+    assert found.require("compile_only") == tmp_path
+    with pytest.raises(ToolchainUnavailableError, match=r"device lane uses .*JitCallableWrapper\.alloc"):
+        found.require("device")
 
 
 def test_a_package_whose_text_cannot_be_read_serves_no_lane(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ _EVERYWHERE = (
     ),
 )
 #: What a lane uses besides: a simulated call ends in the cost model unless that method is replaced, and the interpreter is
-#: handed its arguments by another, with a calculator that was built before.
+#: handed its arguments by another, with a calculator that was built before; on a card a compile ends where its launch would ask
+#: for a workspace.
 _BESIDES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "compile_only": ((_ENTRY, f"{_JIT}._run_with_cpu"),),
     "interpret": (
@@ -44,7 +45,7 @@ _BESIDES: Mapping[str, tuple[tuple[str, str], ...]] = {
         (_ENTRY, "_pto_to_tensor_data"),
         ("_utils.py", "BuildOnlineManager"),
     ),
-    "device": (),
+    "device": ((_ENTRY, f"{_JIT}.alloc"), (_ENTRY, f"{_JIT}.compile")),
 }
 
 

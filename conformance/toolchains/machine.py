@@ -131,10 +131,15 @@ class Machine:
 
 
 def _places(text: str, count: int) -> list[int]:
-    """The positions in a list of devices. CANN reads it up to the first that is none."""
+    """The positions in a list of devices. CANN reads it up to the first that is none; of a list that does not rise it takes none."""
     places: list[int] = []
-    for item in text.split(","):
-        if not re.fullmatch(r"\d{1,4}", item) or int(item) >= count:
+    read = re.match(r"[0-9,]*", text)
+    for item in (read[0] if read else "").split(","):
+        if not item:
+            break
+        if places and int(item) <= places[-1]:
+            return []
+        if int(item) >= count:
             break
         places.append(int(item))
     return places

@@ -85,7 +85,7 @@ def device_index() -> int:
 def find_npu(machine: Machine | None = None) -> NpuStatus:
     """Look for CANN, its device compiler, the driver, cards and torch_npu; only if all are there, import it in a subprocess."""
     machine = machine or this_machine()
-    lines = [*compiler_lines(machine), _driver(machine), _cards(machine), _torch_npu(machine)]
+    lines = [*compiler_lines(machine), _hcc(machine), _driver(machine), _cards(machine), _torch_npu(machine)]
     if all(line.ok for line in lines):
         lines[-1] = _imported(machine, lines[-1])
     told = [line for line in (_firmware(machine), _memory(machine)) if line is not None]
@@ -156,6 +156,14 @@ def _pto_isa(machine: Machine) -> DoctorLine:
         return DoctorLine("pto-isa", True, str(headers))
     advice = "set PTO_TILE_LIB_CODE_PATH to a copy of pto-isa, or use a CANN that has it"
     return DoctorLine("pto-isa", False, f"not found: {variable} has no {headers}", advice)
+
+
+def _hcc(machine: Machine) -> DoctorLine:
+    """The compiler of the AICPU: without it PyPTO warns, and puts a trap in the place of a kernel's control flow."""
+    path = Path(machine.variable("ASCEND_HOME_PATH") or "/") / "toolkit/toolchain/hcc/bin/aarch64-target-linux-gnu-g++"
+    if path.exists():
+        return DoctorLine("hcc", True, str(path))
+    return DoctorLine("hcc", False, f"not found: {path}", "the compiler of the AICPU, which CANN's toolkit has")
 
 
 def _driver(machine: Machine) -> DoctorLine:
