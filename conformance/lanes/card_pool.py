@@ -29,9 +29,13 @@ class CardPool:
     proven: set[int] = dataclasses.field(default_factory=set)
     #: By kernel, the cards that could not be used after it had run there, each with the reason.
     lost: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
+    #: Why none can be used, whichever it is.
+    unusable: str = ""
 
     def choose(self) -> Card:
         """The first card that is left; raises ``NoCardError`` with every card's reason."""
+        if self.unusable:
+            raise NoCardError(self.unusable)
         for card in self.cards:
             if card.number not in self.quarantined:
                 return card

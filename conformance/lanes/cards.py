@@ -65,8 +65,8 @@ class CardChoice:
     """The cards that a run may use, and which of them is this process's.
 
     ``asked`` are the numbers that the user gave. Without them ``TASK_DEVICE`` names the cards, or ``TILE_FWK_DEVICE_ID``, which
-    counts those that torch sees, and without these every card of the machine that may be used. ``worker`` counts the processes of a run: each takes the next card,
-    in turn; where they are more than cards they share by the lock.
+    counts those that torch sees, and without these every card of the machine that may be used. ``worker`` counts the processes of
+    a run: each takes the next card, in turn; where they are more than cards they share by the lock.
     """
 
     asked: tuple[int, ...] = ()
@@ -112,7 +112,7 @@ class CardChoice:
             for position in positions:
                 if position not in seen:
                     there = ", ".join(f"{place} (card {number})" for place, number in seen.items()) or "none"
-                    raise CardUnavailableError(f"{DEVICE_VARIABLE}={one_line(text, 60)}: there is no {position}; there are {there}")
+                    raise CardUnavailableError(f"{DEVICE_VARIABLE}: there is no {position}; there are {there}")
             return tuple(seen[position] for position in positions), DEVICE_VARIABLE
         return (), ""
 

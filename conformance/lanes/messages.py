@@ -82,7 +82,7 @@ class Probe(Message):
 
     lane: str
     device_executor: str
-    card: Card
+    card: Card | None = None
 
 
 class ListKernels(Message):

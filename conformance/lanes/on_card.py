@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from conformance.lanes.base import Outcome
 from conformance.lanes.card_pool import CardPool, NoCardError
 from conformance.lanes.cards import Card
+from conformance.lanes.device_compiler import CompilerUnavailableError
 from conformance.lanes.device_errors import known_error
 from conformance.toolchains.detection import ToolchainUnavailableError
 
@@ -23,7 +24,7 @@ class CardRuns:
     """Decides for one kernel where its cases run, and what comes of a failure.
 
     ``pool()`` gives the cards. ``begin(card)`` lets the kernel's process be started for a card; ``probe(card)`` says why the card
-    cannot be used, or an empty string.
+    cannot be used, or an empty string, and raises ``CompilerUnavailableError`` where it is not for the card that it cannot.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class CardRuns:
         """The outcome of a case. ``compiled`` needs no card for itself; ``launched`` is called while it is held."""
         case = _Case(compiled, launched)
         outcome: Outcome | None = None
+        pool: CardPool | None = None
         try:
             pool = self._find_pool()
             # Cards that were unusable after this kernel had run there.
@@ -48,6 +50,8 @@ class CardRuns:
             while outcome is None:
                 outcome = self._once(pool, case, lost)
         except (NoCardError, ToolchainUnavailableError) as error:
+            if pool is not None and isinstance(error, CompilerUnavailableError):
+                pool.unusable = str(error)
             outcome = Outcome("unavailable", message=str(error))
         outcome.compiles = case.compiles
         if outcome.status == "ok":

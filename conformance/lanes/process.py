@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 import weakref
@@ -18,7 +19,8 @@ from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import case_bytes, contents, fill, lay_out, places
 from conformance.lanes.card_pool import CardPool, card_pool
 from conformance.lanes.cards import Card, CardChoice
-from conformance.lanes.device import DEVICE_EXECUTORS
+from conformance.lanes.device import DEVICE_EXECUTORS, NPU
+from conformance.lanes.device_compiler import CompilerUnavailableError, compiler_failure, no_kernel_compiles
 from conformance.lanes.listing import ListedKernel
 from conformance.lanes.messages import Compile, OpenLane, Passes, Probe, Result, Run, outcome_of
 from conformance.lanes.on_card import CardRuns
@@ -145,7 +147,22 @@ class KernelProcess:
         """Compile the kernel for these dimensions; no input is needed and nothing is executed."""
         if self._lane.executes:
             raise UsageError(f"the {self.lane} lane runs cases: use run(case)")
-        return self._ask(lambda: Run(dims.sizes, "none"), self.limits.seconds, "the run")
+        outcome = self._ask(lambda: Run(dims.sizes, "none"), self.limits.seconds, "the run")
+        if self._says_compiler(outcome):
+            problem = compiler_problem(self.lane, self.limits)
+            if problem:
+                self._unavailable = problem
+                return Outcome("unavailable", message=problem)
+        return outcome
+
+    def _says_compiler(self, outcome: Outcome) -> bool:
+        """Whether it was the device's compiler that failed; the outcome then says what that printed."""
+        if outcome.status not in ("raised", "crashed"):
+            return False
+        said = compiler_failure([*self._worker.printed(), outcome.message])
+        if said and said not in outcome.message:
+            outcome.message = f"the device's compiler failed: {said}; {outcome.message}"
+        return bool(said)
 
     def _unchanged(self, case: Case) -> tuple[str, ...]:
         """The inputs that are the very tensors of the run before, which nobody has changed since."""
@@ -178,25 +195,19 @@ class KernelProcess:
         outcome = self._ask(lambda: Compile(dims.sizes), self.limits.compile_seconds, "compiling")
         if outcome.status == "ok":
             self._compiled.add(build)
+        self._says_compiler(outcome)
         return outcome
 
     def _probe(self, card: Card) -> str:
-        """Why a card cannot be used, in a worker of its own; an empty string if it is well."""
-        seconds = self.limits.probe_seconds
+        """Why a card cannot be used; an empty string if it is well. Raises ``CompilerUnavailableError`` where no card can."""
         folder = None if self._folder is None else self._folder / "probe"
-        worker = WorkerProcess(limits=self.limits, folder=folder)
+        asked = Probe(self.lane, self._device_executor, card)
         try:
-            worker.start(self._lane.preloads(self._device_executor))
-            answer = worker.ask(Probe(self.lane, self._device_executor, card), seconds, "the probe")
-            return "" if isinstance(answer, Result) and answer.status == "ok" else one_line(getattr(answer, "message", "?"), 500)
-        except WorkerError as failure:
-            return one_line(failure.outcome.message, 500)
-        except UnknownEndError:
-            return "the probe's process ended, and nobody knows how"
+            return _probed(asked, self.limits, self.limits.probe_seconds, folder)
+        except CompilerUnavailableError:
+            raise
         except ToolchainUnavailableError as error:
             return one_line(error, 500)
-        finally:
-            worker.close()
 
     def close(self) -> None:
         """End the worker and remove its temporary files; closing twice is harmless, and a later run starts anew."""
@@ -267,6 +278,46 @@ class KernelProcess:
         except UsageError:
             self._worker.stop()
             raise
+
+
+def _probed(asked: Probe, limits: Limits, seconds: float, folder: Path | None) -> str:
+    """What goes wrong when a kernel that is known to be right is asked for, in a process of its own; empty if nothing does.
+
+    Raises ``CompilerUnavailableError`` where it is the device's compiler, and ``ToolchainUnavailableError``.
+    """
+    worker = WorkerProcess(limits=limits, folder=folder)
+    try:
+        worker.start(lane_named(asked.lane).preloads(asked.device_executor))
+        answer = worker.ask(asked, seconds, "the probe")
+        if isinstance(answer, Result) and answer.status == "ok":
+            return ""
+        reason = str(getattr(answer, "message", "?"))
+    except WorkerError as failure:
+        reason = failure.outcome.message
+    except UnknownEndError:
+        reason = "the probe's process ended, and nobody knows how"
+    finally:
+        printed = worker.printed()
+        worker.close()
+    said = compiler_failure([*printed, reason])
+    if said:
+        raise CompilerUnavailableError(no_kernel_compiles(said))
+    return one_line(reason, 500)
+
+
+def compiler_problem(lane: str, limits: Limits) -> str:
+    """Why the device's compiler compiles nothing for a lane without a card; empty if it does."""
+    return _compiler_problem(lane, limits, tuple(sorted(os.environ.items())))
+
+
+@functools.lru_cache(maxsize=4)
+def _compiler_problem(lane: str, limits: Limits, environment: tuple[tuple[str, str], ...]) -> str:
+    """Tried once in a process and environment: what a machine lacks it lacks for every kernel."""
+    try:
+        _probed(Probe(lane, NPU), limits, limits.compile_seconds, None)
+    except ToolchainUnavailableError as error:
+        return str(error)
+    return ""
 
 
 #: What a worker may say of a run; that it crashed, timed out or is unavailable is for its owner to say.

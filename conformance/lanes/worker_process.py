@@ -239,6 +239,10 @@ class WorkerProcess:
             raise UsageError(one_line(answer.message, MOST_TEXT))
         return answer
 
+    def printed(self) -> list[str]:
+        """The end of what the worker that ran last printed: its errors, then its output."""
+        return [] if self._folder is None else [_tail(self._folder / name) for name in ("stderr.log", "stdout.log")]
+
     def _answer_nobody_asked_for(self) -> None:
         assert self._channel is not None
         assert self._process is not None

@@ -12,11 +12,13 @@ of the process fails.
 ``compute``  by name what a kernel of the user's computes, ``module:function``, called with the arguments and ``dims``; a kernel
              that is not named computes what the exam's torch kernel of its stage does
 ``compile``  ``real`` to let PyPTO compile, which takes half a second; otherwise compiling is only counted
+``compiler`` how the device's compiler fails: ``exits`` as in PyPTO 0.2.0, ``silent`` as in later ones; ``kernels`` if not for all
 """
 
 from __future__ import annotations
 
 import ctypes
+import datetime
 import importlib
 import json
 import os
@@ -42,6 +44,7 @@ CARD = f"{__name__}:FakeCard"
 #: Bytes of a launch's workspace.
 WORKSPACE = 1 << 12
 OTHER_VERSION = "Get KFC DynTileFwkKernelServer api success, but func is nullptr: (null)"
+COMPILER_ERROR = "pto_instr.hpp:12:5: error: use of undeclared identifier 'copy_gm_to_ubuf_align_v2'"
 AICORE = "there is an aivec error exception, core id is 12, errorStr: The DDR address of the MTE instruction is out of range"
 
 
@@ -153,6 +156,8 @@ class FakeDriver:
                 jit._host_options = asked
             else:
                 self._runtime.compiles += 1
+            if self._compiler_fails(name):
+                return
             takes = [_wildcards(definition, shape) for definition, shape in zip(definitions, shapes, strict=True)]
             self._programs.append((jit.kmodule, takes))
         workspace = jit.alloc(WORKSPACE)
@@ -172,6 +177,24 @@ class FakeDriver:
         )
         bound = [_bound(address, tensor) for address, tensor in zip(pointers, tensors, strict=True)]
         self._run(name, self.builds.get(id(jit)), bound, workspace)
+
+    def _compiler_fails(self, name: str) -> bool:
+        """Whether it does as in later versions: the failure is logged, and no program is there to launch."""
+        fails = self._script.get("compiler", {})
+        if name not in fails.get("kernels", [name]) or not fails:
+            return False
+        print(COMPILER_ERROR, file=sys.stderr, flush=True)
+        if fails["how"] == "exits":
+            print("Caught exception: 'Errcode: F0F619!\nParallel compilation failed with return code: 512, func", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+        os.environ["ASCEND_HOME_PATH"] = str(self._folder)
+        log = Path(os.environ["ASCEND_PROCESS_LOG_PATH"]) / "debug" / "plog" / f"pypto-log-{os.getpid()}_20261129000216513.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        now = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}.513"
+        failed = "[codegen_npu.cpp:638][CODEGEN]:ErrCode: F63001! kernel compilation failed, ret = 512"
+        log.write_text(f"[ERROR] PYPTO({os.getpid()}):{now} {failed}\ncompile cmd is:\n make -j8\n")
+        return True
 
     def _run(self, name: str, build: Build | None, tensors: Sequence[torch.Tensor], workspace: int) -> None:
         fault, count = self._fault(), self._launches(name)

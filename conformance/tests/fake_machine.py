@@ -79,7 +79,8 @@ class FakeMachine:
         self.write(self.root / "usr/local/Ascend/firmware/version.info", "Version=7.8.0.5.216\n")
         self.cann_says("9.1.0")
         self.write(self.cann / "include" / "pto" / "pto-inst.hpp")
-        self.write(self.cann / "toolkit/toolchain/hcc/bin/aarch64-target-linux-gnu-g++")
+        self.hcc = self.cann / "toolkit/toolchain/hcc/bin/aarch64-target-linux-gnu-g++"
+        self.write(self.hcc)
         self.program("bisheng", "exit 1")
         self.torch_npu(torch_npu_of(cards))
         self.write(self.packages / "torch_npu-2.7.1.dist-info" / "METADATA", "Name: torch_npu\nVersion: 2.7.1\n")

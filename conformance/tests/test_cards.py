@@ -38,7 +38,7 @@ from conformance.lanes.pypto.runtime import errors_in
 from conformance.running.check import Plans, chosen_keys, judged_runs
 from conformance.running.records import Record, read_run
 from conformance.suites import judging
-from conformance.tests.fake_card import CARD, FOLDER, events
+from conformance.tests.fake_card import CARD, COMPILER_ERROR, FOLDER, events
 from conformance.tests.kernels_under_test.on_fake_cards import NAMES
 from conformance.tests.test_plugin import run_pytest
 from conformance.toolchains import detect
@@ -270,6 +270,32 @@ def test_a_kernel_after_which_two_cards_are_wedged_gets_no_third(script: Callabl
     assert events(folder, "launch", kernel="k00", card=2) == []
     (other,) = run_cases(named("k01"), case_of(), pool=pool)
     assert (other.status, other.card) == ("ok", 2)
+
+
+@pytest.mark.parametrize("how", ["exits", "silent"])
+def test_where_the_compiler_compiles_nothing_no_card_and_no_kernel_is_blamed(script: Callable[..., Path], how: str) -> None:
+    folder = script(compiler={"how": how})
+    pool = CardPool(cards(0, 1))
+    told = f"this machine's device compiler fails also for a kernel that is known to be right: {COMPILER_ERROR}"
+    with KernelProcess(named(), "device", pool=pool, limits=LIMITS) as process:
+        for _ in range(2):
+            outcome = process.run(case_of())
+            assert (outcome.status, outcome.message) == ("unavailable", told)
+    assert pool.quarantined == {}
+    assert [event["card"] for event in events(folder, "compile")] == [0]
+
+
+@pytest.mark.parametrize(("how", "status"), [("exits", "crashed"), ("silent", "raised")])
+def test_what_the_compiler_refuses_of_one_kernel_is_the_kernels(script: Callable[..., Path], how: str, status: str) -> None:
+    folder = script(compiler={"how": how, "kernels": ["k00"]})
+    pool = CardPool(cards(0))
+    (refused,) = run_cases(named(), case_of(), pool=pool)
+    assert refused.status == status
+    assert COMPILER_ERROR in " ".join(refused.message.split())
+    (other,) = run_cases(named("k01"), case_of(), pool=pool)
+    assert other.status == "ok"
+    assert pool.quarantined == {}
+    assert events(folder, "launch", kernel="k00") == []
 
 
 def test_a_card_that_stays_busy_is_unavailable(script: Callable[..., Path]) -> None:

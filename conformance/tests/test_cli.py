@@ -299,6 +299,8 @@ def test_a_host_compile_and_a_device_compile_are_two_verdicts(tmp_path: Path, mo
     fake = FakeMachine(tmp_path / "machine")
     # What the device's compiler is asked for is the file behind -o.
     fake.program("bisheng", 'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done')
+    # Without one PyPTO compiles a kernel's control flow for the host alone.
+    fake.hcc.unlink()
     (tmp_path / "mine.py").write_text(COMPILED)
     monkeypatch.setenv("PATH", fake.environment["PATH"])
     for name, told in (("host", "host compile"), ("device", "device compile")):
@@ -314,6 +316,52 @@ def test_a_host_compile_and_a_device_compile_are_two_verdicts(tmp_path: Path, mo
         assert [row.remark for row in summarise(log).rows] == [f", {told}"]
         for page in ("report.html", "summary.md", "junit.xml"):
             assert told in (tmp_path / name / page).read_text()
+
+
+#: In every process of a run: PyPTO is loaded without the CANN that is not here, and finds it when it compiles.
+LATE_CANN = """
+import os
+import sys
+
+
+class Late:
+    def find_spec(self, name, path=None, target=None):
+        if name == "conformance.lanes.pypto.unwritten":
+            os.environ["ASCEND_HOME_PATH"] = os.environ["LATER"]
+
+
+sys.meta_path.insert(0, Late())
+"""
+#: PyPTO names the sources of a kernel's parts by its loops: that of the probe is known.
+REFUSES = """
+while [ $# -gt 0 ]; do
+  [ "$1" = -o ] && : > "$2"
+  case "$1" in TENSOR_tile*|*/TENSOR_tile*) {probe};; *TENSOR_*.cpp) {kernel};; esac
+  shift
+done
+"""
+FAILS = "echo \"pto.hpp:7:1: error: no member named 'TLOAD'\" >&2; exit 1"
+
+
+@pytest.mark.skipif(not detect().supported, reason=detect().message)
+@pytest.mark.parametrize(("probe", "code", "said"), [(FAILS, 3, "device compiler fails also for a"), (":", 1, "crashed, 1 case")])
+def test_a_kernel_is_blamed_for_what_the_compiler_says_of_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe: str, code: int, said: str
+) -> None:
+    fake = FakeMachine(tmp_path / "machine")
+    fake.program("bisheng", REFUSES.format(probe=probe, kernel=FAILS))
+    fake.hcc.unlink()
+    (tmp_path / "mine.py").write_text(COMPILED)
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "sitecustomize.py").write_text(LATE_CANN)
+    monkeypatch.setenv("PATH", fake.environment["PATH"])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "late"), prepend=":")
+    monkeypatch.setenv("LATER", str(fake.cann))
+    done = run_command(tmp_path, "check", "rms_norm", "mine.py:mine", "--lane", "compile_only", "--dims", "tiny")
+    printed = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == code, printed
+    assert said in printed
+    assert "pto.hpp:7:1: error: no member named 'TLOAD'" in printed
 
 
 @pytest.mark.skipif(not detect().supported, reason=detect().message)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,45 @@ def test_what_differs_is_said(tmp_path: Path) -> None:
     assert (found.new_ir, found.checks_attributes, found.checks_contiguity, found.builds_on_import) == (True, False, True, True)
     assert len(found.remarks) == 5
     assert found.remarks[0].startswith("interpret lacks")
+
+
+#: What later versions do: refuse a kernel that names no mode where CANN is and no card, and read only once where to write.
+LATER = """
+import os
+import sys
+from pathlib import Path
+from pypto.frontend.parser import entry
+from conformance.lanes.pypto.probe import build, probe_arguments
+from conformance.lanes.pypto.runtime import Runtime
+
+
+def refuse(jit):
+    if jit._runtime_options.get("run_mode") is None:
+        raise RuntimeError("NPU is not available.")
+
+
+entry.JitCallableWrapper._set_run_mode = refuse
+folder = Path(sys.argv[1])
+os.environ["ASCEND_PROCESS_LOG_PATH"] = str(folder / "plog")
+runtime = Runtime(folder, folder / "scratch", None)
+kernel, read_once = build(runtime.pypto), os.environ["TILE_FWK_OUTPUT_DIR"]
+for _ in range(2):
+    with runtime.output_folder(1) as written:
+        os.environ["TILE_FWK_OUTPUT_DIR"] = read_once
+        runtime.call(kernel, probe_arguments(), stage="EXECUTE_GRAPH")
+        assert len(list(written.glob("output/output_*"))) == 1
+with runtime.kept_folder(folder / "builds" / "one"):
+    os.environ["TILE_FWK_OUTPUT_DIR"] = read_once
+    runtime.call(kernel, probe_arguments(), stage="EXECUTE_GRAPH")
+"""
+
+
+@pytest.mark.skipif(not detect().supported, reason=detect().message)
+def test_a_version_that_needs_a_card_to_build_and_reads_once_where_to_write_compiles(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LATER, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "builds" / "one" / "output").glob("output_*"))) == 1
+    assert list((tmp_path / "scratch").glob("run-*")) == []
 
 
 def test_a_version_that_moved_what_every_lane_uses_is_named_with_it(tmp_path: Path) -> None:

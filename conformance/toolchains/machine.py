@@ -131,7 +131,7 @@ class Machine:
 
 
 def _places(text: str, count: int) -> list[int]:
-    """The positions in a list of devices. CANN reads it up to the first that is none; of a list that does not rise it takes none."""
+    """The positions in a list of devices. CANN reads it up to the first that is none; one that does not rise shows no card."""
     places: list[int] = []
     read = re.match(r"[0-9,]*", text)
     for item in (read[0] if read else "").split(","):

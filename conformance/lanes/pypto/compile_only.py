@@ -15,7 +15,8 @@ from conformance.contract.stage import Stage
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import Guarded
 from conformance.lanes.messages import Passes, RunRequest
-from conformance.lanes.pypto.runtime import Runtime
+from conformance.lanes.pypto.probe import build, probe_arguments
+from conformance.lanes.pypto.runtime import Runtime, clean
 from conformance.lanes.pypto.serve import Build, serve
 from conformance.lanes.pypto.unwritten import look_at_graph
 from conformance.lanes.worker import Start
@@ -31,6 +32,18 @@ def open_lane(kernel: Kernel, start: Start) -> RunRequest:
         return compile_only(build.runtime, build.jit, build.stage, build.dims)
 
     return serve(kernel, start, run)
+
+
+def probe(start: Start) -> Outcome:
+    """Whether the compiler works: it compiles a kernel that is known to be right."""
+    runtime = Runtime(start.folder, start.scratch, None)
+    try:
+        arguments, kernel = probe_arguments(), build(runtime.pypto)
+        with runtime.output_folder(sum(argument.nbytes for argument in arguments)):
+            runtime.call(kernel, arguments, stage=LAST_STAGE)
+    except Exception as error:
+        return Outcome("raised", message=clean(error))
+    return Outcome("ok")
 
 
 def compile_only(runtime: Runtime, jit: Any, stage: Stage, dims: Dims) -> Outcome:

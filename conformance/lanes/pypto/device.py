@@ -31,7 +31,7 @@ from conformance.lanes.device_errors import device_error, exception_lines, of_an
 from conformance.lanes.messages import CompilingRun, Passes, RunRequest
 from conformance.lanes.pypto.interpret import expected_nothing, read_results
 from conformance.lanes.pypto.probe import probe_card
-from conformance.lanes.pypto.runtime import Runtime, clean
+from conformance.lanes.pypto.runtime import Runtime, clean, tail_of
 from conformance.lanes.pypto.serve import Build, Server, serve
 from conformance.lanes.worker import Start
 from conformance.toolchains.detection import ToolchainUnavailableError
@@ -344,11 +344,4 @@ def told_by_card(runtime: Runtime, folder: Path, work: Callable[[], Outcome]) ->
 
 def printed_by_driver(folder: Path) -> list[str]:
     """The last lines that were printed in this process, which has CANN's messages among them."""
-    try:
-        with (folder / "stdout.log").open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - (16 << 10)))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
-            return [line for line in lines if "retcode" in line or "ERROR" in line]
-    except OSError:
-        return []
+    return [line for line in tail_of(folder / "stdout.log") if "retcode" in line or "ERROR" in line]

@@ -39,11 +39,16 @@ def build(pypto: Any) -> Any:
     return conformance_probe
 
 
-def probe_card(card: "Device", pypto: Any) -> Outcome:
-    """Run the probe: an outcome that is not ``"ok"`` says what is wrong with the card."""
+def probe_arguments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``a``, ``b`` and ``out``, which nothing has been written to."""
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-1, 2, (rows, COLUMNS), generator=draw).to(torch.bfloat16) for rows in (TILES * ROWS, COLUMNS))
-    out = torch.full((TILES * ROWS, COLUMNS), torch.nan)
+    return a, b, torch.full((TILES * ROWS, COLUMNS), torch.nan)
+
+
+def probe_card(card: "Device", pypto: Any) -> Outcome:
+    """Run the probe: an outcome that is not ``"ok"`` says what is wrong with the card."""
+    a, b, out = probe_arguments()
     placed = [card.place(tensor.flatten()).view(tensor.shape) for tensor in (a, b, out)]
     card.launch(build(pypto), placed)
     found = card.read_back(placed[2])

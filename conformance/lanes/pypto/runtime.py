@@ -34,6 +34,7 @@ from conformance.contract.dims import Dims
 from conformance.contract.kernel import Kernel
 from conformance.errors import UsageError
 from conformance.lanes.card_files import MOST_BUILDS
+from conformance.lanes.device_compiler import compiler_failure
 from conformance.outside import told
 from conformance.toolchains.detection import ToolchainUnavailableError, detect
 from conformance.toolchains.dumps import fewer_dumps
@@ -60,7 +61,7 @@ class Runtime:
         toolchain.require("compile_only" if calculator is None else "interpret")
         self._folder = folder
         self._scratch = scratch
-        os.environ["TILE_FWK_OUTPUT_DIR"] = str(folder)
+        self._write_to(folder)
         if "pypto" not in sys.modules:
             prepare(folder)
         self._logs = Path(os.environ[_LOGS])
@@ -83,6 +84,7 @@ class Runtime:
         self._golden: Any = _pto_verify_datas
         self._wrapper: Any = entry.JitCallableWrapper
         self._wrapper._run_with_cpu = lambda jit, inputs, outputs: None
+        self._build_without_card()
         #: ``capabilities.checks_attributes``: elsewhere that option dumps data of the device.
         self._checks = toolchain.capabilities is not None and toolchain.capabilities.checks_attributes
         #: Whether it is the version whose intermediate files are known.
@@ -112,6 +114,18 @@ class Runtime:
             compile_kernel(jit, *arguments, **keywords)
 
         self._wrapper.compile = count_and_compile
+
+    def _build_without_card(self) -> None:
+        """Let kernels be built that name no mode, where CANN is and no card: newer versions refuse. ``call`` says the mode."""
+        choose = vars(self._wrapper).get("_set_run_mode")
+        if choose is None:
+            return
+
+        def choose_unless_named(jit: Any) -> None:
+            jit._runtime_options = {"run_mode": self.pypto.RunMode.SIM.value, **(jit._runtime_options or {})}
+            choose(jit)
+
+        self._wrapper._set_run_mode = choose_unless_named
 
     def take_workspace_from(self, allocate: Callable[[int], int]) -> None:
         """Let ``allocate(bytes)`` give the address of the memory that a launch on a card works in.
@@ -143,8 +157,8 @@ class Runtime:
         parent = self._scratch if fits else self._folder
         parent.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
         folder = Path(tempfile.mkdtemp(prefix="run-", dir=parent))
-        os.environ["TILE_FWK_OUTPUT_DIR"] = str(folder / "output")
         try:
+            self._write_to(folder / "output")
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -157,8 +171,17 @@ class Runtime:
         others = sorted(folder.parent.iterdir(), key=lambda one: one.stat().st_mtime)
         for old in others[:-MOST_BUILDS]:
             shutil.rmtree(old, ignore_errors=True)
-        os.environ["TILE_FWK_OUTPUT_DIR"] = str(folder / "output")
+        self._write_to(folder / "output")
         yield
+
+    def _write_to(self, folder: Path) -> None:
+        """Let PyPTO write below a folder. Versions after 0.2.0 read where only once in a process, so it is a link that moves."""
+        for needed in (folder, self._scratch):
+            needed.mkdir(parents=True, exist_ok=True)
+        link = self._scratch / "written-to"
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.resolve())
+        os.environ["TILE_FWK_OUTPUT_DIR"] = str(link)
 
     def call(
         self,
@@ -184,8 +207,15 @@ class Runtime:
             jit._debug_options = {**(jit._debug_options or {}), "runtime_debug_mode": 3}
         if golden is not None:
             pypto.set_verify_golden_data(goldens=list(golden))
+        began, compiles = datetime.datetime.now(), self.compiles
         try:
             jit(*arguments)
+            if self.compiles > compiles and os.environ.get("ASCEND_HOME_PATH"):
+                # Versions after 0.2.0 log that the device's compiler failed, and go on without a program.
+                logged = self.logged_errors(began)
+                if compiler_failure(logged):
+                    said = compiler_failure([*tail_of(self._folder / "stderr.log"), *logged])
+                    raise RuntimeError(f"the device's compiler failed: {said}")
         finally:
             # PyPTO forgets these only after a success, and its module cache keeps every kernel ever built.
             self._golden.reset()
@@ -284,6 +314,17 @@ def require_one_program(jit: Any, kernel: Kernel, built: Dims, dims: Dims) -> No
                     f"argument {argument.name}: axis {position} ({symbols}) is pypto.STATIC, and PyPTO compiles another program "
                     f"for {now} than for {before}; annotate it as pypto.DYNAMIC"
                 )
+
+
+def tail_of(path: Path) -> list[str]:
+    """The last lines of a file that is written to; none if it is not there."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - (16 << 10)))
+            return file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def errors_in(logs: Path, since: datetime.datetime) -> list[str]:
