@@ -113,6 +113,7 @@ class FakeDriver:
 
     def synchronize(self) -> None:
         self.tell("synchronize")
+        self.Event.waits += 1
         if self._pending == "hang":
             time.sleep(60)
         if self._pending:
@@ -123,16 +124,18 @@ class FakeDriver:
         return types.SimpleNamespace(npu_stream=7)
 
     class Event:
-        """An event of a clock that stands still."""
+        """An event of a clock that only a wait for the card moves: by a second."""
+
+        waits = 0
 
         def __init__(self, enable_timing: bool = False) -> None:
             assert enable_timing
 
         def record(self) -> None:
-            pass
+            self.at = type(self).waits
 
-        def elapsed_time(self, other: object) -> float:
-            return 2.5
+        def elapsed_time(self, other: FakeDriver.Event) -> float:
+            return 2.5 + 1000 * (other.at - self.at)
 
     # pypto_impl.LaunchKernelTorch
 

@@ -78,6 +78,7 @@ class NpuCard:
         self._compiling = False
         #: Workspaces of the launch that goes on: they must live until it has ended.
         self._workspaces: list[torch.Tensor] = []
+        self._begin: Any = None
         runtime.take_workspace_from(self._workspace)
         about = {"card": card.number, "chip": self._npu.get_device_name(card.position), "torch_npu": self.version()}
         (folder / CARD_FILE).write_text(json.dumps(about))
@@ -119,15 +120,15 @@ class NpuCard:
 
     def launch(self, jit: Any, arguments: Sequence[torch.Tensor]) -> None:
         """Run on the current stream, with what was compiled before, and wait: PyPTO uses streams of its own besides."""
-        begin, end = (self._npu.Event(enable_timing=True) for _ in range(2))
+        self._begin, end = (self._npu.Event(enable_timing=True) for _ in range(2))
         self.device_seconds = None
         try:
-            begin.record()
+            self._begin.record()
             with self._runtime.output_folder(sum(argument.nbytes for argument in arguments)):
                 self._call(jit, arguments)
             end.record()
             self._npu.synchronize()
-            self.device_seconds = begin.elapsed_time(end) / 1000
+            self.device_seconds = self._begin.elapsed_time(end) / 1000
         finally:
             self._workspaces.clear()
 
@@ -141,6 +142,7 @@ class NpuCard:
         workspace = torch.empty(-(-size // 4), dtype=torch.int32, device=self._device).fill_(WORKSPACE_STAMP)
         self._npu.synchronize()
         self._workspaces.append(workspace)
+        self._begin.record()  # stamping is no part of the launch
         return workspace.data_ptr()
 
     def read_back(self, storage: torch.Tensor) -> torch.Tensor:
