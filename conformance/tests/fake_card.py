@@ -12,7 +12,8 @@ of the process fails.
 ``compute``  by name what a kernel of the user's computes, ``module:function``, called with the arguments and ``dims``; a kernel
              that is not named computes what the exam's torch kernel of its stage does
 ``compile``  ``real`` to let PyPTO compile, which takes half a second; otherwise compiling is only counted
-``compiler`` how the device's compiler fails: ``exits`` as in PyPTO 0.2.0, ``silent`` as in later ones; ``kernels`` if not for all
+``compiler`` how the device's compiler fails: ``exits`` as in PyPTO 0.2.0, ``silent`` or ``printed`` as in later ones;
+             ``kernels`` if not for all
 """
 
 from __future__ import annotations
@@ -196,7 +197,11 @@ class FakeDriver:
         log.parent.mkdir(parents=True, exist_ok=True)
         now = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}.513"
         failed = "[codegen_npu.cpp:638][CODEGEN]:ErrCode: F63001! kernel compilation failed, ret = 512"
-        log.write_text(f"[ERROR] PYPTO({os.getpid()}):{now} {failed}\ncompile cmd is:\n make -j8\n")
+        logged = f"[ERROR] PYPTO({os.getpid()}):{now} {failed}\ncompile cmd is:\n make -j8\n"
+        if fails["how"] == "printed":
+            print(logged, flush=True)
+        else:
+            log.write_text(logged)
         return True
 
     def _run(self, name: str, build: Build | None, tensors: Sequence[torch.Tensor], workspace: int) -> None:

@@ -272,7 +272,7 @@ def test_a_kernel_after_which_two_cards_are_wedged_gets_no_third(script: Callabl
     assert (other.status, other.card) == ("ok", 2)
 
 
-@pytest.mark.parametrize("how", ["exits", "silent"])
+@pytest.mark.parametrize("how", ["exits", "silent", "printed"])
 def test_where_the_compiler_compiles_nothing_no_card_and_no_kernel_is_blamed(script: Callable[..., Path], how: str) -> None:
     folder = script(compiler={"how": how})
     pool = CardPool(cards(0, 1))

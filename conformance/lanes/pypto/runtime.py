@@ -212,7 +212,8 @@ class Runtime:
             jit(*arguments)
             if self.compiles > compiles and os.environ.get("ASCEND_HOME_PATH"):
                 # Versions after 0.2.0 log that the device's compiler failed, and go on without a program.
-                logged = self.logged_errors(began)
+                # Where CANN is told to print its logs (ASCEND_SLOG_PRINT_TO_STDOUT), PyPTO's are printed too.
+                logged = [*self.logged_errors(began), *tail_of(self._folder / "stdout.log")]
                 if compiler_failure(logged):
                     said = compiler_failure([*tail_of(self._folder / "stderr.log"), *logged])
                     raise RuntimeError(f"the device's compiler failed: {said}")
