@@ -1,11 +1,14 @@
 """One kernel's runs on cards, as the judging process sees them: compile, take a card, launch, and decide whose a failure is.
 
-Compiling comes before the card is taken. After a failure that may be the card's, a kernel of known result is run on it by another
-process (the *probe*). A card that fails is quarantined, and the case is run on another one.
+Compiling comes before the card is taken, but for the first time in a process: PyPTO then starts its server on the card's AICPU
+and maps the registers of its cores, which may fail where another process runs a kernel. After a failure that may be the card's, a
+kernel of known result is run on it by another process (the *probe*). A card that fails is quarantined, and the case is run on
+another one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 
@@ -23,21 +26,29 @@ MOST_CARDS_LOST = 2
 class CardRuns:
     """Decides for one kernel where its cases run, and what comes of a failure.
 
-    ``pool()`` gives the cards. ``begin(card)`` lets the kernel's process be started for a card; ``probe(card)`` says why the card
-    cannot be used, or an empty string, and raises ``CompilerUnavailableError`` where it is not for the card that it cannot.
+    ``pool()`` gives the cards. ``begin(card)`` lets the kernel's process be started for a card; ``is_set_up()`` says whether that
+    has compiled there. ``probe(card)`` says why the card cannot be used, or an empty string, and raises
+    ``CompilerUnavailableError`` where it is not for the card that it cannot.
     """
 
     def __init__(
-        self, pool: Callable[[], CardPool], kernel: str, *, begin: Callable[[], object], probe: Callable[[Card], str]
+        self,
+        pool: Callable[[], CardPool],
+        kernel: str,
+        *,
+        begin: Callable[[], object],
+        is_set_up: Callable[[], bool],
+        probe: Callable[[Card], str],
     ) -> None:
         self._find_pool = pool
         self._kernel = kernel
         self._begin = begin
+        self._is_set_up = is_set_up
         self._probe = probe
         self.card: Card | None = None
 
     def run(self, compiled: Callable[[], Outcome], launched: Callable[[], Outcome]) -> Outcome:
-        """The outcome of a case. ``compiled`` needs no card for itself; ``launched`` is called while it is held."""
+        """The outcome of a case. ``launched`` is called while the card is held, ``compiled`` the first time in a process."""
         case = _Case(compiled, launched)
         outcome: Outcome | None = None
         pool: CardPool | None = None
@@ -71,7 +82,8 @@ class CardRuns:
                 pool.quarantine(card, reason)
                 return None
             pool.proven.add(card.number)
-        outcome = case.step(case.compiled)
+        with contextlib.nullcontext() if self._is_set_up() else pool.lock(card):
+            outcome = case.step(case.compiled)
         if outcome.status not in ("raised", "unavailable") or outcome.device_error is not None:
             with pool.lock(card):
                 if outcome.status == "ok":

@@ -80,7 +80,11 @@ class KernelProcess:
         self._on_card: CardRuns | None = None
         if self._lane.takes_card(device_executor):
             self._on_card = CardRuns(
-                lambda: pool or card_pool(self._cards), kernel.id, begin=self._worker.stop, probe=self._probe
+                lambda: pool or card_pool(self._cards),
+                kernel.id,
+                begin=self._worker.stop,
+                is_set_up=lambda: self.pid is not None and bool(self._compiled),
+                probe=self._probe,
             )
         #: What the worker has compiled for, and the inputs that it had last, each with the count of its changes.
         self._compiled: set[Dims] = set()

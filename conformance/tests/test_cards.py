@@ -115,15 +115,16 @@ def test_a_case_is_compiled_before_it_is_launched_and_waited_for(script: Callabl
         launches = len(events(folder, "launch", kernel="k00"))
         yield
         assert len(events(folder, "launch", kernel="k00")) <= launches + 1
-        assert len(events(folder, "compile", kernel="k00")) == held[-1], "compiled while the card was held"
+        # But for the first time in a process, when PyPTO sets up what it needs on the card.
+        assert len(events(folder, "compile", kernel="k00")) == (held[-1] or held.count(0) - 1), "compiled while the card was held"
 
     outcomes = run_cases(named(), *cases, pool=CardPool(cards(2), lock))
     assert [(outcome.status, outcome.message, outcome.card) for outcome in outcomes] == [("ok", "", 2)] * 4
     assert [detectors(case, outcome) for case, outcome in zip(cases, outcomes, strict=True)] == [[]] * 4
-    # A program for each dimensions, and the cache serves what follows; the first that takes the card is the probe.
+    # A program for each dimensions, and the cache serves what follows; the probe is the first that takes the card.
     assert [outcome.compiles for outcome in outcomes] == [1, 1, 0, 0]
     assert len(events(folder, "compile", kernel="k00")) == 2
-    assert held == [0, 1, 2, 2, 2]
+    assert held == [0, 0, 1, 2, 2, 2]
     launches = events(folder, "launch", kernel="k00")
     assert [launch["shapes"][0][0] for launch in launches] == [3, 5, 3, 5]
     assert {launch["stream"] for launch in launches} == {7}
