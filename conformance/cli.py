@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conformance.command import COULD_NOT_RUN, FINDINGS, PASSED, USAGE, FilePath, Group, say, shown_path
+from conformance.command import COULD_NOT_RUN, FINDINGS, PASSED, USAGE, FilePath, Group, card_options, say, shown_path
 from conformance.errors import UnavailableError, UsageError
-from conformance.lanes import LANES, find_lane
+from conformance.lanes import LANES, find_lane, lane_named
+from conformance.lanes.cards import choice_of
+from conformance.lanes.device import NPU
 from conformance.outside import require_path
 from conformance.running.interrupts import interrupted_once
 from conformance.toolchains.npu import AUTOLOAD_VARIABLE
@@ -103,12 +105,7 @@ def list_command(locations: tuple[Path, ...]) -> None:
 @click.option("--all-passes", is_flag=True, help="with --case: compare every compiler pass, not only the last")
 @click.option("--lane", default="auto", show_default=True, help=_any_of(lane.name for lane in LANES))
 @click.option("--timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run")
-@click.option(
-    "--device", default="", metavar="0", help="in the device lane: the card to run on; else TASK_DEVICE, TILE_FWK_DEVICE_ID"
-)
-@click.option(
-    "--device-wait", type=float, default=None, metavar="SECONDS", help="how long to wait for a busy card; 600 if not given"
-)
+@card_options
 @click.option("--out", type=FilePath(), default=None, metavar="DIR", help="keep records and reports here")
 @click.option("--expected-failures", type=FilePath(), metavar="FILE", help="lines KERNEL[@LANE] REASON")
 @click.option("--rounds", default="", metavar="NAME,NAME", help="roundings that the kernel declares: see conformance list")
@@ -136,8 +133,6 @@ def check(
     from conformance import reports
     from conformance.cases.space import Space
     from conformance.contract.registry import short_name
-    from conformance.lanes import lane_named
-    from conformance.lanes.cards import choice_of
     from conformance.running.check import Report, RunPlan, chosen_keys, require_seconds, resolve_lane, taken_spaces
     from conformance.running.session import ClaimedFolder, ExpectedFailures, RunLog, Subject, new_run_folder
 
@@ -145,11 +140,11 @@ def check(
         raise UsageError("--all-passes goes with --case KEY: without it all passes are compared once anyway, on a small case")
     require_seconds("--timeout", timeout)
     require_path(target or "")
-    cards = choice_of(device, device_wait)
     declared = [name.strip() for name in rounds.split(",") if name.strip()]
     kernel = _kernel(stage, target).declaring(declared, precision, ties)
     spaces, refused = taken_spaces(kernel, Space.those_of(kernel.stage, _dims(dims)))
     subject = Subject(kernel, "", resolve_lane(kernel, lane))  # at every preset
+    cards = choice_of(device, device_wait, unused=_without_card([subject.lane]))
     expected = ExpectedFailures.read(expected_failures) if expected_failures else ExpectedFailures()
     expected.require_known([kernel])
     keys = chosen_keys(kernel, spaces, subject.lane, examples, seed, case_key)
@@ -303,7 +298,18 @@ def _dims(text: str | None) -> str | dict[str, Any] | None:
 @click.option("--seed", default=0, show_default=True, help="another seed draws other cases")
 @click.option("--lane", default="auto", show_default=True, help=_any_of(lane.name for lane in LANES if lane.executes))
 @click.option("--timeout", type=float, default=None, metavar="SECONDS", help="time limit of one run")
-def diff(old: str, new: str, dims: str | None, examples: int, seed: int, lane: str, timeout: float | None) -> None:
+@card_options
+def diff(
+    old: str,
+    new: str,
+    dims: str | None,
+    examples: int,
+    seed: int,
+    lane: str,
+    timeout: float | None,
+    device: str,
+    device_wait: float | None,
+) -> None:
     """Compare two kernels, NEW in the place of OLD: what is served less, what changed.
 
     Each is a bundled kernel's name, FILE.py:FUNC, or the folder of a kept run. Exit code 4: a capability is lost.
@@ -312,6 +318,7 @@ def diff(old: str, new: str, dims: str | None, examples: int, seed: int, lane: s
     from conformance.reports import diff_report
     from conformance.running import diff as comparison
     from conformance.running.check import InterruptedCheck, chosen_keys, require_seconds, resolve_lane, taken_spaces
+    from conformance.running.check import check as judge_kernel
 
     require_seconds("--timeout", timeout)
     named = find_lane(lane)
@@ -319,18 +326,27 @@ def diff(old: str, new: str, dims: str | None, examples: int, seed: int, lane: s
         raise UsageError(f"diff compares what kernels compute: {lane} executes nothing")
     # Both are looked up, and asked whether they take what is asked, before either is judged, which takes its time.
     before, after = _subject_of_diff(old), _subject_of_diff(new)
+    lanes = []
     for subject in (before, after):
         if not isinstance(subject, dict):
+            lanes.append(resolve_lane(subject, lane))
             spaces, _ = taken_spaces(subject, Space.those_of(subject.stage, _dims(dims)))
-            chosen_keys(subject, spaces, resolve_lane(subject, lane), examples, seed, None)
+            chosen_keys(subject, spaces, lanes[-1], examples, seed, None)
+    cards = choice_of(device, device_wait, unused=_without_card(lanes))
     if isinstance(before, dict) and not isinstance(after, dict):
         before = comparison.for_kernel(after, before, old)
     elif isinstance(after, dict) and not isinstance(before, dict):
         after = comparison.for_kernel(before, after, new)
+    asked: dict[str, Any] = {"dims": _dims(dims), "examples": examples, "seed": seed, "lane": lane, "timeout": timeout}
+
+    def judge(kernel: Declaration) -> dict[str, KernelSummary]:
+        report = judge_kernel(kernel.stage_name, kernel, **asked, isolated=True, cards=cards)
+        return {kernel.name: comparison.of_report(kernel, report)}
+
     summaries: list[dict[str, KernelSummary]] = []
     try:
         for subject in (before, after):
-            summaries.append(_summaries(subject, dims, examples, seed, lane, timeout))
+            summaries.append(subject if isinstance(subject, dict) else judge(subject))
     except KeyboardInterrupt as error:
         for side, judged in zip(("OLD", "NEW"), summaries, strict=False):
             for known in judged.values():
@@ -361,19 +377,11 @@ def _subject_of_diff(text: str) -> dict[str, KernelSummary] | Declaration:
     return _named(text)
 
 
-def _summaries(
-    subject: dict[str, KernelSummary] | Declaration, dims: str | None, examples: int, seed: int, lane: str, timeout: float | None
-) -> dict[str, KernelSummary]:
-    """What is known of the kernels of a run, or of one that is judged now."""
-    from conformance.running import diff as comparison
-    from conformance.running.check import check as judge_kernel
-
-    if isinstance(subject, dict):
-        return subject
-    report = judge_kernel(
-        subject.stage_name, subject, dims=_dims(dims), examples=examples, seed=seed, lane=lane, timeout=timeout, isolated=True
-    )
-    return {subject.name: comparison.of_report(subject, report)}
+def _without_card(lanes: Iterable[str]) -> str:
+    """What is run, if it is nothing on a card; empty if something is."""
+    if any(lane_named(lane).takes_card(NPU) for lane in lanes):
+        return ""
+    return " and ".join(f"the {lane} lane" for lane in dict.fromkeys(lanes)) or "a kept run"
 
 
 @main.command()

@@ -7,15 +7,17 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from conformance.errors import UnavailableError, UsageError
 from conformance.outside import one_line, plain, require_path
 from conformance.running.interrupts import interrupted_once
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 PASSED, FINDINGS, USAGE, COULD_NOT_RUN = 0, 1, 2, 3
 
@@ -51,6 +53,17 @@ class FilePath(click.Path):
         except UsageError as error:
             self.fail(str(error), param, ctx)
         return super().convert(value, param, ctx)
+
+
+def card_options(command: Decorated) -> Decorated:
+    """Give a command ``--device`` and ``--device-wait``, which ``conformance.lanes.cards.choice_of`` reads."""
+    wait = click.option(
+        "--device-wait", type=float, default=None, metavar="SECONDS", help="how long to wait for a busy card; 600 if not given"
+    )
+    device = click.option(
+        "--device", default="", metavar="0,2-3", help="on a card: which ones may be used; else TASK_DEVICE, TILE_FWK_DEVICE_ID"
+    )
+    return device(wait(command))
 
 
 class Command(click.Command):

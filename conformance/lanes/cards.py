@@ -117,8 +117,14 @@ class CardChoice:
         return (), ""
 
 
-def choice_of(device: str, wait_seconds: float | None, worker: int = 0) -> CardChoice:
-    """What options say: numbers of cards, or an empty text, and how long to wait; raises ``UsageError``."""
+def choice_of(device: str, wait_seconds: float | None, worker: int = 0, *, unused: str = "") -> CardChoice:
+    """What options say: numbers of cards, or an empty text, and how long to wait; raises ``UsageError``.
+
+    ``unused`` names what is run instead, where it is nothing on a card: then neither may be given.
+    """
+    for option, given in (("--device", bool(device)), ("--device-wait", wait_seconds is not None)):
+        if given and unused:
+            raise UsageError(f"{option} is for runs on a card, and {unused} takes none")
     if wait_seconds is not None and not 0 <= wait_seconds <= LONGEST:
         raise UsageError(f"--device-wait takes seconds, at most {LONGEST:,.0f}, found {wait_seconds:g}")
     return CardChoice(parse_cards(device) if device else (), worker, WAIT_SECONDS if wait_seconds is None else wait_seconds)

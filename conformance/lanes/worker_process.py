@@ -68,6 +68,11 @@ class Limits:
     launch_seconds: float = 1200.0
     probe_seconds: float = 180.0
 
+    @classmethod
+    def of_runs(cls, seconds: float | None) -> Limits:
+        """The usual limits, but for that of one run if ``seconds`` are given; on a card that is the limit of a launch."""
+        return cls() if seconds is None else cls(seconds=seconds, launch_seconds=seconds)
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)

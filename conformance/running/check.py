@@ -28,6 +28,7 @@ from conformance.judge.signatures import judge_together
 from conformance.judge.verdict import DETECTORS, Finding, Verdict, worst_first
 from conformance.lanes import default_lane, lane_named, lanes_of
 from conformance.lanes.base import Outcome
+from conformance.lanes.cards import CardChoice
 from conformance.lanes.messages import Passes
 from conformance.outside import LARGEST, LONGEST
 from conformance.reports import check_report
@@ -138,6 +139,7 @@ def check(
     rounds: Sequence[str] = (),
     precision: str = CONTRACT,
     ties: str = TIES[0],
+    cards: CardChoice | None = None,
 ) -> Report:
     """Judge a kernel on ``examples`` cases of a stage (``Stage.examples`` unless given), deterministic in ``seed``.
 
@@ -156,6 +158,7 @@ def check(
     a module that can be imported anew.
 
     ``rounds``, ``precision`` and ``ties`` are declared of the kernel besides what it declares itself (``conformance.kernel``).
+    ``cards`` says which cards the device lane may use.
 
     Raises ``UsageError`` for what cannot be judged as asked, ``UnavailableError`` where the lane cannot run; a
     ``KeyboardInterrupt`` has what was judged as ``report``.
@@ -176,7 +179,7 @@ def check(
     called = name or kernel.name
     if in_process:  # a worker finds the kernel as it is declared
         kernel = dataclasses.replace(kernel, name=called)
-    runner = eager_runner(kernel) if in_process else worker_runner(kernel, chosen, timeout)  # type: ignore[arg-type]
+    runner = eager_runner(kernel) if in_process else worker_runner(kernel, chosen, timeout, cards)  # type: ignore[arg-type]
 
     def report() -> Report:
         return Report(stage, called, chosen, tuple(runs), planned=len(keys), refused=refused if case is None else {})

@@ -40,8 +40,7 @@ def worker_runner(
     """
     from conformance.lanes.process import KernelProcess, Limits
 
-    limits = Limits() if timeout is None else Limits(seconds=timeout, launch_seconds=timeout)
-    with KernelProcess(kernel, lane, limits=limits, cards=cards, folder=folder) as process:
+    with KernelProcess(kernel, lane, limits=Limits.of_runs(timeout), cards=cards, folder=folder) as process:
 
         def compiled(case: Case, passes: Passes = "none") -> Outcome:
             return process.compile(case.dims)

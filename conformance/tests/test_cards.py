@@ -370,6 +370,24 @@ def test_check_keeps_evidence_of_what_a_card_reported(
     assert not (kept / "outputs.safetensors").exists()
 
 
+def test_diff_runs_both_kernels_on_the_card_that_is_named(
+    script: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = script()
+    fake_nodes(tmp_path, monkeypatch, 2)
+    kernels = [f"{KERNELS}:k00", f"{KERNELS}:k01"]
+    command = ["diff", *kernels, "--lane", "device", "--dims", "tiny", "--examples", "2", "--device"]
+    done = CliRunner().invoke(main, [*command, "1"])
+    assert done.exit_code == 0, done.output
+    launched = {(event["kernel"], event["card"]) for event in events(folder, "launch")}
+    assert launched == {("conformance_probe", 1), ("k00", 1), ("k01", 1)}
+    done = CliRunner().invoke(main, [*command, "7"])
+    assert (done.exit_code, done.stderr) == (
+        3,
+        "conformance: the lane cannot run here: card 7 is not there (--device): the cards of this machine are 0, 1\n",
+    )
+
+
 # A night
 
 

@@ -289,9 +289,20 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
 # The device lane, and what compiles
 
 
-def test_an_option_that_names_no_card_is_usage_in_one_line(folder: Path) -> None:
-    done = run_command(folder, "check", "rms_norm", "--lane", "device", "--device", "x")
-    assert (done.returncode, done.stderr) == (2, "conformance: --device takes numbers of cards, such as 0 or 0,2-3, found 'x'\n")
+@pytest.mark.parametrize("command", [("check", "rms_norm"), ("diff", "rms_norm", "rms_norm")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lane", "device", "--device", "x"), "--device takes numbers of cards, such as 0 or 0,2-3, found 'x'"),
+        (("--device", "0"), "--device is for runs on a card, and the interpret lane takes none"),
+        (("--device-wait", "9"), "--device-wait is for runs on a card, and the interpret lane takes none"),
+    ],
+)
+def test_an_option_that_names_no_card_or_is_for_none_is_usage_in_one_line(
+    folder: Path, command: tuple[str, ...], options: tuple[str, ...], message: str
+) -> None:
+    done = run_command(folder, *command, *options)
+    assert (done.returncode, done.stderr) == (2, f"conformance: {message}\n")
 
 
 @pytest.mark.skipif(not detect().supported, reason=detect().message)
