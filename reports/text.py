@@ -94,6 +94,15 @@ def seconds(value: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def device_time(value: float | None) -> str:
+    """Seconds by a card's clock: ``850 us``, ``8.31 ms``, ``1.20 s``; ``-`` where it did not tell."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} us"
+    return f"{value * 1e3:.2f} ms" if value < 1 else f"{value:.2f} s"
+
+
 def memory(value: int | None) -> str:
     """Bytes in MB or GB (powers of ten), or an empty string where none were measured."""
     if value is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from conformance.cases.case import Case, make_case
@@ -25,6 +25,7 @@ from conformance.cli import main
 from conformance.contract.kernel import Declaration, Kernel
 from conformance.contract.loading import load_module
 from conformance.judge.judgement import judge
+from conformance.kernels.qwen3.generation.command import main as generation
 from conformance.lanes import card_pool as card_pool_module
 from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import GUARD_BYTES
@@ -386,6 +387,58 @@ def test_diff_runs_both_kernels_on_the_card_that_is_named(
         3,
         "conformance: the lane cannot run here: card 7 is not there (--device): the cards of this machine are 0, 1\n",
     )
+
+
+# Generation
+
+#: The fake's clock says 2.5 ms of every launch: a step is as many of them as it has dispatches.
+_DECODE_OF_TWO_LAYERS = {"paged": 2, "host_loop": 4}
+
+
+@pytest.mark.parametrize("driver", _DECODE_OF_TWO_LAYERS)
+def test_generation_runs_on_the_card_that_is_named_and_tells_what_a_step_cost(
+    script: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str
+) -> None:
+    folder = script()
+    fake_nodes(tmp_path, monkeypatch, 2)
+    monkeypatch.chdir(tmp_path)
+    done = generate("--driver", driver, "--device", "1", "--json", "out.json")
+    assert done.exit_code == 0, done.output
+    launches = Counter(event["kernel"] for event in events(folder, "launch", card=1))
+    assert launches.pop("conformance_probe") == 1
+    assert events(folder, "launch", card=0) == []
+    dispatches = _DECODE_OF_TWO_LAYERS[driver]
+    cost = json.loads((tmp_path / "out.json").read_text())["runs"][0]["cost"]
+    prefill, decode = cost["steps"]
+    assert (prefill["kind"], prefill["steps"], decode["kind"], decode["steps"]) == ("prefill", 1, "decode", 3)
+    assert decode["median_seconds"] == pytest.approx(0.0025 * dispatches)
+    took = f"{2.5 * dispatches:.2f} ms"
+    assert f"  decode: 3 steps, median {took}, worst {took} on card 1\n" in done.stdout
+    stages = cost["stages"]
+    assert {one["stage"]: one["launches"] for one in stages} == launches
+    assert {one["stage"]: one["compiles"] for one in stages} == dict.fromkeys(launches, 1)
+    assert {one["median_seconds"] for one in stages} == {0.0025}
+
+
+def test_generation_goes_on_with_the_next_card_and_its_timeout_is_that_of_a_launch(
+    script: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(cards={"0": {"fault": "wedged", "after": 3}}, kernels={"greedy_sample": {"fault": "hang", "at": [2]}})
+    fake_nodes(tmp_path, monkeypatch, 2)
+    done = generate("--driver", "paged", "--timeout", "2")
+    assert done.exit_code == 1, done.output
+    message = "generate: paged: greedy_sample: kernel greedy_sample took too long: the launch did not end within its limit of 2 s"
+    assert done.stderr.startswith(message)
+    assert "  prefill: 1 step, median 5.00 ms, worst 5.00 ms on cards 0 and 1\n" in done.stdout
+    assert "\n  run again: card 0 is used no more (the card reported error 507018" in done.stdout
+    done = generate("--device", "7")
+    missing = "card 7 is not there (--device): the cards of this machine are 0, 1"
+    assert (done.exit_code, done.stderr) == (3, f"generate: the device executor cannot run here: {missing}\n")
+
+
+def generate(*options: str) -> Result:
+    model = ("--random", "1", "--dims", "L=2,S=64", "--prompt", "1,2,3", "--prompt", "7", "--new", "4")
+    return CliRunner().invoke(generation, [*model, "--executor", "device", *options])
 
 
 # A night

@@ -531,6 +531,8 @@ _PROMPT = (*_MODEL, "--prompt", "1,2")
             [*_PROMPT[:2], "--prompt", "1", "--executor", "eager", "--kernels", "mine.py:nothing"],
             "no kernel 'nothing' in mine.py",
         ),
+        ([*_PROMPT, "--device", "0"], "--device is for runs on a card, and the contract executor takes none"),
+        ([*_PROMPT[:2], "--prompt", "1", "--executor", "device", "--device", "x"], "--device takes numbers of cards, such as 0"),
         ([*_PROMPT, "--json", "nowhere/out.json"], "cannot write nowhere/out.json: No such file or directory"),
     ],
 )

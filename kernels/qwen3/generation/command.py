@@ -19,15 +19,16 @@ from pathlib import Path
 import click
 
 from conformance.cli import read_dims
-from conformance.command import FINDINGS, PASSED, Command, FilePath, say
+from conformance.command import FINDINGS, PASSED, Command, FilePath, card_options, say
 from conformance.contract.dims import Dims
 from conformance.contract.registry import preset_named
 from conformance.errors import UsageError
 from conformance.kernels.qwen3.contract import MODEL
 from conformance.kernels.qwen3.generation.agreement import Agreement, TokenVerifier
 from conformance.kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
+from conformance.kernels.qwen3.generation.costs import Cost, cost_of
 from conformance.kernels.qwen3.generation.drivers import DRIVERS, Driver
-from conformance.kernels.qwen3.generation.executors import EXECUTORS, Executor, StageError, open_executor
+from conformance.kernels.qwen3.generation.executors import EXECUTORS, Executor, KernelExecutor, StageError, open_executor
 from conformance.kernels.qwen3.generation.model import LoadedModel
 from conformance.kernels.qwen3.generation.requests import Request, requests_for
 from conformance.lanes.process import Limits
@@ -37,6 +38,7 @@ from conformance.running.check import require_seconds
 from conformance.running.interrupts import interrupted_once
 
 _DRIVERS = "; ".join(f"{name}: {plan.summary}" for name, plan in DRIVERS.items())
+_LIMITS = f"{Limits.seconds:.0f}, on a card {Limits.launch_seconds:.0f}"
 _EXECUTORS = "; ".join(f"{name}: {summary}" for name, summary in EXECUTORS.items())
 
 
@@ -56,7 +58,8 @@ _EXECUTORS = "; ".join(f"{name}: {summary}" for name, summary in EXECUTORS.items
 @click.option("--pages", type=int, default=None, metavar="NB", help="pages of the paged driver; enough for the batch by default")
 @click.option("--chunk", type=int, default=None, metavar="L", help="layers a dispatch of the chunked driver; half by default")
 @click.option("--prefill-chunk", type=int, default=None, metavar="N", help="tokens of a prompt a prefill; all by default")
-@click.option("--timeout", type=float, default=Limits.seconds, show_default=True, metavar="SECONDS", help="limit of one dispatch")
+@click.option("--timeout", type=float, default=None, metavar="SECONDS", help=f"limit of one dispatch; {_LIMITS} if not given")
+@card_options
 @click.option("--verify/--no-verify", default=True, show_default=True, help="hold the tokens against the fp64 reference")
 @click.option("--json", "json_path", type=FilePath(), metavar="FILE", help="write tokens and differences here")
 def main(
@@ -75,7 +78,9 @@ def main(
     pages: int | None,
     chunk: int | None,
     prefill_chunk: int | None,
-    timeout: float,
+    timeout: float | None,
+    device: str,
+    device_wait: float | None,
     verify: bool,
     json_path: Path | None,
 ) -> None:
@@ -94,7 +99,7 @@ def main(
         places = min(max(len(ids), 1), MODEL.largest_batch) if batch is None else batch
         opened = stack.enter_context(_open_checkpoint(checkpoint, seed, dims, places, page_size))
         served = _served_dims(opened.dims, ids, new, end, context, pages)
-        running = open_executor(executor, locations, timeout)
+        running = open_executor(executor, locations, timeout, device, device_wait)
         stack.callback(running.close)
         model = LoadedModel.of(dataclasses.replace(opened, dims=served), exact=running.exact)
         verifier = TokenVerifier(model) if verify else None
@@ -121,6 +126,7 @@ class _Run:
     seconds: float
     agreement: Agreement | None = None
     error: str | None = None
+    cost: Cost | None = None
 
     @property
     def ok(self) -> bool:
@@ -154,7 +160,8 @@ def _run(
         prefill_chunk=prefill_chunk,
         progress=progress if is_interactive() else None,
     )
-    began = time.monotonic()
+    dispatches = executor.dispatches if isinstance(executor, KernelExecutor) else []
+    began, before = time.monotonic(), len(dispatches)
     try:
         requests = driver.generate(prompts, max_new_tokens, end_token)
         run = _Run(name, requests, time.monotonic() - began)
@@ -165,12 +172,15 @@ def _run(
     finally:
         if is_interactive():
             click.echo("\r\033[K", nl=False, err=True)
+    run = dataclasses.replace(run, cost=cost_of(dispatches[before:], driver.plan.prefill))
     if run.error is not None:
         say(f"generate: {name}: {one_line(run.error, 1000)}", err=True)
     if run.requests:
         click.echo(f"{name}: {sum(len(request.tokens) for request in run.requests)} tokens in {run.seconds:.1f} s")
     for request in run.requests:
         click.echo(f"  prompt {request.number} ({len(request.prompt)} tokens): {','.join(map(str, request.tokens))}")
+    if run.cost is not None:
+        say(run.cost)
     if verifier is None or run.error is not None:
         return run
     try:
@@ -288,6 +298,7 @@ def _write_json(path: Path, executor: str, dims: Dims, runs: list[_Run]) -> None
                 "error": run.error,
                 "sequences": sequences,
                 "differences": differences,
+                "cost": None if run.cost is None else dataclasses.asdict(run.cost),
             }
         )
     content = {"executor": executor, "dims": dataclasses.asdict(dims), "runs": kept}

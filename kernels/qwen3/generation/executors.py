@@ -18,7 +18,9 @@ from conformance.contract.loading import find_kernel
 from conformance.contract.registry import stage_named
 from conformance.contract.stage import Tensors
 from conformance.errors import UnavailableError, UsageError
-from conformance.lanes import default_lane, lane_named
+from conformance.kernels.qwen3.generation.costs import Dispatch
+from conformance.lanes import default_lane, find_lane, lane_named
+from conformance.lanes.cards import CardChoice, CardUnavailableError, choice_of
 from conformance.lanes.device import DEVICE, NPU
 from conformance.lanes.eager import EAGER
 from conformance.lanes.interpret import INTERPRET
@@ -71,17 +73,27 @@ class KernelExecutor:
     """Kernels, each in a worker process of its own that is started at its stage's first call.
 
     ``lane`` is that of PyPTO kernels; torch kernels run in theirs, ``eager``. A stage without a kernel goes to ``rest``.
+    ``seconds`` limits one call, on a card its launch; ``cards`` says which ones may be used, by all stages alike.
     """
 
     exact = False
 
     def __init__(
-        self, kernels: Mapping[str, Declaration], lane: str, *, rest: Executor | None = None, seconds: float = Limits.seconds
+        self,
+        kernels: Mapping[str, Declaration],
+        lane: str,
+        *,
+        rest: Executor | None = None,
+        seconds: float | None = None,
+        cards: CardChoice | None = None,
     ) -> None:
         self._kernels = kernels
         self._lane = lane
         self._rest = rest
-        self._limits = Limits(seconds=seconds)
+        self._limits = Limits.of_runs(seconds)
+        self._cards = cards or CardChoice()
+        #: What each call of a kernel came to, in their order.
+        self.dispatches: list[Dispatch] = []
         self._processes: dict[str, KernelProcess] = {}
 
     def run(self, stage: str, dims: Dims, inputs: Tensors) -> dict[str, Tensor]:
@@ -100,7 +112,7 @@ class KernelExecutor:
             raise UsageError(refusal)
         if stage not in self._processes:
             lane = self._lane if kernel.toolchain in lane_named(self._lane).toolchains else default_lane(kernel.toolchain).name
-            self._processes[stage] = KernelProcess(kernel, lane, limits=self._limits)
+            self._processes[stage] = KernelProcess(kernel, lane, limits=self._limits, cards=self._cards)
         case = Case(CaseKey(stage, "generate", "generate", 0), kernel.stage, dims, dict(inputs))
         outcome = self._processes[stage].run(case, "none")
         if outcome.status == "unavailable":
@@ -114,6 +126,7 @@ class KernelExecutor:
             raise StageError(f"{who} changed {count} elements of {name}, which is an input")
         for name, where in outcome.guard_damage.items():
             raise StageError(f"{who} wrote outside {name}: {where}")
+        self.dispatches.append(Dispatch(stage, outcome.card, outcome.device_seconds, outcome.compiles, outcome.message))
         return outcome.outputs
 
     def close(self) -> None:
@@ -132,14 +145,20 @@ EXECUTORS: dict[str, str] = {
 }
 
 
-def open_executor(name: str, locations: Sequence[str] = (), seconds: float = Limits.seconds) -> Executor:
+def open_executor(
+    name: str, locations: Sequence[str] = (), seconds: float | None = None, device: str = "", device_wait: float | None = None
+) -> Executor:
     """The executor of that name; its kernels are those of ``locations`` (``FILE.py`` or ``FILE.py:NAME``), then the bundled ones.
 
-    ``seconds`` limits one call of a kernel. Raises ``UsageError`` for an unknown name and for kernels that do not go with it,
-    ``UnavailableError`` for a device that is not there.
+    ``seconds`` limits one call of a kernel; ``device`` names the cards to run on and ``device_wait`` how long a busy one is
+    waited for. Raises ``UsageError`` for an unknown name and for what does not go with it, ``UnavailableError`` for a card that
+    is not there.
     """
     if name not in EXECUTORS:
         raise UsageError(f"unknown executor {name!r}; known are {', '.join(EXECUTORS)}")
+    found = find_lane(name)
+    on_card = found is not None and found.takes_card(NPU)
+    cards = choice_of(device, device_wait, unused="" if on_card else f"the {name} executor")
     if name in ("reference", "contract"):
         if locations:
             raise UsageError(f"the {name} executor runs no kernels: --kernels goes with interpret, eager or device")
@@ -155,10 +174,15 @@ def open_executor(name: str, locations: Sequence[str] = (), seconds: float = Lim
         return KernelExecutor(own, lane.name, rest=ReferenceExecutor(exact=False), seconds=seconds)
     # Said before a model is read, which takes a while.
     reason = lane.missing(NPU)
+    if on_card and not reason:
+        try:
+            cards.cards()
+        except CardUnavailableError as error:
+            reason = str(error)
     if reason:
         raise UnavailableError(f"the {name} executor cannot run here: {reason}")
     bundled = {kernel.stage.name: kernel for kernel in bundled_kernels() if kernel.stage.model == "qwen3"}
-    return KernelExecutor({**bundled, **own}, name, seconds=seconds)
+    return KernelExecutor({**bundled, **own}, name, seconds=seconds, cards=cards)
 
 
 def _kernels_of(locations: Iterable[str]) -> dict[str, Declaration]:
