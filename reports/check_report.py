@@ -79,9 +79,8 @@ def render(report: CheckResult, width: int = 80, most: int = 6) -> str:
     if len(presets) > 1:
         cases += f" of {' and '.join(presets)}"
     refused = [f"  no case of {preset}: {text.one_line(reason)}" for preset, reason in report.refused.items()]
+    cases += "".join(f", {kind}" for kind in sorted({run.outcome.compiled for run in report.runs if run.outcome.compiled}))
     if report.ok:
-        compiles = sorted({run.outcome.compiled for run in report.runs if run.outcome.compiled})
-        cases += "".join(f", {kind}" for kind in compiles)
         used = "" if report.share is None else f", at most {report.share:.2f} of the allowance used"
         remarks = dict.fromkeys(run.outcome.message for run in report.runs if run.outcome.status == "ok" and run.outcome.message)
         passed = textwrap.wrap(f"{title}: passed {cases}{used}", width, subsequent_indent="  ", break_on_hyphens=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from conformance.reports import text
+from conformance.reports.cards import Cards
 from conformance.reports.summary import CellStatus, Problem, Reason, RunSummary
 
 MOST_ROWS = 300
@@ -62,6 +63,7 @@ def render(summary: RunSummary) -> str:
                 f"{escape(entry.reason, 300)}"
             )
         lines.append("")
+    lines += _cards(summary.cards) if summary.cards is not None else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -101,6 +103,20 @@ def _table(summary: RunSummary) -> list[str]:
     lines.append("")
     if len(summary.rows) > MOST_ROWS:
         lines += [f"… and {len(summary.rows) - MOST_ROWS:,} more rows, counted above", ""]
+    return lines
+
+
+def _cards(cards: Cards) -> list[str]:
+    lines = ["### On cards", "", escape(cards.headline, 600), ""]
+    for name, reason in cards.given_up:
+        lines += [f"> {SIGNS['could not run']} {escape(f'{name} is used no more: {reason}', 400)}", ""]
+    lines += ["| kernel | preset | runs | median on the card | worst |", "|---|---|--:|--:|--:|"]
+    for one in cards.times[:MOST_ROWS]:
+        times = (text.device_time(one.median), text.device_time(one.worst))
+        lines.append(f"| {' | '.join((escape(one.kernel, 120), escape(one.preset, 40), f'{one.runs:,}', *times))} |")
+    lines.append("")
+    if len(cards.times) > MOST_ROWS:
+        lines += [f"… and {len(cards.times) - MOST_ROWS:,} more rows", ""]
     return lines
 
 

@@ -24,6 +24,7 @@ MOST_CELLS = 600
 MOST_PROBLEMS = 60
 MOST_REASONS = 60
 MOST_CHART_ROWS = 150
+MOST_CARD_ROWS = 150
 MOST_FACTS = 150
 
 #: A sign before the word, so that a status is never told by colour alone.
@@ -82,7 +83,7 @@ def render(summary: RunSummary) -> str:
             chart=chart[:MOST_CHART_ROWS],
             hidden_chart_rows=max(0, len(chart) - MOST_CHART_ROWS),
             problem_of=_first_problem(summary.problems[:MOST_PROBLEMS]),
-            limits={"problems": MOST_PROBLEMS, "reasons": MOST_REASONS, "facts": MOST_FACTS},
+            limits={"problems": MOST_PROBLEMS, "reasons": MOST_REASONS, "facts": MOST_FACTS, "card_rows": MOST_CARD_ROWS},
         )
     )
 
@@ -107,6 +108,7 @@ def environment() -> jinja2.Environment:
         share=text.share,
         share_in_words=text.share_in_words,
         seconds=text.seconds,
+        device_time=text.device_time,
         memory=text.memory,
         moment=text.moment,
         slug=lambda status: status.replace(" ", "-"),

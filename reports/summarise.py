@@ -12,6 +12,7 @@ from typing import Any
 
 from conformance.judge.verdict import DETECTORS, Finding, worst_first
 from conformance.reports import text
+from conformance.reports.cards import cards_of
 from conformance.reports.summary import (
     BINS,
     COMPILES,
@@ -53,7 +54,8 @@ class _Tally:
     seconds: float = 0.0
     peak_memory: int | None = None
     toolchain: str = ""
-    compiles: set[str] = dataclasses.field(default_factory=set)
+    #: Whether any of them failed, by kind.
+    compiles: dict[str, bool] = dataclasses.field(default_factory=dict)
     # Dictionaries keep what they have seen in order, each once.
     sources: dict[str, None] = dataclasses.field(default_factory=dict)
     processes: dict[str, None] = dataclasses.field(default_factory=dict)
@@ -77,7 +79,9 @@ class _Tally:
             self.peak_memory = max(self.peak_memory or 0, record.peak_memory)
         self.processes[record.process] = None
         self.toolchain = self.toolchain or str(record.toolchain)
-        self.compiles |= {kind for kind in COMPILES if record.details.get("compile") == kind}
+        kind = record.details.get("compile")
+        if kind in COMPILES:
+            self.compiles[kind] = self.compiles.get(kind, False) or is_failed(record)
         if record.source:
             self.sources[str(record.source)] = None
 
@@ -99,9 +103,8 @@ def summarise(log: Log) -> RunSummary:
     cells = [cell for row in rows for cell in row.cells]
     rows = _in_order(rows)
 
-    known = _problems(
-        log, {key for key, tally in tallies.items() if tally.expected}, machine_of if len(machine_labels(machines)) > 1 else {}
-    )
+    named = machine_of if len(machine_labels(machines)) > 1 else {}
+    known = _problems(log, {key for key, tally in tallies.items() if tally.expected}, named)
     times = [record.time for record in log.records if record.time and math.isfinite(record.time)]
     summary = RunSummary(
         rows=rows,
@@ -117,6 +120,7 @@ def summarise(log: Log) -> RunSummary:
         started=min(times) if times else None,
         duration=max(times) - min(times) if times else None,
         totals=_totals(cells),
+        cards=cards_of(log, named),
     )
     return dataclasses.replace(summary, gaps=_gaps(log, summary))
 
@@ -217,7 +221,7 @@ def _cell(key: CellName, tally: _Tally, unfinished: frozenset[str]) -> Cell:
         toolchain=tally.toolchain,
         sources=tuple(tally.sources),
         checks=tuple(tally.checks.most_common()),
-        compiles=tuple(kind for kind in COMPILES if kind in tally.compiles),
+        compiles=tuple(f"{kind} failed" if tally.compiles[kind] else kind for kind in COMPILES if kind in tally.compiles),
         profiles=tuple(tally.profiles.most_common()),
         skipped_because=tuple(tally.skipped),
         stopped_because=tuple(stopped),

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from conformance.judge.verdict import DETECTORS, Finding
 from conformance.lanes import LANES
 from conformance.reports import text
+from conformance.reports.cards import Cards
 from conformance.running.records import Record
 
 CellStatus = Literal["failed", "could not run", "cut short", "nothing ran", "failed as expected", "passed", "skipped"]
@@ -71,7 +72,7 @@ class Cell:
     sources: tuple[str, ...]
     #: Cases by what was checked, such as ``(("example", 48), ("repeat", 1))``.
     checks: tuple[tuple[str, int], ...]
-    #: Which of ``COMPILES`` were made, where nothing is executed.
+    #: Which of ``COMPILES`` were made, where nothing is executed: ``host compile``, or ``host compile failed``.
     compiles: tuple[str, ...]
     #: Passed cases by the profile of legal roundings that explains them best.
     profiles: tuple[tuple[str, int], ...]
@@ -112,7 +113,8 @@ class Row:
     def remark(self) -> str:
         """What the status does not say about the cells, to be put behind it: ``", host compile, 1 nothing ran, 2 skipped"``."""
         others = [cell.status for cell in self.cells if cell.status not in (self.status, "passed", "skipped")]
-        remarks = [kind for kind in COMPILES if any(kind in cell.compiles for cell in self.cells)]
+        compiles = {kind for cell in self.cells for kind in cell.compiles}
+        remarks = [kind for one in COMPILES for kind in (f"{one} failed", one) if kind in compiles]
         remarks += [f"{others.count(status)} {status}" for status in STATUSES if status in others]
         if self.skipped and self.status != "skipped":
             remarks.append(f"{self.skipped} skipped")
@@ -246,6 +248,8 @@ class RunSummary:
     started: float | None
     duration: float | None
     totals: Totals
+    #: What was done on cards, if anything was.
+    cards: Cards | None
 
     @property
     def machine_count(self) -> int:

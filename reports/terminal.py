@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conformance.reports import text
+from conformance.reports.cards import Cards
 from conformance.reports.summary import Problem, Reason, RunSummary
 from conformance.reports.text_page import TextPage
 
@@ -62,6 +63,8 @@ def render(summary: RunSummary, width: int = 80, *, colour: bool = False) -> str
         for cell in heavy[:MOST_ROWS]:
             name = f"{text.one_line(cell.kernel, 60)} {_short(cell.lane)} [{text.one_line(cell.preset, 40)}]"
             page.wrapped(f"{name}: {text.seconds(cell.seconds)}, {text.memory(cell.peak_memory)}", indent=2)
+    if summary.cards is not None:
+        _cards(page, summary.cards)
     if summary.problems:
         cases = text.number(sum(problem.failed_cases for problem in summary.problems), "case")
         page.section(f"{text.number(len(summary.problems), 'problem')} in {cases}, worst first")
@@ -111,6 +114,25 @@ def _table(page: TextPage, summary: RunSummary) -> None:
     page.wrapped(
         "worst: the largest share of its allowance that an error, or errors together, used; findings: all detectors together"
     )
+
+
+def _cards(page: TextPage, cards: Cards) -> None:
+    page.section("On cards")
+    page.wrapped(text.one_line(cards.headline, 600), indent=2)
+    for name, reason in cards.given_up:
+        page.wrapped(text.one_line(f"{name} is used no more: {reason}", 400), indent=2, style=_STYLES["could not run"])
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("kernel", overflow="fold")
+    table.add_column("preset", overflow="fold", max_width=16)
+    for title in ("runs", "median", "worst"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for one in cards.times[:MOST_ROWS]:
+        names = (Text(text.one_line(part, 60)) for part in (one.kernel, one.preset))
+        table.add_row(*names, f"{one.runs:,}", text.device_time(one.median), text.device_time(one.worst))
+    page.table(table, indent=2)
+    if len(cards.times) > MOST_ROWS:
+        page.line(f"... and {len(cards.times) - MOST_ROWS:,} more rows", indent=2)
+    page.wrapped("median, worst: seconds of a launch by the card's own clock", indent=2)
 
 
 def _short(lane: str) -> str:

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 Status = Literal["ok", "raised", "crashed", "timed_out", "unavailable"]
-#: How far a kernel that is not executed was compiled: without the kernels of the cores, or with them, by the device's compiler.
+#: How far a kernel that is not executed was compiled, or was to be where that failed: without the kernels of the cores, or with
+#: them, by the device's compiler.
 Compiled = Literal["", "host compile", "device compile"]
 
 

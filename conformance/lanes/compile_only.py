@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conformance.lanes.lane import Lane
+
+if TYPE_CHECKING:
+    from conformance.lanes.base import Compiled
 
 
 class CompileOnlyLane(Lane):
@@ -21,6 +25,13 @@ class CompileOnlyLane(Lane):
         if problem:
             raise ToolchainUnavailableError(problem)
         return None
+
+
+def attempted() -> Compiled:
+    """How far a compile on this machine goes, if nothing fails."""
+    from conformance.toolchains.machine import this_machine
+
+    return "device compile" if this_machine().variable("ASCEND_HOME_PATH") else "host compile"
 
 
 COMPILE_ONLY = CompileOnlyLane(

@@ -19,6 +19,7 @@ from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import case_bytes, contents, fill, lay_out, places
 from conformance.lanes.card_pool import CardPool, card_pool
 from conformance.lanes.cards import Card, CardChoice
+from conformance.lanes.compile_only import attempted
 from conformance.lanes.device import DEVICE_EXECUTORS, NPU
 from conformance.lanes.device_compiler import CompilerUnavailableError, compiler_failure, no_kernel_compiles
 from conformance.lanes.listing import ListedKernel
@@ -157,6 +158,10 @@ class KernelProcess:
             if problem:
                 self._unavailable = problem
                 return Outcome("unavailable", message=problem)
+        if outcome.status not in ("ok", "unavailable"):
+            # Which compiler it was is a part of the verdict, and a process that is lost cannot say: PyPTO ends it where the
+            # device's compiler fails.
+            outcome.compiled = attempted()
         return outcome
 
     def _says_compiler(self, outcome: Outcome) -> bool:

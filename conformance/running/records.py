@@ -125,6 +125,8 @@ def _details(event: str, found: dict[str, Any]) -> dict[str, Any]:
             names = {name: planned.text(name) for name in ("kernel", "stage", "lane", "preset")}
             plan.append({**names, "capabilities": planned.texts("capabilities"), "capacity": planned.count("capacity")})
         return {**found, "plan": plan, "options": fields.tree("options")}
+    if event == "case":  # of a run on a card
+        fields.count("card"), fields.count("compiles"), fields.duration("device_seconds")
     if event == "end":
         return {**found, "exit_code": fields.count("exit_code")}
     return found

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from conformance.cli import main
+from conformance.lanes import process as process_module
 from conformance.reports.summarise import summarise
 from conformance.running.records import read_run
 from conformance.tests.fake_machine import FakeMachine
@@ -327,6 +328,14 @@ def test_a_host_compile_and_a_device_compile_are_two_verdicts(tmp_path: Path, mo
         assert [row.remark for row in summarise(log).rows] == [f", {told}"]
         for page in ("report.html", "summary.md", "junit.xml"):
             assert told in (tmp_path / name / page).read_text()
+    # What only the device's compiler refuses is a verdict of that one. Here only the worker has ASCEND_HOME_PATH.
+    monkeypatch.setattr(process_module, "attempted", lambda: "device compile")
+    fake.program("bisheng", "exit 1")
+    done = run_command(tmp_path, "check", "rms_norm", "mine.py:mine", "--lane", "compile_only", "--dims", "tiny", "--out", "no")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED 1 of 1 run of 1 case, device compile" in done.stdout
+    log = read_run(tmp_path / "no")
+    assert [row.remark for row in summarise(log).rows] == [", device compile failed"]
 
 
 #: In every process of a run: PyPTO is loaded without the CANN that is not here, and finds it when it compiles.

@@ -12,6 +12,7 @@ import subprocess
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,6 +90,8 @@ def test_process_that_left_an_empty_file_was_cut_short(tmp_path: Path) -> None:
         '{"schema": 1, "event": "case", "findings": [{"detector": "unheard_of", "message": ""}]}',
         '{"schema": 1, "event": "case", "share": "much"}',
         '{"schema": 1, "event": "case", "time": "noon"}',
+        '{"schema": 1, "event": "case", "details": {"card": "first"}}',
+        '{"schema": 1, "event": "case", "details": {"device_seconds": -1}}',
     ],
 )
 def test_line_that_cannot_be_read_is_counted_and_keeps_the_run_from_passing(tmp_path: Path, line: str) -> None:
@@ -511,8 +514,8 @@ def test_hostile_text_stays_text_in_markdown(tmp_path: Path) -> None:
     assert "<img" not in shown
     assert not re.search(r"(?<!\\)\]\(http", shown)
     rows = [line for line in shown.splitlines() if line.startswith("|")]
-    assert len(rows) == 5  # two of the table's head, and three kernels
-    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {9}
+    assert len(rows) == 8  # two of each table's head, three kernels, and one of them on a card
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [9] * 5 + [6] * 3
 
 
 # JUnit.
@@ -562,6 +565,75 @@ def test_junit_tells_every_status_apart(tmp_path: Path) -> None:
     assert sum(len(suite.findall("testcase/error")) for suite in lanes) == not_run > 0
     # The file that does not import, and the process that did not end.
     assert len(root.findall(f"testsuite[@name='{junit.RUN_SUITE}']/testcase/error")) == 2
+
+
+# Cards and compilers.
+
+
+def on_card(kernel: str, card: int, milliseconds: float, compiles: int = 0, **fields: Any) -> Record:
+    details = {"card": card, "compiles": compiles, "device_seconds": milliseconds / 1000}
+    return case(kernel, "device", details=details, **fields)
+
+
+def test_a_night_on_cards_is_told_in_every_format(tmp_path: Path) -> None:
+    lost = "the card reported error 507018: (AICPU)"
+    remark = f"run again: card 0 is used no more ({lost}); run once more in another process: error 507899"
+    summary = run_of(
+        tmp_path,
+        on_card("rope", 1, 2.0, 1),
+        on_card("mlp", 0, 0.25, 1),
+        # The same dimensions once more, in another process; other lengths are no other dimensions.
+        on_card("mlp", 1, 0.75, 1, case="mlp:tiny:B=3,seq_lens=1+2+3:unit:1"),
+        on_card("mlp", 1, 0.5, case="mlp:tiny:B=3:unit:2"),
+        on_card("mlp", 1, 9.0, 1, case="mlp:tiny:B=4:unit:2"),
+        case("mlp", "device", details={"card": 1}),
+        Record("skip", kernel="mlp", stage="mlp", lane="device", preset="tiny", reason=remark),
+        case("rms_norm"),
+    )
+    cards = summary.cards
+    assert cards is not None
+    assert (cards.used, cards.given_up) == ((("card 0", 1), ("card 1", 5)), (("card 0", lost),))
+    assert (cards.compiles, cards.builds) == (4, 3)
+    mlp, rope = cards.times
+    assert (mlp.kernel, mlp.preset, mlp.runs, mlp.worst) == ("mlp", "tiny", 5, 0.009)
+    assert mlp.median == pytest.approx(0.000625)
+    assert (rope.kernel, rope.runs, rope.median, rope.worst) == ("rope", 1, 0.002, 0.002)
+    for name, render in RENDERERS.items():
+        told = re.sub(r"<[^>]*>|\\|\s+", " ", html.unescape(render(summary)) if name == "html" else render(summary))
+        for words in (
+            ("median 625 us, worst 9.00 ms",)
+            if name == "junit"
+            else ("4 compiles for 3 pairs", "625 us", "9.00 ms", "card 1: 5 runs")
+        ):
+            assert words in told, (name, words)
+        assert "card 0 is used no more" in told
+
+
+def test_a_run_that_used_no_card_says_nothing_of_cards(tmp_path: Path) -> None:
+    summary = run_of(tmp_path, case("rms_norm", "device"), case("rms_norm"))
+    assert summary.cards is None
+    assert not any("n card" in render(summary) for render in RENDERERS.values())
+
+
+def test_cards_of_several_machines_are_told_apart(tmp_path: Path) -> None:
+    for number, machine in enumerate(("here", "there")):
+        write(tmp_path, [start(machine=machine), on_card("mlp", 0, 1.0, time=runs.START + number), end()], machine)
+    cards = summary_of(tmp_path).cards
+    assert cards is not None
+    assert cards.used == (("here card 0", 1), ("there card 0", 1))
+
+
+@every_format
+def test_host_compile_and_device_compile_are_two_verdicts(tmp_path: Path, name: str) -> None:
+    refused = Finding("raised", "tile (16, 100) is not aligned to 16")
+    host = case("mlp", "compile_only", check="compile", share=None, details={"compile": "host compile"})
+    device = case("mlp", "compile_only", check="compile", share=None, findings=[refused], details={"compile": "device compile"})
+    write(tmp_path, [start(machine="laptop"), host, end()], "laptop")
+    summary = summary_of(write(tmp_path, [start(machine="with-cann"), device, end(1)], "with-cann"))
+    told = " ".join(RENDERERS[name](summary).split())
+    assert "device compile failed" in told
+    assert "host compile" in told
+    assert "host compile failed" not in told
 
 
 # Sizes, and the files.

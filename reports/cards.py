@@ -1,0 +1,105 @@
+"""What a run did on cards, from its records alone: which were used, which were given up, compiles, and times by their clocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import statistics
+from collections import Counter
+from collections.abc import Mapping
+
+from conformance.reports import text
+from conformance.running.records import Log, Record
+
+#: What ``conformance.lanes.on_card`` says of a case that was run again after its card was given up.
+_GIVEN_UP = re.compile(r"run again: card (\d{1,9}) is used no more \((.*?)\)(?:; run |$)", re.DOTALL)
+#: What of a case's key is no dimension that a kernel is compiled for.
+_NO_DIMENSION = ("seq_lens", "chunk_lens", "rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class CardTimes:
+    """The runs of one kernel at one preset on cards, and the seconds of their launches by the card's clock."""
+
+    kernel: str
+    stage: str
+    lane: str
+    preset: str
+    runs: int
+    median: float | None
+    worst: float | None
+
+    @property
+    def shown(self) -> str:
+        """In a few words."""
+        times = "" if self.median is None else f", median {text.device_time(self.median)}, worst {text.device_time(self.worst)}"
+        return f"{text.number(self.runs, 'run')} on cards{times}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cards:
+    """The cards of a run: how many runs each had by name, why some were given up, and what was compiled for how many builds.
+
+    ``builds`` counts pairs of a kernel and dimensions: more compiles than those mean that some were made anew. ``times`` are
+    sorted by kernel.
+    """
+
+    used: tuple[tuple[str, int], ...]
+    given_up: tuple[tuple[str, str], ...]
+    compiles: int
+    builds: int
+    times: tuple[CardTimes, ...]
+
+    @property
+    def headline(self) -> str:
+        """Cards and compiles in one line."""
+        used = ", ".join(f"{name}: {text.number(runs, 'run')}" for name, runs in self.used)
+        builds = f"{text.number(self.builds, 'pair')} of kernel and dimensions"
+        return f"{used}; {text.number(self.compiles, 'compile')} for {builds}"
+
+
+def cards_of(log: Log, machine_of: Mapping[str, str]) -> Cards | None:
+    """What the cases on cards say; ``None`` if there are none. ``machine_of`` names a process's machine, if there are several."""
+    used: Counter[tuple[str, int]] = Counter()
+    compiles: Counter[tuple[str, ...]] = Counter()
+    runs: dict[tuple[str, str, str, str], list[float | None]] = {}
+    for record in log.of("case"):
+        card = record.details.get("card")
+        if card is None:
+            continue
+        used[machine_of.get(record.process, ""), card] += 1
+        if record.details.get("compiles"):
+            compiles[_build(record)] += record.details["compiles"]
+        times = runs.setdefault((record.kernel, record.stage, record.lane, record.preset), [])
+        times.append(record.details.get("device_seconds"))
+    if not used:
+        return None
+    given_up: dict[tuple[str, int], str] = {}
+    for record in log.of("skip"):
+        for match in _GIVEN_UP.finditer(record.reason):
+            given_up.setdefault((machine_of.get(record.process, ""), int(match[1])), match[2])
+    return Cards(
+        used=tuple((_name(*card), count) for card, count in sorted(used.items())),
+        given_up=tuple((_name(*card), reason) for card, reason in sorted(given_up.items())),
+        compiles=compiles.total(),
+        builds=len(compiles),
+        times=tuple(_times(*key, found) for key, found in sorted(runs.items())),
+    )
+
+
+def _build(record: Record) -> tuple[str, ...]:
+    """What a record's kernel was compiled for."""
+    parts = record.case.split(":")
+    varied = parts[2].split(",") if len(parts) > 2 else []
+    return record.kernel, record.stage, record.preset, *sorted(one for one in varied if one.split("=")[0] not in _NO_DIMENSION)
+
+
+def _times(kernel: str, stage: str, lane: str, preset: str, found: list[float | None]) -> CardTimes:
+    known = [one for one in found if one is not None]
+    return CardTimes(
+        kernel, stage, lane, preset, len(found), statistics.median(known) if known else None, max(known, default=None)
+    )
+
+
+def _name(machine: str, card: int) -> str:
+    return f"{machine} card {card}" if machine else f"card {card}"
