@@ -8,13 +8,13 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping
 
+from conformance.cases.key import CaseKey
+from conformance.errors import UsageError
 from conformance.reports import text
 from conformance.running.records import Log, Record
 
 #: What ``conformance.lanes.on_card`` says of a case that was run again after its card was given up.
 _GIVEN_UP = re.compile(r"run again: card (\d{1,9}) is used no more \((.*?)\)(?:; run |$)", re.DOTALL)
-#: What of a case's key is no dimension that a kernel is compiled for.
-_NO_DIMENSION = ("seq_lens", "chunk_lens", "rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +88,17 @@ def cards_of(log: Log, machine_of: Mapping[str, str]) -> Cards | None:
 
 
 def _build(record: Record) -> tuple[str, ...]:
-    """What a record's kernel was compiled for."""
-    parts = record.case.split(":")
-    varied = parts[2].split(",") if len(parts) > 2 else []
-    return record.kernel, record.stage, record.preset, *sorted(one for one in varied if one.split("=")[0] not in _NO_DIMENSION)
+    """What a record's kernel was compiled for: the dimensions of the case with the rows that it has."""
+    try:
+        key = CaseKey.parse(record.case)
+        dims = key.dims
+        if key.rows:
+            dims = dims.resized(batch=len(key.rows))
+        if key.rows and key.chunk_lens:
+            dims = dims.resized(tokens=sum(key.chunk_lens[row] for row in key.rows))
+        return record.kernel, record.stage, str(dims)
+    except (UsageError, IndexError):  # of a model that is not installed here
+        return record.kernel, record.stage, record.case
 
 
 def _times(kernel: str, stage: str, lane: str, preset: str, found: list[float | None]) -> CardTimes:

@@ -585,7 +585,7 @@ def test_a_night_on_cards_is_told_in_every_format(tmp_path: Path) -> None:
         # The same dimensions once more, in another process; other lengths are no other dimensions.
         on_card("mlp", 1, 0.75, 1, case="mlp:tiny:B=3,seq_lens=1+2+3:unit:1"),
         on_card("mlp", 1, 0.5, case="mlp:tiny:B=3:unit:2"),
-        on_card("mlp", 1, 9.0, 1, case="mlp:tiny:B=4:unit:2"),
+        on_card("mlp", 1, 9.0, 1, case="mlp:tiny:B=3,rows=2+0:unit:2"),
         case("mlp", "device", details={"card": 1}),
         Record("skip", kernel="mlp", stage="mlp", lane="device", preset="tiny", reason=remark),
         case("rms_norm"),
