@@ -24,6 +24,7 @@ from conformance.cases.space import Space
 from conformance.cli import main
 from conformance.contract.kernel import Declaration, Kernel
 from conformance.contract.loading import load_module
+from conformance.contract.registry import stage_named
 from conformance.judge.judgement import judge
 from conformance.kernels.qwen3.generation.command import main as generation
 from conformance.lanes import card_pool as card_pool_module
@@ -418,6 +419,13 @@ def test_generation_runs_on_the_card_that_is_named_and_tells_what_a_step_cost(
     assert {one["stage"]: one["launches"] for one in stages} == launches
     assert {one["stage"]: one["compiles"] for one in stages} == dict.fromkeys(launches, 1)
     assert {one["median_seconds"] for one in stages} == {0.0025}
+    if driver == "paged":
+        # All arguments are placed for the first step; for the next ones no weights, but caches, logits and what a step brings.
+        placed = [one["placed"] for one in events(folder, "launch", kernel="paged_decode_fwd")]
+        contract = stage_named("paged_decode_fwd")
+        weights = [one for one in contract.arguments if "weight" in one.name or one.name.startswith(("w", "rope"))]
+        step = len(contract.arguments) - len(weights)
+        assert placed == [len(contract.arguments) + number * step for number in range(3)]
 
 
 def test_generation_goes_on_with_the_next_card_and_its_timeout_is_that_of_a_launch(

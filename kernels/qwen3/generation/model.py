@@ -25,6 +25,8 @@ class LoadedModel:
     dims: Dims
     weights: Tensors
     embedding: Tensor
+    #: What ``layers`` gave: on a card an argument stays while it is the very tensor of the step before.
+    _views: dict[tuple[int, int], Tensors] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, *, exact: bool) -> LoadedModel:
@@ -38,9 +40,11 @@ class LoadedModel:
         """Whether the weights are in float64, for an exact executor."""
         return self.embedding.dtype == torch.float64
 
-    def layers(self, first: int, count: int) -> dict[str, Tensor]:
-        """All weights, of the layers' those of ``count`` layers from ``first`` on: row slices, nothing is copied."""
-        return {
-            name: layer_of(tensor, first, self.dims.L, count) if name in LAYER_WEIGHTS else tensor
-            for name, tensor in self.weights.items()
-        }
+    def layers(self, first: int, count: int) -> Tensors:
+        """All weights, of the layers' those of ``count`` layers from ``first`` on: the same row slices every time, no copies."""
+        if (first, count) not in self._views:
+            self._views[first, count] = {
+                name: layer_of(tensor, first, self.dims.L, count) if name in LAYER_WEIGHTS else tensor
+                for name, tensor in self.weights.items()
+            }
+        return self._views[first, count]
