@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping
@@ -13,19 +12,16 @@ from conformance.errors import UsageError
 from conformance.reports import text
 from conformance.running.records import Log, Record
 
-#: What ``conformance.lanes.on_card`` says of a case that was run again after its card was given up.
-_GIVEN_UP = re.compile(r"run again: card (\d{1,9}) is used no more \((.*?)\)(?:; run |$)", re.DOTALL)
-
 
 @dataclasses.dataclass(frozen=True)
 class CardTimes:
-    """The runs of one kernel at one preset on cards, and the seconds of their launches by the card's clock."""
+    """The launches of one kernel at one preset on cards, and their seconds by the card's clock: of repeats the median counts."""
 
     kernel: str
     stage: str
     lane: str
     preset: str
-    runs: int
+    launches: int
     median: float | None
     worst: float | None
 
@@ -33,12 +29,12 @@ class CardTimes:
     def shown(self) -> str:
         """In a few words."""
         times = "" if self.median is None else f", median {text.device_time(self.median)}, worst {text.device_time(self.worst)}"
-        return f"{text.number(self.runs, 'run')} on cards{times}"
+        return f"{text.number(self.launches, 'launch', 'launches')} on cards{times}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cards:
-    """The cards of a run: how many runs each had by name, why some were given up, and what was compiled for how many builds.
+    """The cards of a run: how many launches each had by name, why some were given up, and what was compiled for how many builds.
 
     ``builds`` counts pairs of a kernel and dimensions: more compiles than those mean that some were made anew. ``times`` are
     sorted by kernel.
@@ -53,7 +49,7 @@ class Cards:
     @property
     def headline(self) -> str:
         """Cards and compiles in one line."""
-        used = ", ".join(f"{name}: {text.number(runs, 'run')}" for name, runs in self.used)
+        used = ", ".join(f"{name}: {text.number(launches, 'launch', 'launches')}" for name, launches in self.used)
         builds = f"{text.number(self.builds, 'pair')} of kernel and dimensions"
         return f"{used}; {text.number(self.compiles, 'compile')} for {builds}"
 
@@ -62,28 +58,31 @@ def cards_of(log: Log, machine_of: Mapping[str, str]) -> Cards | None:
     """What the cases on cards say; ``None`` if there are none. ``machine_of`` names a process's machine, if there are several."""
     used: Counter[tuple[str, int]] = Counter()
     compiles: Counter[tuple[str, ...]] = Counter()
-    runs: dict[tuple[str, str, str, str], list[float | None]] = {}
+    given_up: dict[tuple[str, int], str] = {}
+    times: dict[tuple[str, str, str, str], list[float]] = {}
+    launches: Counter[tuple[str, str, str, str]] = Counter()
     for record in log.of("case"):
-        card = record.details.get("card")
+        details, machine = record.details, machine_of.get(record.process, "")
+        card = details.get("card")
         if card is None:
             continue
-        used[machine_of.get(record.process, ""), card] += 1
-        if record.details.get("compiles"):
-            compiles[_build(record)] += record.details["compiles"]
-        times = runs.setdefault((record.kernel, record.stage, record.lane, record.preset), [])
-        times.append(record.details.get("device_seconds"))
+        count = details.get("launches") or 1
+        used[machine, card] += count
+        if details.get("compiles"):
+            compiles[_build(record)] += details["compiles"]
+        kernel = record.kernel, record.stage, record.lane, record.preset
+        launches[kernel] += count
+        times.setdefault(kernel, []).extend(one for one in (details.get("device_seconds"),) if one is not None)
+        for number, reason in details.get("given_up", {}).items():
+            given_up.setdefault((machine, int(number)), reason)
     if not used:
         return None
-    given_up: dict[tuple[str, int], str] = {}
-    for record in log.of("skip"):
-        for match in _GIVEN_UP.finditer(record.reason):
-            given_up.setdefault((machine_of.get(record.process, ""), int(match[1])), match[2])
     return Cards(
         used=tuple((_name(*card), count) for card, count in sorted(used.items())),
         given_up=tuple((_name(*card), reason) for card, reason in sorted(given_up.items())),
         compiles=compiles.total(),
         builds=len(compiles),
-        times=tuple(_times(*key, found) for key, found in sorted(runs.items())),
+        times=tuple(_times(*kernel, launches[kernel], found) for kernel, found in sorted(times.items())),
     )
 
 
@@ -101,11 +100,9 @@ def _build(record: Record) -> tuple[str, ...]:
         return record.kernel, record.stage, record.case
 
 
-def _times(kernel: str, stage: str, lane: str, preset: str, found: list[float | None]) -> CardTimes:
-    known = [one for one in found if one is not None]
-    return CardTimes(
-        kernel, stage, lane, preset, len(found), statistics.median(known) if known else None, max(known, default=None)
-    )
+def _times(kernel: str, stage: str, lane: str, preset: str, launches: int, times: list[float]) -> CardTimes:
+    median = statistics.median(times) if times else None
+    return CardTimes(kernel, stage, lane, preset, launches, median, max(times, default=None))
 
 
 def _name(machine: str, card: int) -> str:

@@ -110,10 +110,10 @@ def _cards(cards: Cards) -> list[str]:
     lines = ["### On cards", "", escape(cards.headline, 600), ""]
     for name, reason in cards.given_up:
         lines += [f"> {SIGNS['could not run']} {escape(f'{name} is used no more: {reason}', 400)}", ""]
-    lines += ["| kernel | preset | runs | median on the card | worst |", "|---|---|--:|--:|--:|"]
+    lines += ["| kernel | preset | launches | median on the card | worst |", "|---|---|--:|--:|--:|"]
     for one in cards.times[:MOST_ROWS]:
         times = (text.device_time(one.median), text.device_time(one.worst))
-        lines.append(f"| {' | '.join((escape(one.kernel, 120), escape(one.preset, 40), f'{one.runs:,}', *times))} |")
+        lines.append(f"| {' | '.join((escape(one.kernel, 120), escape(one.preset, 40), f'{one.launches:,}', *times))} |")
     lines.append("")
     if len(cards.times) > MOST_ROWS:
         lines += [f"… and {len(cards.times) - MOST_ROWS:,} more rows", ""]

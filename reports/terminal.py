@@ -124,11 +124,11 @@ def _cards(page: TextPage, cards: Cards) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("kernel", overflow="fold")
     table.add_column("preset", overflow="fold", max_width=16)
-    for title in ("runs", "median", "worst"):
+    for title in ("launches", "median", "worst"):
         table.add_column(title, justify="right", no_wrap=True)
     for one in cards.times[:MOST_ROWS]:
         names = (Text(text.one_line(part, 60)) for part in (one.kernel, one.preset))
-        table.add_row(*names, f"{one.runs:,}", text.device_time(one.median), text.device_time(one.worst))
+        table.add_row(*names, f"{one.launches:,}", text.device_time(one.median), text.device_time(one.worst))
     page.table(table, indent=2)
     if len(cards.times) > MOST_ROWS:
         page.line(f"... and {len(cards.times) - MOST_ROWS:,} more rows", indent=2)

@@ -75,3 +75,6 @@ class Outcome:
     compiles: int = 0
     device_seconds: float | None = None
     device_error: int | None = None
+    #: Runs that this outcome stands for, and by number the cards that were given up on the way to it, each with the reason.
+    launches: int = 1
+    given_up: dict[int, str] = dataclasses.field(default_factory=dict)

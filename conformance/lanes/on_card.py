@@ -64,7 +64,7 @@ class CardRuns:
             if pool is not None and isinstance(error, CompilerUnavailableError):
                 pool.unusable = str(error)
             outcome = Outcome("unavailable", message=str(error))
-        outcome.compiles = case.compiles
+        outcome.compiles, outcome.given_up = case.compiles, case.given_up
         if outcome.status == "ok":
             outcome.message = "; ".join(filter(None, [outcome.message, *case.remarks]))
         return outcome
@@ -80,6 +80,7 @@ class CardRuns:
                 reason = self._probe(card)
             if reason:
                 pool.quarantine(card, reason)
+                case.given_up[card.number] = reason
                 return None
             pool.proven.add(card.number)
         with contextlib.nullcontext() if self._is_set_up() else pool.lock(card):
@@ -110,6 +111,7 @@ class CardRuns:
                 lost[card.number] = reason
         if reason:
             pool.quarantine(card, f"{reason}; the run before that ended so: {outcome.message}")
+            case.given_up[card.number] = reason
             if len(lost) >= MOST_CARDS_LOST:
                 return _finding(outcome, f"; after it {_cards(lost)} could not be used")
             case.remarks.append(f"run again: card {card.number} is used no more ({reason})")
@@ -130,6 +132,7 @@ class _Case:
     compiles: int = 0
     repeated: bool = False
     remarks: list[str] = dataclasses.field(default_factory=list)
+    given_up: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def step(self, work: Callable[[], Outcome]) -> Outcome:
         """What ``work`` comes to; compiles count also where the case has to begin anew."""

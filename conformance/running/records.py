@@ -60,7 +60,8 @@ class Record:
     reason: str = ""
     #: Everything else of an event: versions, machine, options, plan, exit code; of a case that was compiled and not executed
     #: ``compile``, which is ``host compile`` without the kernels of the cores, or ``device compile``; of a case on a card which
-    #: one, compiles, and seconds by its clock, of repeats the median.
+    #: one, compiles, seconds by its clock (of repeats the median), ``launches`` of repeats, and ``given_up``: by number the cards
+    #: that were used no more from then on, each with the reason.
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
     #: Seconds since the epoch.
     time: float = 0.0
@@ -126,7 +127,9 @@ def _details(event: str, found: dict[str, Any]) -> dict[str, Any]:
             plan.append({**names, "capabilities": planned.texts("capabilities"), "capacity": planned.count("capacity")})
         return {**found, "plan": plan, "options": fields.tree("options")}
     if event == "case":  # of a run on a card
-        fields.count("card"), fields.count("compiles"), fields.duration("device_seconds")
+        fields.count("card"), fields.count("compiles"), fields.duration("device_seconds"), fields.count("launches")
+        given_up = Fields(fields.tree("given_up"), "the cards that were given up")
+        found = {**found, "given_up": {name: given_up.text(name) for name in found.get("given_up", {}) if name.isdecimal()}}
     if event == "end":
         return {**found, "exit_code": fields.count("exit_code")}
     return found

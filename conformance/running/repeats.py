@@ -63,11 +63,13 @@ def run_again(
     verdicts: list[Verdict] = []
     seconds, compiles, done = 0.0, 0, 0
     by_card: list[float] = []
+    given_up: dict[int, str] = {}
     again = first
     for number in range(1, count + 1):
         again = run(case, "none")  # what the passes do to the same case has been seen
         seconds, compiles, done = seconds + again.seconds, compiles + again.compiles, number
         by_card += [] if again.device_seconds is None else [again.device_seconds]
+        given_up |= again.given_up
         ended = again.status == "ok"
         differs = ended and _compare(first, again, number, differences)
         if differs or not ended or _conduct(again) != _conduct(first):
@@ -85,7 +87,9 @@ def run_again(
     findings = [*new.values(), *_nondeterministic(kernel, case, differences, done)]
     kept = {name: difference.tensor for name, difference in differences.items()}
     usual = statistics.median(by_card) if by_card else None
-    outcome = dataclasses.replace(telling or again, seconds=seconds, compiles=compiles, device_seconds=usual)
+    outcome = dataclasses.replace(
+        telling or again, seconds=seconds, compiles=compiles, device_seconds=usual, launches=done, given_up=given_up
+    )
     told = verdicts[0] if verdicts else verdict
     return Repeated(dataclasses.replace(told, findings=worst_first(findings)), outcome, kept)
 

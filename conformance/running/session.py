@@ -227,11 +227,14 @@ class RunLog:
 
 
 def _details(outcome: Outcome) -> dict[str, Any]:
-    """What a record keeps of how far a kernel was compiled, or of a run on a card: which one, how often the kernel was compiled,
-    and seconds by the card's clock."""
+    """What a record keeps of how far a kernel was compiled, or of a run on a card."""
     if outcome.card is None:
         return {"compile": outcome.compiled} if outcome.compiled else {}
-    found = {"card": outcome.card, "compiles": outcome.compiles, "device_seconds": outcome.device_seconds}
+    found: dict[str, Any] = {"card": outcome.card, "compiles": outcome.compiles, "device_seconds": outcome.device_seconds}
+    if outcome.launches > 1:
+        found["launches"] = outcome.launches
+    if outcome.given_up:
+        found["given_up"] = {str(number): reason for number, reason in outcome.given_up.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

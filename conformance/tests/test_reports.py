@@ -92,6 +92,7 @@ def test_process_that_left_an_empty_file_was_cut_short(tmp_path: Path) -> None:
         '{"schema": 1, "event": "case", "time": "noon"}',
         '{"schema": 1, "event": "case", "details": {"card": "first"}}',
         '{"schema": 1, "event": "case", "details": {"device_seconds": -1}}',
+        '{"schema": 1, "event": "case", "details": {"given_up": {"0": 5}}}',
     ],
 )
 def test_line_that_cannot_be_read_is_counted_and_keeps_the_run_from_passing(tmp_path: Path, line: str) -> None:
@@ -577,33 +578,32 @@ def on_card(kernel: str, card: int, milliseconds: float, compiles: int = 0, **fi
 
 def test_a_night_on_cards_is_told_in_every_format(tmp_path: Path) -> None:
     lost = "the card reported error 507018: (AICPU)"
-    remark = f"run again: card 0 is used no more ({lost}); run once more in another process: error 507899"
+    moved = {"card": 1, "compiles": 1, "device_seconds": 0.00075, "given_up": {"0": lost}}
     summary = run_of(
         tmp_path,
         on_card("rope", 1, 2.0, 1),
         on_card("mlp", 0, 0.25, 1),
         # The same dimensions once more, in another process; other lengths are no other dimensions.
-        on_card("mlp", 1, 0.75, 1, case="mlp:tiny:B=3,seq_lens=1+2+3:unit:1"),
+        case("mlp", "device", details=moved, case="mlp:tiny:B=3,seq_lens=1+2+3:unit:1"),
         on_card("mlp", 1, 0.5, case="mlp:tiny:B=3:unit:2"),
         on_card("mlp", 1, 9.0, 1, case="mlp:tiny:B=3,rows=2+0:unit:2"),
-        case("mlp", "device", details={"card": 1}),
-        Record("skip", kernel="mlp", stage="mlp", lane="device", preset="tiny", reason=remark),
+        case("mlp", "device", details={"card": 1, "launches": 20}, check="repeat"),
         case("rms_norm"),
     )
     cards = summary.cards
     assert cards is not None
-    assert (cards.used, cards.given_up) == ((("card 0", 1), ("card 1", 5)), (("card 0", lost),))
+    assert (cards.used, cards.given_up) == ((("card 0", 1), ("card 1", 24)), (("card 0", lost),))
     assert (cards.compiles, cards.builds) == (4, 3)
     mlp, rope = cards.times
-    assert (mlp.kernel, mlp.preset, mlp.runs, mlp.worst) == ("mlp", "tiny", 5, 0.009)
+    assert (mlp.kernel, mlp.preset, mlp.launches, mlp.worst) == ("mlp", "tiny", 24, 0.009)
     assert mlp.median == pytest.approx(0.000625)
-    assert (rope.kernel, rope.runs, rope.median, rope.worst) == ("rope", 1, 0.002, 0.002)
+    assert (rope.kernel, rope.launches, rope.median, rope.worst) == ("rope", 1, 0.002, 0.002)
     for name, render in RENDERERS.items():
         told = re.sub(r"<[^>]*>|\\|\s+", " ", html.unescape(render(summary)) if name == "html" else render(summary))
         for words in (
             ("median 625 us, worst 9.00 ms",)
             if name == "junit"
-            else ("4 compiles for 3 pairs", "625 us", "9.00 ms", "card 1: 5 runs")
+            else ("4 compiles for 3 pairs", "625 us", "9.00 ms", "card 1: 24 launches")
         ):
             assert words in told, (name, words)
         assert "card 0 is used no more" in told
