@@ -21,7 +21,7 @@ import click
 from conformance.command import COULD_NOT_RUN, FINDINGS, PASSED, USAGE, FilePath, Group, card_options, say, shown_path
 from conformance.errors import UnavailableError, UsageError
 from conformance.lanes import LANES, find_lane, lane_named
-from conformance.lanes.cards import choice_of
+from conformance.lanes.cards import CardChoice, choice_of
 from conformance.lanes.device import NPU
 from conformance.outside import require_path
 from conformance.running.interrupts import interrupted_once
@@ -318,7 +318,6 @@ def diff(
     from conformance.reports import diff_report
     from conformance.running import diff as comparison
     from conformance.running.check import InterruptedCheck, chosen_keys, require_seconds, resolve_lane, taken_spaces
-    from conformance.running.check import check as judge_kernel
 
     require_seconds("--timeout", timeout)
     named = find_lane(lane)
@@ -338,15 +337,10 @@ def diff(
     elif isinstance(after, dict) and not isinstance(before, dict):
         after = comparison.for_kernel(before, after, new)
     asked: dict[str, Any] = {"dims": _dims(dims), "examples": examples, "seed": seed, "lane": lane, "timeout": timeout}
-
-    def judge(kernel: Declaration) -> dict[str, KernelSummary]:
-        report = judge_kernel(kernel.stage_name, kernel, **asked, isolated=True, cards=cards)
-        return {kernel.name: comparison.of_report(kernel, report)}
-
     summaries: list[dict[str, KernelSummary]] = []
     try:
         for subject in (before, after):
-            summaries.append(subject if isinstance(subject, dict) else judge(subject))
+            summaries.append(subject if isinstance(subject, dict) else _summary_of(subject, asked, cards))
     except KeyboardInterrupt as error:
         for side, judged in zip(("OLD", "NEW"), summaries, strict=False):
             for known in judged.values():
@@ -375,6 +369,15 @@ def _subject_of_diff(text: str) -> dict[str, KernelSummary] | Declaration:
     if ":" not in text:
         return find_kernel(bundled_kernels(), text, "the bundled kernels (and there is no such folder)")
     return _named(text)
+
+
+def _summary_of(kernel: Declaration, asked: dict[str, Any], cards: CardChoice) -> dict[str, KernelSummary]:
+    """What is known of a kernel that is judged now."""
+    from conformance.running import diff as comparison
+    from conformance.running.check import check as judge_kernel
+
+    report = judge_kernel(kernel.stage_name, kernel, **asked, isolated=True, cards=cards)
+    return {kernel.name: comparison.of_report(kernel, report)}
 
 
 def _without_card(lanes: Iterable[str]) -> str:

@@ -129,7 +129,8 @@ def _details(event: str, found: dict[str, Any]) -> dict[str, Any]:
     if event == "case":  # of a run on a card
         fields.count("card"), fields.count("compiles"), fields.duration("device_seconds"), fields.count("launches")
         given_up = Fields(fields.tree("given_up"), "the cards that were given up")
-        found = {**found, "given_up": {name: given_up.text(name) for name in found.get("given_up", {}) if name.isdecimal()}}
+        if "given_up" in found:
+            found = {**found, "given_up": {name: given_up.text(name) for name in found["given_up"] if name.isdecimal()}}
     if event == "end":
         return {**found, "exit_code": fields.count("exit_code")}
     return found

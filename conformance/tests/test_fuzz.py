@@ -153,7 +153,15 @@ COMMANDS: dict[str, tuple[Any, st.SearchStrategy[list[str]]]] = {
         main,
         command_line(
             [st.just("diff"), mostly("mine.py:kernel", PATHS | NAMES), mostly("rms_norm", PATHS)],
-            {"--dims": DIMS | VALUES, "--examples": NUMBERS, "--seed": NUMBERS, "--lane": VALUES, "--timeout": NUMBERS},
+            {
+                "--dims": DIMS | VALUES,
+                "--examples": NUMBERS,
+                "--seed": NUMBERS,
+                "--lane": VALUES,
+                "--timeout": NUMBERS,
+                "--device": NUMBERS | VALUES,
+                "--device-wait": NUMBERS,
+            },
         ),
     ),
     "exam": (
@@ -176,6 +184,7 @@ COMMANDS: dict[str, tuple[Any, st.SearchStrategy[list[str]]]] = {
                 "--new": NUMBERS,
                 "--batch": NUMBERS,
                 "--context": NUMBERS,
+                "--device": NUMBERS | VALUES,
                 "--page-size": NUMBERS,
                 "--pages": NUMBERS,
                 "--chunk": NUMBERS,
@@ -193,7 +202,7 @@ COMMANDS: dict[str, tuple[Any, st.SearchStrategy[list[str]]]] = {
 def test_a_command_answers_any_arguments(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, many: bool) -> None:
     # What the arguments say is all that is looked at: nothing is judged.
     monkeypatch.setattr(cli, "_judge", lambda *arguments: None)
-    monkeypatch.setattr(cli, "_summaries", lambda subject, *arguments: subject if isinstance(subject, dict) else {})
+    monkeypatch.setattr(cli, "_summary_of", lambda *arguments: {})
     command, words = COMMANDS[name]
     holds(many, 25, words, lambda drawn: answers(command, drawn))
 

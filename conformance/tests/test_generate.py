@@ -29,10 +29,11 @@ from conformance.kernels.qwen3.generation.agreement import TokenVerifier
 from conformance.kernels.qwen3.generation.checkpoint import Checkpoint, random_checkpoint
 from conformance.kernels.qwen3.generation.command import main
 from conformance.kernels.qwen3.generation.drivers import DRIVERS, Driver
-from conformance.kernels.qwen3.generation.executors import Executor, ReferenceExecutor, StageError
+from conformance.kernels.qwen3.generation.executors import Executor, ReferenceExecutor, StageError, open_executor
 from conformance.kernels.qwen3.generation.model import LoadedModel
 from conformance.kernels.qwen3.generation.requests import Request
 from conformance.lanes.eager import run_eager
+from conformance.lanes.process import Limits
 from conformance.tests.transformers_models import qwen3_model
 
 Tensor = torch.Tensor
@@ -476,6 +477,19 @@ def test_looking_whether_a_file_can_be_written_leaves_no_trace(folder: Path) -> 
     Path("old.json").write_text("kept")
     assert run("--json", "old.json", "--executor", "gpu").exit_code == 2
     assert Path("old.json").read_text() == "kept"
+
+
+def test_what_a_model_takes_is_no_memory_of_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The process alone takes some 250 MB, and with its half of the logits, which two processes share, more than the limit.
+    monkeypatch.setattr(Limits, "of_runs", lambda seconds: Limits(memory_bytes=350 << 20))
+    kernel = "import time, conformance\n\n@conformance.kernel('greedy_sample')\ndef mine(logits, token_ids):\n"
+    (tmp_path / "mine.py").write_text(f"{kernel}    token_ids.copy_(logits.argmax(-1))\n    time.sleep(0.5)\n")
+    executor = open_executor("eager", [str(tmp_path / "mine.py")])
+    dims = SMALL.replace(B=16, V=10_000_000, L=1)
+    try:
+        assert not executor.run("greedy_sample", dims, {"logits": torch.zeros(16, dims.V)})["token_ids"].any()
+    finally:
+        executor.close()
 
 
 def test_a_device_that_is_not_there_is_exit_code_3(folder: Path) -> None:

@@ -5,6 +5,7 @@ An executor computes a stage and keeps nothing between two calls; what lies betw
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from conformance.contract.stage import Tensors
 from conformance.errors import UnavailableError, UsageError
 from conformance.kernels.qwen3.generation.costs import Dispatch
 from conformance.lanes import default_lane, find_lane, lane_named
+from conformance.lanes.buffers import case_bytes
 from conformance.lanes.cards import CardChoice, CardUnavailableError, choice_of
 from conformance.lanes.device import DEVICE, NPU
 from conformance.lanes.eager import EAGER
@@ -112,7 +114,10 @@ class KernelExecutor:
             raise UsageError(refusal)
         if stage not in self._processes:
             lane = self._lane if kernel.toolchain in lane_named(self._lane).toolchains else default_lane(kernel.toolchain).name
-            self._processes[stage] = KernelProcess(kernel, lane, limits=self._limits, cards=self._cards)
+            # A model's weights are none of what the kernel itself takes.
+            memory = self._limits.memory_bytes + case_bytes(kernel.stage, dims)
+            limits = dataclasses.replace(self._limits, memory_bytes=memory)
+            self._processes[stage] = KernelProcess(kernel, lane, limits=limits, cards=self._cards)
         case = Case(CaseKey(stage, "generate", "generate", 0), kernel.stage, dims, dict(inputs))
         outcome = self._processes[stage].run(case, "none")
         if outcome.status == "unavailable":
