@@ -603,10 +603,9 @@ def test_a_night_on_cards_is_told_in_every_format(tmp_path: Path) -> None:
         for words in (
             ("median 625 us, worst 9.00 ms",)
             if name == "junit"
-            else ("4 compiles for 3 pairs", "625 us", "9.00 ms", "card 1: 24 launches")
+            else ("4 compiles for 3 pairs", "625 us", "9.00 ms", "card 1: 24 launches", "card 0 is used no more")
         ):
             assert words in told, (name, words)
-        assert "card 0 is used no more" in told
 
 
 def test_a_run_that_used_no_card_says_nothing_of_cards(tmp_path: Path) -> None:
