@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from conformance.cases.key import CaseKey
+from conformance.contract.registry import model_named, stage_named
 from conformance.errors import UsageError
 from conformance.reports import text
 from conformance.running.records import Log, Record
@@ -21,6 +22,8 @@ class CardTimes:
     stage: str
     lane: str
     preset: str
+    #: Of a case at the model's real size its dimensions: what a step takes follows from them. Empty for all others.
+    sizes: str
     launches: int
     median: float | None
     worst: float | None
@@ -29,7 +32,13 @@ class CardTimes:
     def shown(self) -> str:
         """In a few words."""
         times = "" if self.median is None else f", median {text.device_time(self.median)}, worst {text.device_time(self.worst)}"
-        return f"{text.number(self.launches, 'launch', 'launches')} on cards{times}"
+        at = f" with {self.sizes}" if self.sizes else ""
+        return f"{text.number(self.launches, 'launch', 'launches')} on cards{at}{times}"
+
+    @property
+    def place(self) -> str:
+        """The preset, and the sizes if there are any."""
+        return f"{self.preset} {self.sizes}".strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +68,8 @@ def cards_of(log: Log, machine_of: Mapping[str, str]) -> Cards | None:
     used: Counter[tuple[str, int]] = Counter()
     compiles: Counter[tuple[str, ...]] = Counter()
     given_up: dict[tuple[str, int], str] = {}
-    times: dict[tuple[str, str, str, str], list[float]] = {}
-    launches: Counter[tuple[str, str, str, str]] = Counter()
+    times: dict[tuple[str, str, str, str, str], list[float]] = {}
+    launches: Counter[tuple[str, str, str, str, str]] = Counter()
     for record in log.of("case"):
         details, machine = record.details, machine_of.get(record.process, "")
         card = details.get("card")
@@ -70,7 +79,7 @@ def cards_of(log: Log, machine_of: Mapping[str, str]) -> Cards | None:
         used[machine, card] += count
         if details.get("compiles"):
             compiles[_build(record)] += details["compiles"]
-        kernel = record.kernel, record.stage, record.lane, record.preset
+        kernel = record.kernel, record.stage, record.lane, record.preset, _sizes(record)
         launches[kernel] += count
         times.setdefault(kernel, []).extend(one for one in (details.get("device_seconds"),) if one is not None)
         for number, reason in details.get("given_up", {}).items():
@@ -100,9 +109,20 @@ def _build(record: Record) -> tuple[str, ...]:
         return record.kernel, record.stage, record.case
 
 
-def _times(kernel: str, stage: str, lane: str, preset: str, launches: int, times: list[float]) -> CardTimes:
+def _sizes(record: Record) -> str:
+    try:
+        key = CaseKey.parse(record.case)
+        full_size = model_named(stage_named(key.stage).model).full_size
+    except UsageError:  # of a model that is not installed here
+        return ""
+    if full_size is None or full_size.preset != key.preset:
+        return ""
+    return " ".join(f"{name}={size}" for name, size in key.overrides)
+
+
+def _times(kernel: str, stage: str, lane: str, preset: str, sizes: str, launches: int, times: list[float]) -> CardTimes:
     median = statistics.median(times) if times else None
-    return CardTimes(kernel, stage, lane, preset, launches, median, max(times, default=None))
+    return CardTimes(kernel, stage, lane, preset, sizes, launches, median, max(times, default=None))
 
 
 def _name(machine: str, card: int) -> str:

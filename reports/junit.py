@@ -28,14 +28,16 @@ def render(summary: RunSummary) -> str:
     for problem in (*summary.problems, *summary.expected_problems):
         problems.setdefault((problem.stage, problem.kernel, problem.lane), []).append(problem)
     times = summary.cards.times if summary.cards is not None else ()
-    on_cards = {(one.stage, one.kernel, one.lane, one.preset): one.shown for one in times}
+    on_cards: dict[tuple[str, str, str, str], list[str]] = {}
+    for one in times:
+        on_cards.setdefault((one.stage, one.kernel, one.lane, one.preset), []).append(one.shown)
     cells = summary.cells
     for lane in summary.lanes:
         members = [cell for cell in cells if cell.lane == lane]
         suite = _suite(root, lane or "(no lane)", summary)
         for cell in members:
             of_cell = problems.get((cell.stage, cell.kernel, cell.lane), ())
-            _test_case(suite, cell, of_cell, on_cards.get((cell.stage, cell.kernel, cell.lane, cell.preset), ""))
+            _test_case(suite, cell, of_cell, on_cards.get((cell.stage, cell.kernel, cell.lane, cell.preset), ()))
         suite.set("time", _time(sum(cell.seconds for cell in members)))
         _count(suite)
     _run_suite(root, summary)
@@ -62,7 +64,7 @@ def _count(suite: ElementTree.Element) -> None:
         suite.set(attribute, str(len(suite.findall(f"testcase/{tag}"))))
 
 
-def _test_case(suite: ElementTree.Element, cell: Cell, problems: Sequence[Problem], on_cards: str) -> None:
+def _test_case(suite: ElementTree.Element, cell: Cell, problems: Sequence[Problem], on_cards: Sequence[str]) -> None:
     name = f"{cell.kernel or '(no kernel)'}[{cell.preset}]" if cell.preset else cell.kernel or "(no kernel)"
     test = ElementTree.SubElement(
         suite,
@@ -91,7 +93,7 @@ def _test_case(suite: ElementTree.Element, cell: Cell, problems: Sequence[Proble
     if cell.cases:
         worst = text.share_in_words(cell.shares.worst)
         remarks.append(f"{text.number(cell.cases, 'case')}, {text.number(cell.findings, 'finding')}, worst: {worst}")
-    remarks += [*cell.compiles, on_cards] if on_cards else cell.compiles
+    remarks += [*cell.compiles, *on_cards[:_PROBLEMS_PER_CASE]]
     if cell.fixed:
         remarks.append("fixed: no longer fails; take it off the list of expected failures")
     if cell.cases and cell.skipped_because:

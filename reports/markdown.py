@@ -113,7 +113,7 @@ def _cards(cards: Cards) -> list[str]:
     lines += ["| kernel | preset | launches | median on the card | worst |", "|---|---|--:|--:|--:|"]
     for one in cards.times[:MOST_ROWS]:
         times = (text.device_time(one.median), text.device_time(one.worst))
-        lines.append(f"| {' | '.join((escape(one.kernel, 120), escape(one.preset, 40), f'{one.launches:,}', *times))} |")
+        lines.append(f"| {' | '.join((escape(one.kernel, 120), escape(one.place, 80), f'{one.launches:,}', *times))} |")
     lines.append("")
     if len(cards.times) > MOST_ROWS:
         lines += [f"… and {len(cards.times) - MOST_ROWS:,} more rows", ""]

@@ -123,11 +123,11 @@ def _cards(page: TextPage, cards: Cards) -> None:
         page.wrapped(text.one_line(f"{name} is used no more: {reason}", 400), indent=2, style=_STYLES["could not run"])
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("kernel", overflow="fold")
-    table.add_column("preset", overflow="fold", max_width=16)
+    table.add_column("preset", overflow="fold", max_width=28)
     for title in ("launches", "median", "worst"):
         table.add_column(title, justify="right", no_wrap=True)
     for one in cards.times[:MOST_ROWS]:
-        names = (Text(text.one_line(part, 60)) for part in (one.kernel, one.preset))
+        names = (Text(text.one_line(part, 60)) for part in (one.kernel, one.place))
         table.add_row(*names, f"{one.launches:,}", text.device_time(one.median), text.device_time(one.worst))
     page.table(table, indent=2)
     if len(cards.times) > MOST_ROWS:

@@ -588,13 +588,17 @@ def test_a_night_on_cards_is_told_in_every_format(tmp_path: Path) -> None:
         on_card("mlp", 1, 0.5, case="mlp:tiny:B=3:unit:2"),
         on_card("mlp", 1, 9.0, 1, case="mlp:tiny:B=3,rows=2+0:unit:2"),
         case("mlp", "device", details={"card": 1, "launches": 20}, check="repeat"),
+        on_card("rope", 1, 70.0, case="rope:qwen3_14b:B=16,seq_lens=1+2:normal:1", preset="qwen3_14b"),
+        on_card("rope", 1, 30.0, case="rope:qwen3_14b:B=3,seq_lens=1+2:normal:1", preset="qwen3_14b"),
         case("rms_norm"),
     )
     cards = summary.cards
     assert cards is not None
-    assert (cards.used, cards.given_up) == ((("card 0", 1), ("card 1", 24)), (("card 0", lost),))
+    assert (cards.used, cards.given_up) == ((("card 0", 1), ("card 1", 26)), (("card 0", lost),))
     assert (cards.compiles, cards.builds) == (4, 3)
-    mlp, rope = cards.times
+    mlp, full, small, rope = cards.times
+    # What a step takes is told by its sizes, where it matters.
+    assert [(one.place, one.median) for one in (full, small)] == [("qwen3_14b B=16", 0.07), ("qwen3_14b B=3", 0.03)]
     assert (mlp.kernel, mlp.preset, mlp.launches, mlp.worst) == ("mlp", "tiny", 24, 0.009)
     assert mlp.median == pytest.approx(0.000625)
     assert (rope.kernel, rope.launches, rope.median, rope.worst) == ("rope", 1, 0.002, 0.002)
@@ -603,7 +607,7 @@ def test_a_night_on_cards_is_told_in_every_format(tmp_path: Path) -> None:
         for words in (
             ("median 625 us, worst 9.00 ms",)
             if name == "junit"
-            else ("4 compiles for 3 pairs", "625 us", "9.00 ms", "card 1: 24 launches", "card 0 is used no more")
+            else ("4 compiles for 3 pairs", "625 us", "9.00 ms", "card 1: 26 launches", "card 0 is used no more")
         ):
             assert words in told, (name, words)
 
