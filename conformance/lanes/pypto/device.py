@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -300,14 +300,23 @@ class CardRun:
     def __call__(self, dims: Dims, passes: Passes, arguments: dict[str, Guarded], unchanged: tuple[str, ...] = ()) -> Outcome:
         """Run; ``unchanged`` arguments are those of the run before, which lie on the card."""
         before, self._placed = self._placed, {}
-        for name, old in before.items():
+
+        def part(build: Build) -> Outcome:
+            # A card that failed since then may say so here.
+            self._take_over(before, arguments, unchanged)
+            return run_on_card(self._on_card(), build.stage, build.jit, arguments, self._placed)
+
+        return self._counted(dims, part)
+
+    def _take_over(self, before: dict[str, Placed], arguments: Mapping[str, Guarded], unchanged: Collection[str]) -> None:
+        """Keep what this case has too. The rest is poisoned, and nothing is left in ``before``: its memory is free."""
+        while before:
+            name, old = before.popitem()
             if name in unchanged and old.guarded.storage.shape == arguments[name].storage.shape:
                 self._placed[name] = old
             else:
-                # The memory is given out again: the next case must not find there what this one left.
+                # The memory is given out again: what this case finds there must not be what the one before left.
                 poison(old.guarded.storage)
-        del before
-        return self._counted(dims, lambda build: run_on_card(self._on_card(), build.stage, build.jit, arguments, self._placed))
 
     def _on_card(self) -> NpuCard:
         if self._card is None:
