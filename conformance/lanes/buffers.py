@@ -58,7 +58,7 @@ def _all_poison(tensor: torch.Tensor) -> bool:
     if tensor.data_ptr() % 8 or not whole:
         return bool(poisoned(tensor).all())
     per_word = 8 // tensor.element_size()
-    word = poison(torch.empty(per_word, dtype=tensor.dtype)).view(torch.int64)
+    word = poison(torch.empty(per_word, dtype=tensor.dtype, device=tensor.device)).view(torch.int64)
     words = tensor[: whole * per_word].view(torch.int64)
     return bool((words == word).all()) and bool(poisoned(tensor[whole * per_word :]).all())
 

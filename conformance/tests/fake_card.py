@@ -1,5 +1,7 @@
 """A fake driver underneath PyPTO's own Python: ``torch.npu``, ``torch_npu`` and the native launch, with a script of faults.
 
+Tensors are placed on torch's device ``npu``, in memory that the host cannot read (``fake_memory``).
+
 The launch does what the one of PyPTO 0.2.0 does, as its source says: it looks for a program in the kernel's module by the shapes
 of its arguments, with wildcards where an axis is dynamic; lets the kernel's object compile if there is none; asks it for a
 workspace; and launches. Errors that a card finds out later are raised when somebody waits for it. Once there was one, every call
@@ -39,6 +41,7 @@ from conformance.lanes.cards import Card
 from conformance.lanes.pypto.device import NpuCard
 from conformance.lanes.pypto.runtime import Runtime
 from conformance.lanes.pypto.serve import Build
+from conformance.tests.fake_memory import FakeMemory
 
 FOLDER = "CONFORMANCE_FAKE_CARDS"
 CARD = f"{__name__}:FakeCard"
@@ -50,7 +53,7 @@ AICORE = "there is an aivec error exception, core id is 12, errorStr: The DDR ad
 
 
 class FakeCard(NpuCard):
-    """The lane's own card on the fake driver; its memory is the host's."""
+    """The lane's own card on the fake driver."""
 
     def __init__(self, runtime: Runtime, card: Card, folder: Path) -> None:
         self._fake = FakeDriver(runtime, card.number, Path(os.environ[FOLDER]))
@@ -71,14 +74,11 @@ class FakeCard(NpuCard):
         """The fake one, installed."""
         from pypto import pypto_impl
 
-        sys.modules["torch_npu"] = types.ModuleType("torch_npu")
-        torch.npu = self._fake  # type: ignore[attr-defined]
+        module: Any = types.ModuleType("torch_npu")
+        module.get_npu_format = lambda tensor: 2  # rows one after another (ND)
+        sys.modules["torch_npu"] = module
         pypto_impl.LaunchKernelTorch = self._fake.launch
         return self._fake
-
-    def device(self, index: int) -> torch.device:
-        """The host."""
-        return torch.device("cpu")
 
 
 class FakeDriver:
@@ -86,6 +86,8 @@ class FakeDriver:
 
     def __init__(self, runtime: Runtime, index: int, folder: Path) -> None:
         self._runtime, self._index, self._folder = runtime, index, folder
+        self._memory = FakeMemory(self, self._before_operator)
+        self._device = torch.device("npu")
         self._script = json.loads((folder / "script.json").read_text())
         #: The programs of each kernel module, by the shapes that they take.
         self._programs: list[tuple[Any, list[tuple[int, ...]]]] = []
@@ -93,6 +95,7 @@ class FakeDriver:
         self.builds: dict[int, Build] = {}
         self._computes: dict[str, Callable[..., Any]] = {}
         self._pending = ""
+        self._late = False
         self._dead = False
 
     def tell(self, event: str, **details: Any) -> None:
@@ -108,6 +111,7 @@ class FakeDriver:
         self.tell("set_device", index=index, variable=os.environ["TILE_FWK_DEVICE_ID"])
         if self._fault() == "gone":
             self._fail("SetDevice: error code is 107001 (invalid device id)")
+        self._device = torch.device("npu", index)
 
     def get_device_name(self, index: int) -> str:
         return "Ascend910B4 (fake)"
@@ -146,6 +150,8 @@ class FakeDriver:
         from pypto import pypto_impl
 
         self._require_alive()
+        if {tensor.device for tensor in tensors} != {self._device}:
+            raise RuntimeError(f"not on {self._device}: {[str(tensor.device) for tensor in tensors]}")
         name = jit.__name__
         shapes = [tuple(tensor.shape) for tensor in tensors]
         if not any(module is jit.kmodule and _match(known, shapes) for module, known in self._programs):
@@ -168,19 +174,21 @@ class FakeDriver:
         pointers = [tensor.data_ptr() for tensor in tensors]
         used = [one for one in self.placed if any(0 <= at - one.data_ptr() < one.nbytes for at in pointers)]
         left = [one for one in self.placed if not any(one is other for other in used)]
-        readable = sum(not bool(poisoned(one).all()) for one in left)
+        readable = sum(not bool(poisoned(self._memory.on_host(one)).all()) for one in left)
         self.tell(
             "launch",
             kernel=name,
             stream=stream,
+            device=str(self._device),
             pointers=pointers,
             workspace=workspace,
             shapes=shapes,
             placed=len(self.placed),
             readable=readable,
         )
-        bound = [_bound(address, tensor) for address, tensor in zip(pointers, tensors, strict=True)]
-        self._run(name, self.builds.get(id(jit)), bound, workspace)
+        on_host = self._memory.address_on_host
+        bound = [_bound(on_host(address), tensor) for address, tensor in zip(pointers, tensors, strict=True)]
+        self._run(name, self.builds.get(id(jit)), bound, on_host(workspace))
 
     def _compiler_fails(self, name: str) -> bool:
         """Whether it does as in later versions: the failure is logged, and no program is there to launch."""
@@ -243,6 +251,7 @@ class FakeDriver:
         out = [tensor for tensor, argument in zip(tensors, build.stage.arguments, strict=True) if argument.access != "in"][-1]
         if fault == "wrong":
             out.view(-1)[5] += 1
+        self._late = fault == "late"
         if fault == "overrun":
             torch.frombuffer(_memory(out.data_ptr() + out.nbytes, 40_000), dtype=out.dtype).fill_(1.0)
         if fault == "stale_workspace":
@@ -269,6 +278,11 @@ class FakeDriver:
         events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         launched = [event for event in events if event["event"] == "launch"]
         return sum((not kernel or one["kernel"] == kernel) and card in (None, one["card"]) for one in launched) or (not kernel)
+
+    def _before_operator(self) -> None:
+        # What went wrong in a launch that was waited for and read back shows where the card is used next.
+        self._dead |= self._late
+        self._require_alive()
 
     def _require_alive(self) -> None:
         if self._dead:

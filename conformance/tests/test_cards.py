@@ -9,6 +9,9 @@ import functools
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +44,7 @@ from conformance.running.check import Plans, chosen_keys, judged_runs
 from conformance.running.records import Record, read_run
 from conformance.suites import judging
 from conformance.tests.fake_card import CARD, COMPILER_ERROR, FOLDER, events
+from conformance.tests.fake_memory import why_not
 from conformance.tests.kernels_under_test.on_fake_cards import NAMES
 from conformance.tests.test_plugin import run_pytest
 from conformance.toolchains import detect
@@ -49,7 +53,10 @@ from conformance.toolchains.machine import ROOT_VARIABLE
 KERNELS = Path(__file__).parent / "kernels_under_test" / "on_fake_cards.py"
 LIMITS = Limits(launch_seconds=2.0, probe_seconds=2.0)
 
-pytestmark = pytest.mark.skipif(not detect().supported, reason=detect().message)
+pytestmark = [
+    pytest.mark.skipif(not detect().supported, reason=detect().message),
+    pytest.mark.skipif(bool(why_not()), reason=why_not()),
+]
 
 
 @pytest.fixture
@@ -179,6 +186,39 @@ def test_a_card_is_used_by_its_position_and_named_by_its_number(script: Callable
     assert (outcome.status, outcome.card) == ("ok", 5)
     told = events(folder, "set_device")
     assert {(event["card"], event["index"], event["variable"]) for event in told} == {(5, 1, "1")}
+    assert {event["device"] for event in events(folder, "launch")} == {"npu:1"}
+
+
+ON_A_CARD = """
+import ctypes, types
+import torch
+from conformance.lanes.buffers import GUARD_BYTES, Guarded, guarded_bytes, poison
+from conformance.tests.fake_memory import FakeMemory
+
+FakeMemory(types.SimpleNamespace())
+for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64):
+    host = poison(torch.empty(guarded_bytes((3, 5), dtype) // dtype.itemsize, dtype=dtype))
+    placed = Guarded.over(host.to(torch.device("npu", 1), copy=True), (3, 5))
+    assert placed.tensor.data_ptr() == placed.storage.data_ptr() + GUARD_BYTES and not placed.storage.data_ptr() % 512
+    placed.tensor.fill_(1)
+    assert placed.damage() is None
+    placed.storage[GUARD_BYTES // dtype.itemsize + 15 :][:2] = 1
+    assert placed.damage() == "2 elements past the end, the nearest 1 past it"
+    assert torch.equal(Guarded.over(placed.storage.cpu(), (3, 5)).tensor, torch.ones(3, 5, dtype=dtype))
+    try:
+        placed.tensor + host[:15].view(3, 5)
+    except RuntimeError as error:
+        assert "device" in str(error)
+    else:
+        raise SystemExit("tensors of the card and of the host were mixed")
+print("all dtypes", flush=True)
+ctypes.string_at(placed.storage.data_ptr(), 1)
+"""
+
+
+def test_guards_work_on_a_card_whose_memory_the_host_cannot_read() -> None:
+    done = subprocess.run([sys.executable, "-c", ON_A_CARD], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("all dtypes\n", -signal.SIGSEGV), done.stderr
 
 
 # What goes wrong, and whose it is
@@ -212,6 +252,13 @@ def test_a_process_whose_context_is_lost_is_replaced_and_the_case_run_once_more(
     (outcome,) = run_cases(named("k01"), case_of())
     assert outcome.status == "crashed"
     assert len(events(folder, "launch", kernel="k01")) == 2
+
+
+def test_an_error_that_shows_when_the_card_is_used_next_is_told_as_the_cards(script: Callable[..., Path]) -> None:
+    script(kernels={"k00": {"fault": "late", "at": [1]}})
+    first, second = run_cases(named(), case_of(), case_of(5))
+    assert (first.status, first.message, second.status) == ("ok", "", "ok")
+    assert second.message.startswith("run once more in another process: the card reported error 507899")
 
 
 def test_what_values_and_guards_tell_of_a_card(script: Callable[..., Path]) -> None:
