@@ -13,6 +13,7 @@ of the process fails.
 ``kernels``  by name the fault of a kernel, with ``at``: only at these launches of it, counted from 1
 ``compute``  by name what a kernel of the user's computes, ``module:function``, called with the arguments and ``dims``; a kernel
              that is not named computes what the exam's torch kernel of its stage does
+``seconds``  how long a launch takes; by default it ends at once
 ``compile``  ``real`` to let PyPTO compile, which takes half a second; otherwise compiling is only counted
 ``compiler`` how the device's compiler fails: ``exits`` as in PyPTO 0.2.0, ``silent`` or ``printed`` as in later ones;
              ``kernels`` if not for all
@@ -28,7 +29,7 @@ import os
 import sys
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ class FakeDriver:
         self._pending = ""
         self._late = False
         self._dead = False
+        #: Seconds that the launch takes which goes on.
+        self._running = 0.0
 
     def tell(self, event: str, **details: Any) -> None:
         """Append an event."""
@@ -117,6 +120,8 @@ class FakeDriver:
         return "Ascend910B4 (fake)"
 
     def synchronize(self) -> None:
+        time.sleep(self._running)
+        self._running = 0.0
         self.tell("synchronize")
         self.Event.waits += 1
         if self._pending == "hang":
@@ -186,6 +191,7 @@ class FakeDriver:
             placed=len(self.placed),
             readable=readable,
         )
+        self._running = float(self._script.get("seconds", 0))
         on_host = self._memory.address_on_host
         bound = [_bound(on_host(address), tensor) for address, tensor in zip(pointers, tensors, strict=True)]
         self._run(name, self.builds.get(id(jit)), bound, on_host(workspace))
@@ -331,3 +337,18 @@ def events(folder: Path, event: str | None, **details: Any) -> list[dict[str, An
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     of_kind = [one for one in found if event in (None, one["event"])]
     return [one for one in of_kind if all(one.get(name) == value for name, value in details.items())]
+
+
+def overlaps(told: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The launches on a card before another process had waited for its own there."""
+    running: dict[int, int] = {}
+    found = []
+    for event in told:
+        card, process = event["card"], event["process"]
+        if event["event"] == "launch":
+            if running.get(card, process) != process:
+                found.append(event)
+            running[card] = process
+        elif event["event"] == "synchronize" and running.get(card) == process:
+            del running[card]
+    return found

@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,9 +45,10 @@ from conformance.lanes.pypto.runtime import errors_in
 from conformance.running.check import Plans, chosen_keys, judged_runs
 from conformance.running.records import Record, read_run
 from conformance.suites import judging
-from conformance.tests.fake_card import CARD, COMPILER_ERROR, FOLDER, events
+from conformance.tests.fake_card import CARD, COMPILER_ERROR, FOLDER, events, overlaps
 from conformance.tests.fake_memory import why_not
 from conformance.tests.kernels_under_test.on_fake_cards import NAMES
+from conformance.tests.processes import alive
 from conformance.tests.test_plugin import run_pytest
 from conformance.toolchains import detect
 from conformance.toolchains.machine import ROOT_VARIABLE
@@ -494,6 +497,71 @@ def test_generation_goes_on_with_the_next_card_and_its_timeout_is_that_of_a_laun
 def generate(*options: str) -> Result:
     model = ("--random", "1", "--dims", "L=2,S=64", "--prompt", "1,2,3", "--prompt", "7", "--new", "4")
     return CliRunner().invoke(generation, [*model, "--executor", "device", *options])
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_run_keep_two_cards_busy(
+    script: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = script(seconds=0.02, kernels={"k02": {"fault": "overrun"}})
+    fake_nodes(tmp_path, monkeypatch, 2)
+    only = ("--conformance-only-user-kernels", "--conformance-kernels", str(KERNELS), "--conformance-presets", "tiny")
+    chosen = ("-m", "device and not full_size", "-k", "k00 or k01 or k02 or k03", "--conformance-profile", "dev")
+    done = run_pytest(tmp_path, *chosen, *only, "-n", "2")
+    assert "1 failed, 3 passed" in done.stdout, done.stdout
+    cases = list(read_run(tmp_path / "run").of("case"))
+    assert {record.kernel: {finding.detector for finding in record.findings} for record in cases if record.findings} == {
+        "k02": {"out_of_bounds"}
+    }
+    assert overlaps(events(folder, None)) == []
+    launches = events(folder, "launch")
+    by_card = [[event for event in launches if event["card"] == card] for card in range(2)]
+    assert all({"conformance_probe"} < {event["kernel"] for event in told} for told in by_card)
+    assert not {event["process"] for event in by_card[0]} & {event["process"] for event in by_card[1]}
+    # Both at the same time: neither card's launches end before the other's begin.
+    assert max(launches.index(told[0]) for told in by_card) < min(launches.index(told[-1]) for told in by_card)
+
+
+@pytest.mark.slow
+def test_two_runs_take_turns_on_a_card_after_a_run_was_killed_there(
+    script: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = script(seconds=0.05, kernels={"k00": {"fault": "hang"}})
+    fake_nodes(tmp_path, monkeypatch, 1)
+    killed = begun("k00", tmp_path)
+    while not events(folder, "launch", kernel="k00"):
+        assert killed.poll() is None
+        time.sleep(0.02)
+    others = [begun(name, tmp_path) for name in ("k01", "k02")]
+    while not all((tmp_path / name).exists() for name in ("k01", "k02")):
+        time.sleep(0.02)
+    time.sleep(1.5)  # they have begun, and would launch in this time
+    before = events(folder, "launch")
+    assert {event["kernel"] for event in before} == {"conformance_probe", "k00"}
+    lost = before[-1]["process"]
+    killed.kill()
+    while launches := events(folder, "launch"):
+        if not alive(lost):
+            break
+        assert launches == before, "the kernel of the run that was killed is still on the card"
+        time.sleep(0.002)
+    for process in others:
+        told, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, told
+    assert overlaps([event for event in events(folder, None) if event["process"] != lost]) == []
+    turns = [event["kernel"] for event in events(folder, "launch") if event["kernel"] in ("k01", "k02")]
+    assert sum(one != other for one, other in itertools.pairwise(turns)) > 1, "one waited for the other to end"
+    killed.communicate()
+
+
+def begun(kernel: str, folder: Path) -> subprocess.Popen[str]:
+    """``conformance check`` of a kernel on card 0, in a process of its own."""
+    options = ["--lane", "device", "--dims", "tiny", "--examples", "3", "--out", str(folder / kernel)]
+    command = [sys.executable, "-m", "conformance.cli", "check", "rms_norm", f"{KERNELS}:{kernel}", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
 
 
 # A night
