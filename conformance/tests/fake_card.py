@@ -66,6 +66,11 @@ class FakeCard(NpuCard):
         self._fake.placed.append(placed)
         return placed
 
+    def read_back(self, storage: torch.Tensor) -> torch.Tensor:
+        """Told, with its size in bytes."""
+        self._fake.tell("read", nbytes=storage.nbytes)
+        return super().read_back(storage)
+
     def compile(self, build: Build, kept: Path) -> None:
         """Remembered: what is launched later says nothing of its stage and little of its dimensions."""
         self._fake.builds[id(build.jit)] = build
@@ -258,6 +263,9 @@ class FakeDriver:
         if fault == "wrong":
             out.view(-1)[5] += 1
         self._late = fault == "late"
+        if fault == "spoils":
+            largest = max((tensor for tensor in tensors if tensor is not out), key=lambda tensor: tensor.nbytes)
+            largest.view(torch.uint8).view(-1)[-1] ^= 1
         if fault == "overrun":
             torch.frombuffer(_memory(out.data_ptr() + out.nbytes, 40_000), dtype=out.dtype).fill_(1.0)
         if fault == "stale_workspace":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
@@ -34,7 +35,7 @@ from conformance.judge.judgement import judge
 from conformance.kernels.qwen3.generation.command import main as generation
 from conformance.lanes import card_pool as card_pool_module
 from conformance.lanes.base import Outcome
-from conformance.lanes.buffers import GUARD_BYTES
+from conformance.lanes.buffers import GUARD_BYTES, guarded_bytes
 from conformance.lanes.card_pool import CardPool
 from conformance.lanes.cards import LOCK_FOLDER_VARIABLE, Card, CardLock
 from conformance.lanes.device import CARD_VARIABLE
@@ -181,6 +182,20 @@ def test_inputs_stay_on_the_card_while_they_are_the_same_and_nothing_else_does(s
     assert again[1] == weight[1]
     # What a case leaves on the card is overwritten before the next one can find it.
     assert [launch["readable"] for launch in launches] == [0] * 4
+
+
+def test_a_large_input_is_summed_on_the_card_and_read_back_where_it_was_changed(script: Callable[..., Path]) -> None:
+    folder = script(kernels={"o_proj": {"fault": "spoils", "at": [2]}})
+    (kernel,) = (one for one in bundled_kernels() if one.stage.name == "o_proj")
+    case = make_case(CaseKey("o_proj", "qwen3_0_6b", "normal", 1, (("B", 2),)))
+    outcomes = run_cases(kernel, case, case, case)
+    assert [detectors(case, outcome) for outcome in outcomes] == [[], ["changed_input"], []]
+    assert outcomes[1].changed_inputs == {"wo": 1}
+    size = guarded_bytes(tuple(case.inputs["wo"].shape), torch.bfloat16)
+    process = events(folder, "launch", kernel="o_proj")[0]["process"]
+    told = [event["event"] for event in events(folder, None, process=process) if event.get("nbytes", size) == size]
+    # Not after the first launch nor, when it has been placed anew, after the last.
+    assert [kind for kind in told if kind in ("launch", "read")] == ["launch", "launch", "read", "launch"]
 
 
 def test_a_card_is_used_by_its_position_and_named_by_its_number(script: Callable[..., Path]) -> None:
