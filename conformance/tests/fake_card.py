@@ -1,6 +1,7 @@
 """A fake driver underneath PyPTO's own Python: ``torch.npu``, ``torch_npu`` and the native launch, with a script of faults.
 
-Tensors are placed on torch's device ``npu``, in memory that the host cannot read (``fake_memory``).
+Tensors are placed on torch's device ``npu``, in memory that the host cannot read, where torch has what that takes
+(``fake_memory``), otherwise on the host.
 
 The launch does what the one of PyPTO 0.2.0 does, as its source says: it looks for a program in the kernel's module by the shapes
 of its arguments, with wildcards where an axis is dynamic; lets the kernel's object compile if there is none; asks it for a
@@ -42,7 +43,7 @@ from conformance.lanes.cards import Card
 from conformance.lanes.pypto.device import NpuCard
 from conformance.lanes.pypto.runtime import Runtime
 from conformance.lanes.pypto.serve import Build
-from conformance.tests.fake_memory import FakeMemory
+from conformance.tests.fake_memory import MISSING, FakeMemory, HostMemory
 
 FOLDER = "CONFORMANCE_FAKE_CARDS"
 CARD = f"{__name__}:FakeCard"
@@ -83,8 +84,13 @@ class FakeCard(NpuCard):
         module: Any = types.ModuleType("torch_npu")
         module.get_npu_format = lambda tensor: 2  # rows one after another (ND)
         sys.modules["torch_npu"] = module
+        torch.npu = self._fake  # type: ignore[attr-defined]
         pypto_impl.LaunchKernelTorch = self._fake.launch
         return self._fake
+
+    def device(self, index: int) -> torch.device:
+        """Where tensors are placed."""
+        return torch.device("cpu") if MISSING else super().device(index)
 
 
 class FakeDriver:
@@ -92,8 +98,8 @@ class FakeDriver:
 
     def __init__(self, runtime: Runtime, index: int, folder: Path) -> None:
         self._runtime, self._index, self._folder = runtime, index, folder
-        self._memory = FakeMemory(self, self._before_operator)
-        self._device = torch.device("npu")
+        self._memory = HostMemory() if MISSING else FakeMemory(self, self._before_operator)
+        self._device = ""
         self._script = json.loads((folder / "script.json").read_text())
         #: The programs of each kernel module, by the shapes that they take.
         self._programs: list[tuple[Any, list[tuple[int, ...]]]] = []
@@ -119,7 +125,7 @@ class FakeDriver:
         self.tell("set_device", index=index, variable=os.environ["TILE_FWK_DEVICE_ID"])
         if self._fault() == "gone":
             self._fail("SetDevice: error code is 107001 (invalid device id)")
-        self._device = torch.device("npu", index)
+        self._device = "cpu" if MISSING else f"npu:{index}"
 
     def get_device_name(self, index: int) -> str:
         return "Ascend910B4 (fake)"
@@ -160,7 +166,7 @@ class FakeDriver:
         from pypto import pypto_impl
 
         self._require_alive()
-        if {tensor.device for tensor in tensors} != {self._device}:
+        if {str(tensor.device) for tensor in tensors} != {self._device}:
             raise RuntimeError(f"not on {self._device}: {[str(tensor.device) for tensor in tensors]}")
         name = jit.__name__
         shapes = [tuple(tensor.shape) for tensor in tensors]
@@ -189,7 +195,7 @@ class FakeDriver:
             "launch",
             kernel=name,
             stream=stream,
-            device=str(self._device),
+            device=self._device,
             pointers=pointers,
             workspace=workspace,
             shapes=shapes,

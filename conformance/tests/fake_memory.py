@@ -29,12 +29,28 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _VIEWS = ("as_strided", "view", "_reshape_alias")
 
 
-def why_not() -> str:
+def _why_not() -> str:
     """Why this process cannot install the device, or an empty string."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         return f"torch {torch.__version__} takes no device that is written in Python"
     name = torch._C._get_privateuse1_backend_name()
     return "" if name == "privateuseone" else f"torch has a device {name}"
+
+
+#: Why there is no such memory in this process, before anything has installed it.
+MISSING = _why_not()
+
+
+class HostMemory:
+    """Where ``MISSING`` says why: the host's own memory, which anybody can read."""
+
+    def address_on_host(self, address: int) -> int:
+        """The same."""
+        return address
+
+    def on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same."""
+        return tensor
 
 
 class FakeMemory:
