@@ -165,7 +165,8 @@ class CardLock:
     A context manager, which can be entered again and again, not twice at a time. Entering waits until nobody holds the lock and,
     where ``npu-smi`` tells, nothing else runs on the card; ``progress`` is told what is waited for. Raises
     ``CardUnavailableError`` when that takes longer than the card's ``wait_seconds``. It is a lock of the system on a file that
-    every user may open (``flock``).
+    every user may open (``flock``). Who waits holds a second one, the turn, without which nobody takes the first: so a process
+    that launches again and again lets another one in between.
     """
 
     def __init__(self, card: Card, *, machine: Machine | None = None, progress: Progress | None = None) -> None:
@@ -174,7 +175,8 @@ class CardLock:
         self._progress = progress or (lambda message: None)
         folder = self._machine.variable(LOCK_FOLDER_VARIABLE)
         self.path = (Path(folder) if folder else self._machine.path("/tmp")) / f"pypto-conformance-card-{card.number}.lock"
-        self._descriptor = -1
+        self._turn_path = self.path.with_suffix(".turn")
+        self._descriptor = self._turn = -1
 
     def __enter__(self) -> CardLock:
         began = told = time.monotonic()
@@ -185,10 +187,12 @@ class CardLock:
             while True:
                 now = time.monotonic()
                 if self._descriptor < 0 and not self._take():
+                    # Somebody has the card, or waits for it since before.
                     busy = f"{self._holder() or 'another process of this harness'} runs a kernel on it"
                 elif now >= ask_again:
                     busy, ask_again = self._used_by_others(), now + ASK_SECONDS
                 if self._descriptor >= 0 and not busy:
+                    self._turn = _closed(self._turn)
                     return self
                 if now >= deadline:
                     waited = f"card {self.card.number} was busy for {self.card.wait_seconds:g} s"
@@ -206,52 +210,57 @@ class CardLock:
 
     def release(self) -> None:
         """Let others have the card; releasing twice is harmless."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._descriptor, self._turn = _closed(self._descriptor), _closed(self._turn)
 
     def _take(self) -> bool:
-        """Try once."""
+        """Try once, if it is this process's turn."""
+        if self._turn < 0:
+            self._turn = self._locked(self._turn_path)
+        if self._turn >= 0:
+            self._descriptor = self._locked(self.path)
+        return self._descriptor >= 0
+
+    def _locked(self, path: Path) -> int:
+        """A descriptor that holds the lock of a file; -1 if somebody else does."""
         try:
-            descriptor = self._open()
+            descriptor = self._open(path)
         except OSError as error:
             raise CardUnavailableError(
-                f"card {self.card.number} cannot be locked: {error.strerror or error}: {self.path}; "
+                f"card {self.card.number} cannot be locked: {error.strerror or error}: {path}; "
                 f"set {LOCK_FOLDER_VARIABLE} to a folder that all who use the cards can write to"
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Somebody may have tidied up between opening and locking: then others lock another file.
-            if not os.path.samestat(os.fstat(descriptor), os.stat(self.path)):
+            if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 raise FileNotFoundError
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} of user {os.getuid()}".encode(), 0)
         except OSError:
-            os.close(descriptor)
-            return False
-        self._descriptor = descriptor
-        return True
+            return _closed(descriptor)
+        return descriptor
 
-    def _open(self) -> int:
+    def _open(self, path: Path) -> int:
         # A file of another user's in a folder that everybody can write to must not be opened with O_CREAT (protected_regular).
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            descriptor = os.open(self.path, flags)
+            descriptor = os.open(path, flags)
         except FileNotFoundError:
-            self._make()
-            descriptor = os.open(self.path, flags)
+            self._make(path)
+            descriptor = os.open(path, flags)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise OSError(errno.EINVAL, "it is no regular file")
         return descriptor
 
-    def _make(self) -> None:
+    @staticmethod
+    def _make(path: Path) -> None:
         """Make the file, and its folder if need be, for all users, whatever the umask."""
         with contextlib.suppress(FileExistsError):
-            self.path.parent.mkdir(parents=True)
-            self.path.parent.chmod(0o1777)
+            path.parent.mkdir(parents=True)
+            path.parent.chmod(0o1777)
         with contextlib.suppress(FileExistsError):
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL, 0o666)
             os.fchmod(descriptor, 0o666)
             os.close(descriptor)
 
@@ -283,3 +292,10 @@ class CardLock:
                 if pid is not None and _OURS in self._machine.path(f"/proc/{pid}/cmdline").read_bytes():
                     return True
         return False
+
+
+def _closed(descriptor: int) -> int:
+    """Close a descriptor, unless it is -1, which stands for none and is returned."""
+    if descriptor >= 0:
+        os.close(descriptor)
+    return -1
