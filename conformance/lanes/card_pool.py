@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from conformance.errors import UnavailableError
 from conformance.lanes.cards import Card, CardChoice, CardLock
+from conformance.toolchains.calculator import print_progress
 
 
 class NoCardError(UnavailableError):
@@ -58,5 +60,5 @@ def card_pool(choice: CardChoice) -> CardPool:
     """
     key = os.getpid(), choice
     if key not in _POOLS:
-        _POOLS[key] = CardPool(choice.in_turn())
+        _POOLS[key] = CardPool(choice.in_turn(), functools.partial(CardLock, progress=print_progress))
     return _POOLS[key]

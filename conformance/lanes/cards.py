@@ -37,6 +37,8 @@ LOCK_FOLDER_VARIABLE = "CONFORMANCE_LOCK_DIR"
 WAIT_SECONDS = 600.0
 #: How often a lock is tried, who uses a card is asked while it is waited for, and what is waited for is told, in seconds.
 POLL_SECONDS, ASK_SECONDS, TELL_SECONDS = 0.1, 10.0, 30.0
+#: A wait that is shorter is not told: runs that share a card take turns all the time.
+FIRST_TOLD_SECONDS = 2.0
 #: For so long nobody is asked again who uses a card, which takes a second: between the runs of a night nothing changes.
 REMEMBER_SECONDS = 60.0
 #: Found in the command line of every process that runs kernels for this harness, which takes the lock.
@@ -179,8 +181,8 @@ class CardLock:
         self._descriptor = self._turn = -1
 
     def __enter__(self) -> CardLock:
-        began = told = time.monotonic()
-        deadline = began + self.card.wait_seconds
+        began = time.monotonic()
+        deadline, told = began + self.card.wait_seconds, began + FIRST_TOLD_SECONDS
         ask_again = 0.0
         busy = ""
         try:

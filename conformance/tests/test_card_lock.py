@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from conformance.errors import UsageError
+from conformance.lanes import cards
 from conformance.lanes.cards import Card, CardChoice, CardLock, CardUnavailableError, parse_cards
 from conformance.suites.state import PluginState
 from conformance.tests.fake_machine import SMI_BUSY, SMI_IDLE, FakeMachine
@@ -102,6 +103,7 @@ def test_each_process_of_xdist_is_another_worker() -> None:
 RUN = """
 import sys, time
 from pathlib import Path
+from conformance.lanes import cards
 from conformance.lanes.cards import Card, CardLock
 from conformance.toolchains.machine import Machine
 
@@ -146,8 +148,9 @@ def holder(fake: FakeMachine) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_busy_card_is_waited_for_and_then_unavailable_with_who_has_it(
-    fake: FakeMachine, holder: subprocess.Popen[bytes]
+    fake: FakeMachine, holder: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cards, "FIRST_TOLD_SECONDS", 0.1)
     told: list[str] = []
     began = time.monotonic()
     with pytest.raises(CardUnavailableError, match=rf"card 0 was busy for 0.3 s: process {holder.pid} of user \d+ runs a kernel"):

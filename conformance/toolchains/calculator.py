@@ -58,7 +58,7 @@ def calculator(progress: Progress | None = None) -> Path:
     if is_whole(path):
         return path
     tools = build_tools()
-    return build_once(path, lambda target: _build(package, tools, target), progress or _print_progress)
+    return build_once(path, lambda target: _build(package, tools, target), progress or print_progress)
 
 
 def build_once(path: Path, build: Callable[[Path], None], progress: Progress) -> Path:
@@ -162,5 +162,6 @@ def _build(package: Path, tools: dict[str, str], target: Path) -> None:
     os.replace(built, target)
 
 
-def _print_progress(message: str) -> None:
+def print_progress(message: str) -> None:
+    """Say on standard error what is waited for."""
     print(message, file=sys.stderr, flush=True)
