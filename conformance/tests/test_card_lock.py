@@ -103,7 +103,6 @@ def test_each_process_of_xdist_is_another_worker() -> None:
 RUN = """
 import sys, time
 from pathlib import Path
-from conformance.lanes import cards
 from conformance.lanes.cards import Card, CardLock
 from conformance.toolchains.machine import Machine
 
