@@ -23,7 +23,7 @@ from conformance.cases.space import Space, stratified_keys
 from conformance.contract.loading import kernels_in, load_module
 from conformance.judge.judgement import judge
 from conformance.lanes.process import KernelProcess
-from conformance.running.check import Plans
+from conformance.running.plans import Plans
 
 STAGES = (
     "decode_layer",

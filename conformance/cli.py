@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from conformance.contract.kernel import Declaration
     from conformance.exam.results import Exam
     from conformance.lanes.cards import CardChoice
-    from conformance.running.check import Report, RunPlan
+    from conformance.running.check import Report
     from conformance.running.diff import KernelSummary
+    from conformance.running.plans import RunPlan
     from conformance.running.runs import Judged
     from conformance.running.session import RunLog, Subject
 
@@ -133,7 +134,8 @@ def check(
     from conformance import reports
     from conformance.cases.space import Space
     from conformance.contract.registry import short_name
-    from conformance.running.check import Report, RunPlan, chosen_keys, require_seconds, resolve_lane, taken_spaces
+    from conformance.running.check import Report, chosen_keys, require_seconds, resolve_lane, taken_spaces
+    from conformance.running.plans import RunPlan
     from conformance.running.session import ClaimedFolder, ExpectedFailures, RunLog, Subject, new_run_folder
 
     if all_passes and not case_key:

@@ -28,7 +28,8 @@ from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import bits
 from conformance.lanes.messages import Passes
 from conformance.numerics.arithmetic import CONTRACT, EXACT, Arithmetic
-from conformance.running.check import Plans, RunPlan, capability_runs, judged_runs, pooled_run
+from conformance.running.check import capability_runs, judged_runs, pooled_run
+from conformance.running.plans import Plans, RunPlan
 from conformance.running.runners import eager_runner, worker_runner
 from conformance.running.runs import MOST_LOST, Judged, Runner, is_lost
 

@@ -23,7 +23,8 @@ from conformance.lanes.base import Outcome
 from conformance.lanes.buffers import case_bytes
 from conformance.lanes.messages import Passes
 from conformance.running.capabilities import prove
-from conformance.running.check import RunPlan, judged_runs
+from conformance.running.check import judged_runs
+from conformance.running.plans import RunPlan
 from conformance.running.runs import MOST_LOST, Judged, Keep, Runner, is_lost
 
 #: Steps that follow a case, each from what the one before it left.

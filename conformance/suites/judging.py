@@ -27,8 +27,9 @@ from conformance.lanes.process import KernelProcess, Limits
 from conformance.outside import one_line
 from conformance.reports.text import number
 from conformance.running.capabilities import prove
-from conformance.running.check import Plans, Report, RunPlan, judged_runs, pooled_run
+from conformance.running.check import Report, judged_runs, pooled_run
 from conformance.running.evidence import keep_evidence
+from conformance.running.plans import Plans, RunPlan
 from conformance.running.real_size import runs_at_real_size
 from conformance.running.runs import MOST_LOST, Judged, is_lost
 from conformance.running.session import RunLog, Subject

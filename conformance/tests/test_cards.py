@@ -43,7 +43,8 @@ from conformance.lanes.device_errors import device_error, of_another_version
 from conformance.lanes.listing import bundled_kernels
 from conformance.lanes.process import KernelProcess, Limits
 from conformance.lanes.pypto.runtime import errors_in
-from conformance.running.check import Plans, chosen_keys, judged_runs
+from conformance.running.check import chosen_keys, judged_runs
+from conformance.running.plans import Plans
 from conformance.running.records import Record, read_run
 from conformance.suites import judging
 from conformance.tests.fake_card import CARD, COMPILER_ERROR, FOLDER, events, overlaps

@@ -22,14 +22,8 @@ from conformance.contract.registry import model_named, presets, stage_named
 from conformance.kernels.qwen3.exam.torch.choices import Choices
 from conformance.kernels.qwen3.exam.torch.kernels import torch_kernel
 from conformance.lanes.eager import run_eager
-from conformance.running.check import (
-    ROW_CHECK_PERIOD,
-    SEARCHED_FIRST,
-    Plans,
-    RunPlan,
-    case_runs,
-    is_searched,
-)
+from conformance.running.check import case_runs
+from conformance.running.plans import ROW_CHECK_PERIOD, SEARCHED_FIRST, Plans, RunPlan, is_searched
 from conformance.running.runners import eager_runner
 
 Tensor = torch.Tensor

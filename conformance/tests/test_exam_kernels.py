@@ -18,7 +18,8 @@ from conformance.exam.known_kernels import KINDS, KnownKernel
 from conformance.judge.verdict import Verdict
 from conformance.kernels.qwen3 import exam
 from conformance.lanes.process import address_of
-from conformance.running.check import RunPlan, case_runs
+from conformance.running.check import case_runs
+from conformance.running.plans import RunPlan
 from conformance.running.runners import worker_runner
 
 KNOWN_KERNELS = [one for one in exam.KNOWN_KERNELS if one.lane != "eager"]
