@@ -283,6 +283,8 @@ class CardRun:
         self._card: NpuCard | None = None
         #: Where the arguments of the case before lie.
         self._placed: dict[str, Placed] = {}
+        #: Whether that case ended well: otherwise nobody has looked at what its arguments hold.
+        self._known = False
 
     @property
     def _runtime(self) -> Runtime:
@@ -300,13 +302,17 @@ class CardRun:
     def __call__(self, dims: Dims, passes: Passes, arguments: dict[str, Guarded], unchanged: tuple[str, ...] = ()) -> Outcome:
         """Run; ``unchanged`` arguments are those of the run before, which lie on the card."""
         before, self._placed = self._placed, {}
+        kept = unchanged if self._known else ()
 
         def part(build: Build) -> Outcome:
             # A card that failed since then may say so here.
-            self._take_over(before, arguments, unchanged)
+            self._take_over(before, arguments, kept)
             return run_on_card(self._on_card(), build.stage, build.jit, arguments, self._placed)
 
-        return self._counted(dims, part)
+        outcome = self._counted(dims, part)
+        self._known = outcome.status == "ok"
+        self._placed |= before  # where nothing came to be run
+        return outcome
 
     def _take_over(self, before: dict[str, Placed], arguments: Mapping[str, Guarded], unchanged: Collection[str]) -> None:
         """Keep what this case has too. The rest is poisoned, and nothing is left in ``before``: its memory is free."""
