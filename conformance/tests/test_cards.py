@@ -516,6 +516,23 @@ def generate(*options: str) -> Result:
     return CliRunner().invoke(generation, [*model, "--executor", "device", *options])
 
 
+# Real size
+
+
+def test_a_kernel_is_judged_at_real_size(script: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = script(kernels={"k01": {"fault": "overrun", "at": [1]}})
+    fake_nodes(tmp_path, monkeypatch, 1)
+    only = ("--conformance-only-user-kernels", "--conformance-kernels", str(KERNELS), "--conformance-presets", "tiny")
+    done = run_pytest(tmp_path, "-m", "device and full_size", "-k", "k00 or k01", *only)
+    assert "1 failed, 1 passed" in done.stdout, done.stdout
+    cases = list(read_run(tmp_path / "run").of("case"))
+    assert {record.preset for record in cases} == {"qwen3_14b"}
+    right, wrong = ([record for record in cases if record.kernel == name] for name in ("k00", "k01"))
+    assert [(record.check, record.details.get("launches", 1)) for record in right] == [("example", 1), ("repeat", 20)]
+    assert [finding.detector for finding in wrong[0].findings] == ["out_of_bounds"]
+    assert len(events(folder, "launch", kernel="k00")) == 21
+
+
 # Several processes
 
 
