@@ -13,6 +13,9 @@ from conformance.errors import UsageError
 from conformance.reports import text
 from conformance.running.records import Log, Record
 
+#: Of more repeats than any lane makes so many count: who knows who wrote a record.
+MOST_REPEATS = 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class CardTimes:
@@ -81,7 +84,9 @@ def cards_of(log: Log, machine_of: Mapping[str, str]) -> Cards | None:
             compiles[_build(record)] += details["compiles"]
         kernel = record.kernel, record.stage, record.lane, record.preset, _sizes(record)
         launches[kernel] += count
-        times.setdefault(kernel, []).extend(one for one in (details.get("device_seconds"),) if one is not None)
+        seconds = details.get("device_seconds")
+        # The median of repeats stands for each of them.
+        times.setdefault(kernel, []).extend([] if seconds is None else [seconds] * min(count, MOST_REPEATS))
         for number, reason in details.get("given_up", {}).items():
             given_up.setdefault((machine, int(number)), reason)
     if not used:

@@ -323,10 +323,11 @@ def compiler_problem(lane: str, limits: Limits) -> str:
 def _compiler_problem(lane: str, limits: Limits, environment: tuple[tuple[str, str], ...]) -> str:
     """Tried once in a process and environment: what a machine lacks it lacks for every kernel."""
     try:
-        _probed(Probe(lane, NPU), limits, limits.compile_seconds, None)
+        reason = _probed(Probe(lane, NPU), limits, limits.compile_seconds, None)
     except ToolchainUnavailableError as error:
         return str(error)
-    return ""
+    # A kernel that is known to be right did not compile, whatever the reason.
+    return no_kernel_compiles(reason) if reason else ""
 
 
 #: What a worker may say of a run; that it crashed, timed out or is unavailable is for its owner to say.

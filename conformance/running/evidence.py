@@ -90,7 +90,8 @@ def _write(kept: Path, subject: Subject, run: Judged, tensors: Mapping[str, torc
     )
     findings = [finding.to_json() for finding in run.verdict.findings]
     (kept / "findings.json").write_text(json.dumps({"check": run.check, "case": str(run.case), "findings": findings}, indent=1))
-    (kept / "command.txt").write_text(f"{command or 'the case cannot be given to a command'}\n")
+    remark = "# the case that the steps start from; the test at real size runs them\n" if run.check == "step" else ""
+    (kept / "command.txt").write_text(f"{remark}{command or 'the case cannot be given to a command'}\n")
     (kept / "environment.json").write_text(json.dumps(environment(run, worker), indent=1))
     for log in LOGS:
         _copy(worker / log, kept / "logs" / log)

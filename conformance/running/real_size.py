@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from conformance.cases.case import make_case
+from conformance.cases.case import Case, make_case
 from conformance.cases.key import CaseKey
 from conformance.cases.source import SharedDraws
 from conformance.cases.space import Space, stratified_keys
@@ -67,30 +67,37 @@ def _from(first: int, lengths: Sequence[int]) -> tuple[int, ...]:
 def runs_at_real_size(kernel: Declaration, space: Space, run: Runner, repeats: int, keep: Keep | None = None) -> Iterator[Judged]:
     """Every run: the first case again and again, then the others, steps that go on from the last, and what the kernel declares.
 
-    ``keep``: as for ``judged_runs``. Ends with the first findings of the cases: at this size each run takes minutes to judge.
+    ``keep``: as for ``judged_runs``. The cases end with the first that has findings: at this size each takes minutes to judge.
     """
-    shared, lost, wrong = SharedDraws(), 0, False
-    last: list[Outcome] = []
-
-    def remember(case: object, passes: Passes = "last") -> Outcome:
-        last[:] = [run(case, passes)]  # type: ignore[arg-type]
-        return last[0]
-
-    for number, key in enumerate(keys_at_real_size(kernel, space)):
-        if kernel.refusal(key.dims) is not None:
-            continue
-        oracle = Oracle(make_case(key, shared))
-        plan = RunPlan(repeats=0 if number else repeats, passes="none")
-        for judged in judged_runs(kernel, key, remember, plan, oracle=oracle, keep=keep):
-            lost, wrong = lost + is_lost(judged), wrong or not judged.verdict.ok
-            yield judged
-        if wrong:
-            break
-    if not wrong and space.stage.following is not None and last:
-        yield from _steps(kernel, oracle, last[0], run, keep)
-    last.clear()
+    lost = 0
+    for judged in _cases(kernel, space, run, repeats, keep):
+        lost += is_lost(judged)
+        yield judged
     if lost < MOST_LOST:
         yield from prove(kernel, space, run)
+
+
+def _cases(kernel: Declaration, space: Space, run: Runner, repeats: int, keep: Keep | None) -> Iterator[Judged]:
+    shared, last = SharedDraws(), Outcome("unavailable")
+
+    def remember(case: Case, passes: Passes = "last") -> Outcome:
+        nonlocal last
+        last = run(case, passes)
+        return last
+
+    oracle: Oracle | None = None
+    for key in keys_at_real_size(kernel, space):
+        if kernel.refusal(key.dims) is not None:
+            continue
+        plan = RunPlan(repeats=0 if oracle else repeats, passes="none")
+        oracle, wrong = Oracle(make_case(key, shared)), False
+        for judged in judged_runs(kernel, key, remember, plan, oracle=oracle, keep=keep):
+            wrong = wrong or not judged.verdict.ok
+            yield judged
+        if wrong:
+            return
+    if oracle is not None and space.stage.following is not None:
+        yield from _steps(kernel, oracle, last, run, keep)
 
 
 def _steps(kernel: Declaration, oracle: Oracle, outcome: Outcome, run: Runner, keep: Keep | None) -> Iterator[Judged]:
@@ -121,4 +128,4 @@ def _steps(kernel: Declaration, oracle: Oracle, outcome: Outcome, run: Runner, k
 
 def _after(number: int, finding: Finding) -> Finding:
     steps = "one step" if number == 1 else f"{number} steps"
-    return dataclasses.replace(finding, message=f"{steps} after this case: {finding.message}")
+    return dataclasses.replace(finding, message=f"{steps} after this case, which by itself passes: {finding.message}")

@@ -200,8 +200,8 @@ class Placed:
 def checksum(storage: torch.Tensor) -> torch.Tensor:
     """Sums of one-dimensional memory of whole words, computed where it lies: int32 words as rows, by row and by column, in int64.
 
-    One word that differs changes two of the sums; two that change places change sums of columns or of rows. That the differences
-    of several words cancel in all of them takes an accident of some 2**-32.
+    One word that differs changes two of the sums; two that change places change sums of columns or of rows. Unseen is what keeps
+    all of them, such as one difference added and taken away at the corners of a rectangle.
     """
     words = storage.view(torch.int32)
     whole = words.numel() // SUMMED_COLUMNS * SUMMED_COLUMNS
