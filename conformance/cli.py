@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from conformance.cases.space import Space
     from conformance.contract.kernel import Declaration
     from conformance.exam.results import Exam
-    from conformance.lanes.cards import CardChoice
     from conformance.running.check import Report
     from conformance.running.diff import KernelSummary
     from conformance.running.plans import RunPlan

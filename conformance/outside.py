@@ -27,6 +27,8 @@ _LONGEST_PATH, _LONGEST_NAME = 4095, 255
 #: Largest whole number and longest duration (seconds, 30 years) that are taken for measurements.
 LARGEST = 2**63 - 1
 LONGEST = 1e9
+#: So much of the end of a log is looked at, in bytes.
+LONGEST_TAIL = 64 << 10
 
 #: How deep JSON objects of a record may lie in one another.
 _DEEPEST = 8
@@ -209,3 +211,13 @@ def _shallow(value: object, depth: int) -> Any:
             return [_shallow(one, depth - 1) for one in value]
         return {plain(name): _shallow(one, depth - 1) for name, one in value.items()}
     return value
+
+
+def tail_of(path: Path) -> str:
+    """The end of a log that somebody may still write to, at most ``LONGEST_TAIL`` bytes; empty if it is not there."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LONGEST_TAIL))
+            return file.read().decode("utf-8", errors="replace").replace("\r\n", "\n")
+    except OSError:
+        return ""

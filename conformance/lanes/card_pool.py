@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 
 from conformance.errors import UnavailableError
 from conformance.lanes.cards import Card, CardChoice, CardLock
-from conformance.toolchains.calculator import print_progress
+from conformance.toolchains.progress import print_progress
 
 
 class NoCardError(UnavailableError):

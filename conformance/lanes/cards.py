@@ -19,7 +19,6 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from conformance.errors import UsageError
@@ -28,6 +27,7 @@ from conformance.toolchains.detection import ToolchainUnavailableError
 from conformance.toolchains.machine import CardNode, Machine, this_machine
 from conformance.toolchains.npu import DEVICE_VARIABLE
 from conformance.toolchains.npu_smi import CardProcess, card_states
+from conformance.toolchains.progress import Progress
 
 #: What schedulers say the card by.
 TASK_VARIABLE = "TASK_DEVICE"
@@ -43,8 +43,6 @@ FIRST_TOLD_SECONDS = 2.0
 REMEMBER_SECONDS = 60.0
 #: Found in the command line of every process that runs kernels for this harness, which takes the lock.
 _OURS = b"conformance.lanes."
-
-Progress = Callable[[str], None]
 
 _asked_at: dict[tuple[Path, int], float] = {}
 

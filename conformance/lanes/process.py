@@ -27,8 +27,8 @@ from conformance.lanes.messages import Compile, OpenLane, Passes, Probe, Result,
 from conformance.lanes.on_card import CardRuns
 from conformance.lanes.worker_process import Limits, UnknownEndError, WorkerError, WorkerProcess
 from conformance.outside import one_line
-from conformance.toolchains.calculator import Progress
 from conformance.toolchains.detection import ToolchainUnavailableError
+from conformance.toolchains.progress import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -28,7 +28,7 @@ from conformance.lanes.forking import fork_server
 from conformance.lanes.keeper import UNKNOWN_EXIT, KeptProcess, python_command
 from conformance.lanes.messages import MOST_TEXT, Answer, Message, Opening, Refused, decode_answer, encode
 from conformance.lanes.scratch import ScratchFolder
-from conformance.outside import one_line, plain
+from conformance.outside import one_line, plain, tail_of
 from conformance.toolchains.detection import ToolchainUnavailableError
 
 #: Set in a worker's environment: a kernel's file that itself judges kernels would start workers without end.
@@ -246,7 +246,7 @@ class WorkerProcess:
 
     def printed(self) -> list[str]:
         """The end of what the worker that ran last printed: its errors, then its output."""
-        return [] if self._folder is None else [_tail(self._folder / name) for name in ("stderr.log", "stdout.log")]
+        return [] if self._folder is None else [tail_of(self._folder / name) for name in ("stderr.log", "stdout.log")]
 
     def _answer_nobody_asked_for(self) -> None:
         assert self._channel is not None
@@ -289,7 +289,7 @@ class WorkerProcess:
                 last, size = size, log.stat().st_size
                 if before < size == last:
                     break
-        text = _tail(log)
+        text = tail_of(log)
         begins = re.search(r"^(?:Current thread|Thread) 0x", text, re.MULTILINE)
         stack = text[begins.start() :] if begins else ""
         with contextlib.suppress(OSError):
@@ -306,7 +306,7 @@ class WorkerProcess:
             return Outcome("crashed", message=f"its process closed the connection during {what} and was killed")
         if code == UNKNOWN_EXIT:
             raise UnknownEndError
-        text = _tail(self._folder / "stderr.log")
+        text = tail_of(self._folder / "stderr.log")
         how = f"died of {_signal_name(-code)}" if code < 0 else f"ended itself with exit code {code}"
         lines = _FRAME.sub("", text).splitlines()
         said = [line for line in lines if line.strip() and not _FAULT_HANDLER.match(line)]
@@ -391,12 +391,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - (64 << 10)))
-            return file.read().decode("utf-8", errors="replace").replace("\r\n", "\n")
-    except OSError:
-        return ""

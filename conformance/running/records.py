@@ -18,6 +18,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -113,6 +114,8 @@ class Record:
         )
 
 
+#: The number of a card, as it stands in a record.
+_CARD = re.compile(r"[0-9]{1,4}")
 _TEXTS = ("kernel", "stage", "lane", "toolchain", "preset", "source", "check", "case", "status", "reason")
 
 
@@ -130,7 +133,7 @@ def _details(event: str, found: dict[str, Any]) -> dict[str, Any]:
         fields.count("card"), fields.count("compiles"), fields.duration("device_seconds"), fields.count("launches")
         given_up = Fields(fields.tree("given_up"), "the cards that were given up")
         if "given_up" in found:
-            found = {**found, "given_up": {name: given_up.text(name) for name in found["given_up"] if name.isdecimal()}}
+            found = {**found, "given_up": {name: given_up.text(name) for name in found["given_up"] if _CARD.fullmatch(name)}}
     if event == "end":
         return {**found, "exit_code": fields.count("exit_code")}
     return found

@@ -133,7 +133,7 @@ def hostile_run(folder: Path) -> Path:
     """A run in which every text that comes from outside is ``HOSTILE``."""
     finding = Finding("raised", HOSTILE, argument=HOSTILE, where={HOSTILE: 1}, share=math.nan, ulps=math.inf)
     details: dict[str, Any] = {HOSTILE: HOSTILE}
-    on_card = {"card": 1, "compiles": 1, "device_seconds": 1e9, "given_up": {"1": HOSTILE, HOSTILE: HOSTILE}}
+    on_card = {"card": 1, "compiles": 1, "device_seconds": 1e9, "given_up": {"1": HOSTILE, HOSTILE: HOSTILE, "1" * 5000: ""}}
     source: dict[str, Any] = {"source": HOSTILE, "case": HOSTILE, "toolchain": HOSTILE, "profile": HOSTILE}
     records = [
         start([planned(HOSTILE + "planned", HOSTILE, HOSTILE)], machine=HOSTILE, **details),

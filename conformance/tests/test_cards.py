@@ -56,6 +56,8 @@ from conformance.toolchains import detect
 from conformance.toolchains.machine import ROOT_VARIABLE
 
 KERNELS = Path(__file__).parent / "kernels_under_test" / "on_fake_cards.py"
+#: Options of the suites: nothing but the kernels of that file, at one preset.
+ONLY = ("--conformance-only-user-kernels", "--conformance-kernels", str(KERNELS), "--conformance-presets", "tiny")
 LIMITS = Limits(launch_seconds=2.0, probe_seconds=2.0)
 
 pytestmark = pytest.mark.skipif(not detect().supported, reason=detect().message)
@@ -522,8 +524,7 @@ def generate(*options: str) -> Result:
 def test_a_kernel_is_judged_at_real_size(script: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = script(kernels={"k01": {"fault": "overrun", "at": [1]}})
     fake_nodes(tmp_path, monkeypatch, 1)
-    only = ("--conformance-only-user-kernels", "--conformance-kernels", str(KERNELS), "--conformance-presets", "tiny")
-    done = run_pytest(tmp_path, "-m", "device and full_size", "-k", "k00 or k01", *only)
+    done = run_pytest(tmp_path, "-m", "device and full_size", "-k", "k00 or k01", *ONLY)
     assert "1 failed, 1 passed" in done.stdout, done.stdout
     cases = list(read_run(tmp_path / "run").of("case"))
     assert {record.preset for record in cases} == {"qwen3_14b"}
@@ -542,9 +543,8 @@ def test_two_processes_of_a_run_keep_two_cards_busy(
 ) -> None:
     folder = script(seconds=0.02, kernels={"k02": {"fault": "overrun"}})
     fake_nodes(tmp_path, monkeypatch, 2)
-    only = ("--conformance-only-user-kernels", "--conformance-kernels", str(KERNELS), "--conformance-presets", "tiny")
     chosen = ("-m", "device and not full_size", "-k", "k00 or k01 or k02 or k03", "--conformance-profile", "dev")
-    done = run_pytest(tmp_path, *chosen, *only, "-n", "2")
+    done = run_pytest(tmp_path, *chosen, *ONLY, "-n", "2")
     assert "1 failed, 3 passed" in done.stdout, done.stdout
     cases = list(read_run(tmp_path / "run").of("case"))
     assert {record.kernel: {finding.detector for finding in record.findings} for record in cases if record.findings} == {
@@ -611,8 +611,7 @@ def test_a_night_on_three_cards_of_which_one_wedges_and_one_hangs(
     )
     fake_nodes(tmp_path, monkeypatch, 3)
     monkeypatch.setattr(judging, "Limits", functools.partial(Limits, launch_seconds=2.0, probe_seconds=2.0))
-    only = ("--conformance-only-user-kernels", "--conformance-kernels", str(KERNELS), "--conformance-presets", "tiny")
-    done = run_pytest(tmp_path, "-m", "device and not full_size", "-k", "k0 or k1", "--conformance-profile", "dev", *only)
+    done = run_pytest(tmp_path, "-m", "device and not full_size", "-k", "k0 or k1", "--conformance-profile", "dev", *ONLY)
     records = read_run(tmp_path / "run")
     cases = list(records.of("case"))
 

@@ -21,14 +21,13 @@ import filelock
 import platformdirs
 
 from conformance.toolchains.detection import ToolchainUnavailableError, detect
+from conformance.toolchains.progress import Progress, print_progress
 
 CACHE_VARIABLE = "CONFORMANCE_CACHE_DIR"
 LIBRARY = "libtile_fwk_calculator.so"
 CHECKSUM = ".sha256"
 #: Two orders of magnitude above the slowest build seen (85 s on a busy machine).
 BUILD_SECONDS = 1800
-
-Progress = Callable[[str], None]
 
 
 def cache_folder() -> Path:
@@ -160,8 +159,3 @@ def _build(package: Path, tools: dict[str, str], target: Path) -> None:
     if not built.is_file():
         raise ToolchainUnavailableError(f"building PyPTO's calculator left no {LIBRARY}")
     os.replace(built, target)
-
-
-def print_progress(message: str) -> None:
-    """Say on standard error what is waited for."""
-    print(message, file=sys.stderr, flush=True)

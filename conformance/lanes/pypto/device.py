@@ -31,9 +31,10 @@ from conformance.lanes.device_errors import device_error, exception_lines, of_an
 from conformance.lanes.messages import CompilingRun, Passes, RunRequest
 from conformance.lanes.pypto.interpret import expected_nothing, read_results
 from conformance.lanes.pypto.probe import probe_card
-from conformance.lanes.pypto.runtime import Runtime, clean, tail_of
+from conformance.lanes.pypto.runtime import Runtime, clean
 from conformance.lanes.pypto.serve import Build, Server, serve
 from conformance.lanes.worker import Start
+from conformance.outside import tail_of
 from conformance.toolchains.detection import ToolchainUnavailableError
 
 #: Builds that are kept on a card's side: each is compiled once, for all cases of its dimensions.
@@ -361,4 +362,4 @@ def told_by_card(runtime: Runtime, folder: Path, work: Callable[[], Outcome]) ->
 
 def printed_by_driver(folder: Path) -> list[str]:
     """The last lines that were printed in this process, which has CANN's messages among them."""
-    return [line for line in tail_of(folder / "stdout.log") if "retcode" in line or "ERROR" in line]
+    return [line for line in tail_of(folder / "stdout.log").splitlines() if "retcode" in line or "ERROR" in line]

@@ -35,7 +35,7 @@ from conformance.contract.kernel import Kernel
 from conformance.errors import UsageError
 from conformance.lanes.card_files import MOST_BUILDS
 from conformance.lanes.device_compiler import compiler_failure
-from conformance.outside import told
+from conformance.outside import tail_of, told
 from conformance.toolchains.detection import ToolchainUnavailableError, detect
 from conformance.toolchains.dumps import fewer_dumps
 
@@ -213,9 +213,9 @@ class Runtime:
             if self.compiles > compiles and os.environ.get("ASCEND_HOME_PATH"):
                 # Versions after 0.2.0 log that the device's compiler failed, and go on without a program.
                 # Where CANN is told to print its logs (ASCEND_SLOG_PRINT_TO_STDOUT), PyPTO's are printed too.
-                logged = [*self.logged_errors(began), *tail_of(self._folder / "stdout.log")]
+                logged = [*self.logged_errors(began), tail_of(self._folder / "stdout.log")]
                 if compiler_failure(logged):
-                    said = compiler_failure([*tail_of(self._folder / "stderr.log"), *logged])
+                    said = compiler_failure([tail_of(self._folder / "stderr.log"), *logged])
                     raise RuntimeError(f"the device's compiler failed: {said}")
         finally:
             # PyPTO forgets these only after a success, and its module cache keeps every kernel ever built.
@@ -315,17 +315,6 @@ def require_one_program(jit: Any, kernel: Kernel, built: Dims, dims: Dims) -> No
                     f"argument {argument.name}: axis {position} ({symbols}) is pypto.STATIC, and PyPTO compiles another program "
                     f"for {now} than for {before}; annotate it as pypto.DYNAMIC"
                 )
-
-
-def tail_of(path: Path) -> list[str]:
-    """The last lines of a file that is written to; none if it is not there."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - (16 << 10)))
-            return file.read().decode("utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def errors_in(logs: Path, since: datetime.datetime) -> list[str]:
